@@ -1,0 +1,338 @@
+"""Read and write taxonomies as CSV, JSON, Newick text, networkx graphs and image folders."""
+
+import csv
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hier_losses._order import shorten
+from hier_losses._parse import Parts, _check_choice, parse_edges, parse_paths, repeated
+from hier_losses._tree import Tree
+
+PathLike = str | os.PathLike
+
+
+def drop_virtual_root(parts: Parts, root: str | None) -> Parts:
+    """Remove the node that only joins the top nodes.
+
+    "auto" removes a single top node that has no name or the name "root"; another text removes the single top node of
+    that name; None removes nothing.
+    """
+    tops = [node for node, up in enumerate(parts.parents) if up < 0]
+    if root is None or (root == "auto" and (len(tops) != 1 or parts.names[tops[0]].lower() not in ("", "root"))):
+        return parts
+    if len(tops) != 1 or (root != "auto" and parts.names[tops[0]] != root):
+        raise ValueError(
+            f"root must name the single top node, got {root!r}; top nodes: "
+            f"{shorten(parts.names[node] for node in tops)}"
+        )
+    top = tops[0]
+    if len(parts.names) == 1:
+        raise ValueError(f"the tree is empty: it holds nothing but its root {parts.names[top]!r}")
+
+    def drop(items: Sequence) -> list:
+        return [item for node, item in enumerate(items) if node != top]
+
+    parents = [-1 if up == top else up - (up > top) for up in drop(parts.parents)]
+    return Parts(drop(parts.names), parents, None if parts.labels is None else drop(parts.labels))
+
+
+def read_csv(path: PathLike, layout: str, order: str | None, columns: Sequence[str] | None) -> Parts:
+    """Read edges, or one path per row, from a CSV file with a header."""
+    _check_choice("layout", layout, ("auto", "paths", "edges"))
+    # utf-8-sig: spreadsheet programs put a byte order mark before the header.
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.reader(file, skipinitialspace=True) if any(row)]
+    if not rows:
+        raise ValueError(f"{os.fspath(path)!r} is empty, a header is needed")
+    header = [name.strip() for name in rows[0]]
+    missing = [name for name in columns or () if name not in header]
+    if missing:
+        raise ValueError(f"columns must be among {header}, got {missing}")
+    picked = [header.index(name) for name in columns] if columns is not None else list(range(len(header)))
+    used = [header[i].lower() for i in picked]
+    for number, row in enumerate(rows):
+        if len(row) != len(header):
+            raise ValueError(f"{os.fspath(path)!r} line {number + 1}: {len(row)} cells, the header has {len(header)}")
+    cells = [[row[i] for i in picked] for row in rows[1:]]
+    if layout == "auto":
+        layout = "edges" if sorted(used) == ["child", "parent"] else "paths"
+    if layout == "edges":
+        return parse_edges(cells, order or ("child_parent" if used[0] == "child" else "parent_child"))
+    return parse_paths(cells, order or ("fine_to_coarse" if used[:2] == ["leaf", "parent"] else "coarse_to_fine"))
+
+
+def write_csv(tree: Tree, path: PathLike, layout: str) -> None:
+    """Write one row per leaf or one row per node."""
+    _check_choice("layout", layout, ("paths", "edges"))
+    if layout == "edges":
+        header = ["parent", "child"]
+        rows = [["" if up is None else up, down] for up, down in edge_list(tree, "name")]
+    else:
+        header = [f"level_{level + 1}" for level in range(tree.num_levels)]
+        rows = [[*row, *[""] * (tree.num_levels - len(row))] for row in leaf_paths(tree)]
+    # Readers commonly drop blanks after a comma; quotes keep those that belong to a name, and a lone carriage return.
+    spaced = any(name != name.strip() or "\r" in name for name in tree.names)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL if spaced else csv.QUOTE_MINIMAL, lineterminator="\n")
+        writer.writerows([header, *rows])
+
+
+def leaf_paths(tree: Tree) -> list[tuple[str, ...]]:
+    """Return the path of every leaf in depth-first order, which keeps the order of siblings when read back."""
+    leaves = sorted(tree.leaf.tolist(), key=tree.leaf_start.tolist().__getitem__)
+    names = tree.names
+    return [tuple(names[i] for i in row if i >= 0) for row in tree.paths[leaves].tolist()]
+
+
+def edge_list(tree: Tree, ends: str) -> list[tuple]:
+    """Return (parent, child) for every node, with the parent None for top nodes."""
+    _check_choice("ends", ends, ("name", "path"))
+    if ends == "name":
+        twice = repeated(tree.names)
+        if twice:
+            raise ValueError(f"ends='name' needs unique names, repeated: {twice}; use ends='path'")
+        keys: Sequence = tree.names
+    else:
+        keys = [tree.path_of(node) for node in range(tree.num_nodes)]
+    return [(None if up < 0 else keys[up], keys[node]) for node, up in enumerate(tree.parent.tolist())]
+
+
+def read_json(source: PathLike | Mapping | Sequence, root: str | None) -> Parts:
+    """Read a node list, nested objects with children, or nested mappings, from a file or from parsed data."""
+    data: Any = source
+    if isinstance(source, str | os.PathLike):
+        data = json.loads(Path(source).read_text(encoding="utf-8"))
+    if isinstance(data, Mapping) and isinstance(data.get("nodes"), Sequence) and not isinstance(data["nodes"], str):
+        data = data["nodes"]
+    if isinstance(data, Sequence) and data and all(isinstance(n, Mapping) and "parent" in n for n in data):
+        return drop_virtual_root(_node_list(data), root)
+    return drop_virtual_root(_nested(data), root)
+
+
+def _node_list(nodes: Sequence[Mapping]) -> Parts:
+    position: dict = {}
+    for number, node in enumerate(nodes):
+        key = node.get("id", node.get("name"))
+        if key is None:
+            raise ValueError(f"node {number} has neither 'id' nor 'name'")
+        if key in position:
+            raise ValueError(f"nodes must have different ids, got {key!r} twice")
+        position[key] = number
+    parents = []
+    for node in nodes:
+        up = node["parent"]
+        if up is not None and up not in position:
+            raise ValueError(f"node {node.get('name', node.get('id'))!r} has the unknown parent {up!r}")
+        parents.append(-1 if up is None else position[up])
+    _check_children(nodes, position, parents)
+    names = [str(node.get("name", node.get("id"))) for node in nodes]
+    labels = [node.get("label") for node in nodes]
+    known = [label is not None for label, up in zip(labels, parents, strict=True) if up >= 0]
+    if not known or not all(known):
+        return Parts(names, parents)
+    return Parts(names, parents, [-1 if label is None else int(label) for label in labels])
+
+
+def _check_children(nodes: Sequence[Mapping], position: Mapping, parents: list[int]) -> None:
+    for number, node in enumerate(nodes):
+        for child in node.get("children") or ():
+            if child not in position or parents[position[child]] != number:
+                raise ValueError(
+                    f"node {node.get('name', node.get('id'))!r} lists the child {child!r}, whose parent differs"
+                )
+
+
+def _nested(data: Any) -> Parts:
+    parts = Parts([], [])
+    # A stack instead of recursion: chains may be deep. Reversed, so that nodes keep their order.
+    stack: list[tuple[Any, int]] = [(data, -1)]
+    while stack:
+        item, up = stack.pop()
+        if isinstance(item, Mapping) and isinstance(item.get("name"), str):
+            parts.names.append(item["name"])
+            parts.parents.append(up)
+            stack.append((item.get("children") or [], len(parts.names) - 1))
+        elif isinstance(item, Mapping):
+            for name, below in item.items():
+                parts.names.append(str(name))
+                parts.parents.append(up)
+                stack.append((below, len(parts.names) - 1))
+        elif isinstance(item, str):
+            parts.names.append(item)
+            parts.parents.append(up)
+        elif isinstance(item, Sequence):
+            stack += [(entry, up) for entry in reversed(item)]
+        elif item is not None:
+            raise ValueError(f"a taxonomy is made of objects, lists and names, got {item!r}")
+    return parts
+
+
+def node_list(tree: Tree) -> dict[str, Any]:
+    """Return a node list with the virtual root as node 0; labels are kept where they differ from the order."""
+    children: list[list[int]] = [[] for _ in range(tree.num_nodes + 1)]
+    for node, up in enumerate(tree.parent.tolist()):
+        children[up + 1].append(node + 1)
+    nodes: list[dict[str, Any]] = [{"id": 0, "name": "root", "parent": None, "children": children[0]}]
+    labels = tree.label.tolist()
+    for node, up in enumerate(tree.parent.tolist()):
+        entry = {"id": node + 1, "name": tree.names[node], "parent": up + 1, "children": children[node + 1]}
+        nodes.append(entry if tree.natural_labels else {**entry, "label": labels[node]})
+    return {"nodes": nodes, "leaves": [node + 1 for node in tree.leaf.tolist()]}
+
+
+# Quoted label, comment, structure, or plain label: the tokens of the Newick format.
+_NEWICK = re.compile(r"'(?:[^']|'')*'|\[[^\]]*\]|[(),:;]|[^\s'()\[\],:;]+|\s+")
+_PLAIN = re.compile(r"[^\s'()\[\],:;]+")
+
+
+def read_newick(source: PathLike, root: str | None) -> Parts:
+    """Parse Newick text; branch lengths and comments are skipped, underscores stay."""
+    # Bytes, because text mode would turn a carriage return inside a quoted name into a newline.
+    text = Path(source).read_bytes().decode("utf-8") if isinstance(source, os.PathLike) else source
+    parts = Parts([""], [-1])
+    node, at = 0, 0
+    fresh, labelled, skip_length, ended = True, False, False, False
+    while at < len(text):
+        match = _NEWICK.match(text, at)
+        if match is None:
+            raise ValueError(f"Newick text has an unclosed quote or comment at position {at}")
+        token, at = match.group(), match.end()
+        if token.isspace() or token.startswith("["):
+            continue
+        if ended:
+            raise ValueError(f"Newick text goes on after the semicolon at position {match.start()}: one tree is read")
+        if token in "(,":
+            if token == "," and parts.parents[node] < 0:
+                raise ValueError(f"Newick text has a comma outside parentheses at position {match.start()}")
+            if token == "(" and not fresh:
+                raise ValueError(f"Newick text needs a comma before the parenthesis at position {match.start()}")
+            parts.parents.append(node if token == "(" else parts.parents[node])
+            parts.names.append("")
+            node = len(parts.names) - 1
+            fresh, labelled, skip_length = True, False, False
+        elif token == ")":
+            node = parts.parents[node]
+            if node < 0:
+                raise ValueError(f"Newick text closes more than it opens at position {match.start()}")
+            fresh = labelled = skip_length = False
+        elif token == ":":
+            skip_length = True
+        elif token == ";":
+            ended = True
+        elif skip_length:
+            skip_length = False
+        elif labelled:
+            raise ValueError(f"Newick text has two labels in a row at position {match.start()}; quote blanks")
+        else:
+            parts.names[node] = token[1:-1].replace("''", "'") if token[0] == "'" else token
+            fresh, labelled = False, True
+    if not ended or node != 0:
+        raise ValueError("Newick text must close all parentheses and end with a semicolon")
+    parts = drop_virtual_root(parts, root)
+    inner = set(parts.parents)
+    for number, name in enumerate(parts.names):
+        if not name:
+            if number not in inner:
+                raise ValueError("Newick text has a leaf without a label")
+            parts.names[number] = f"unnamed_{number}"
+    return parts
+
+
+def write_newick(tree: Tree) -> str:
+    """Return the tree as Newick text with an unlabelled outer node for the virtual root."""
+    text: list[str] = ["("] if tree.group_size[0] else []
+    children: list[list[int]] = [[] for _ in range(tree.num_nodes + 1)]
+    for node in range(tree.num_nodes - 1, -1, -1):
+        children[int(tree.parent[node]) + 1].append(node)
+    stack: list[int | str] = [");"]
+    _push(stack, children[0])
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            text.append(item)
+            continue
+        name = tree.names[item]
+        label = name if _PLAIN.fullmatch(name) else "'" + name.replace("'", "''") + "'"
+        if children[item + 1]:
+            text.append("(")
+            stack.append(")" + label)
+            _push(stack, children[item + 1])
+        else:
+            text.append(label)
+    return "".join(text)
+
+
+def _push(stack: list[int | str], last_first: list[int]) -> None:
+    for number, node in enumerate(last_first):
+        if number:
+            stack.append(",")
+        stack.append(node)
+
+
+def read_networkx(graph: Any, root: str | None) -> Parts:
+    """Read a directed networkx graph; the node attribute `name` is the name if there is one."""
+    if not graph.is_directed():
+        raise ValueError("graph must be directed, from parent to child")
+    position = {node: number for number, node in enumerate(graph.nodes)}
+    names = [str(data.get("name", node)) for node, data in graph.nodes(data=True)]
+    parents = [-1] * len(names)
+    for up, down in graph.edges:
+        if parents[position[down]] >= 0:
+            first = names[parents[position[down]]]
+            raise ValueError(f"node {names[position[down]]!r} has two parents, {first!r} and {names[position[up]]!r}")
+        parents[position[down]] = position[up]
+    return drop_virtual_root(Parts(names, parents), root)
+
+
+def write_networkx(tree: Tree) -> Any:
+    """Return a DiGraph over node ids with the attribute `name`."""
+    import networkx  # optional, and slow to import
+
+    graph = networkx.DiGraph()
+    graph.add_nodes_from((node, {"name": name}) for node, name in enumerate(tree.names))
+    graph.add_edges_from(zip(tree.edge_parent.tolist(), tree.edge_child.tolist(), strict=True))
+    return graph
+
+
+def read_imagefolder(root: PathLike, sep: str | None, skip: int) -> Parts:
+    """Read nested folders, or flat folders whose names hold the whole path."""
+    if not os.path.isdir(root):
+        raise ValueError(f"root must be a folder, got {os.fspath(root)!r}")
+    if skip < 0:
+        raise ValueError(f"skip must be at least 0, got {skip}")
+    if sep is not None:
+        return parse_paths([split_folder_name(name, sep, skip) for name in _folders(root)])
+    if skip:
+        raise ValueError(f"skip goes with sep, got skip={skip} for nested folders")
+    parts = Parts([], [])
+    stack = [(os.fspath(root), -1, (os.path.realpath(root),))]
+    while stack:
+        folder, up, above = stack.pop()
+        for name in _folders(folder):
+            below = os.path.join(folder, name)
+            real = os.path.realpath(below)
+            if real in above:
+                raise ValueError(f"folder {below!r} links back to a folder above it")
+            parts.names.append(name)
+            parts.parents.append(up)
+            stack.append((below, len(parts.names) - 1, (*above, real)))
+    if not parts.names:
+        raise ValueError(f"root {os.fspath(root)!r} holds no folder")
+    return parts
+
+
+def split_folder_name(name: str, sep: str, skip: int) -> list[str]:
+    """Split a folder name into a path, leaving out the first pieces."""
+    pieces = name.split(sep)[skip:]
+    if not pieces or not all(pieces):
+        raise ValueError(f"folder {name!r} has an empty piece or none left after splitting at {sep!r}, skip={skip}")
+    return pieces
+
+
+def _folders(root: PathLike) -> list[str]:
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))

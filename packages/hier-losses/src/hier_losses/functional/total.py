@@ -1,0 +1,136 @@
+"""The weighted sum of tree-path KL, HiSCE, level cross-entropy and parent-child consistency, sharing one pass.
+
+Reference: "Hierarchy-Aware Fine-Tuning of Vision-Language Models" (2025, arXiv 2512.21529) for the first two.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hier_losses._tree import Tree
+from hier_losses.functional._inputs import (
+    PerLevel,
+    Reduction,
+    check_choice,
+    check_matrix,
+    check_reduction,
+    check_target,
+    over_levels,
+    reduce_batch,
+)
+from hier_losses.functional._terms import level_terms
+from hier_losses.functional.consistency import parent_child_consistency
+from hier_losses.functional.level import smoothed_nll
+from hier_losses.functional.path import path_kl
+
+
+def hierarchy_aware_parts(
+    logits: Float[Tensor, "batch nodes"],
+    target: Tensor,
+    tax: Tree,
+    *,
+    alpha: float = 1.0,
+    lam: float = 1.0,
+    ce_weight: float = 0.0,
+    consistency_weight: float = 0.0,
+    eps: PerLevel = 0.1,
+    softmax_over: str = "auto",
+    reduction: Reduction | str = "mean",
+) -> dict[str, Tensor]:
+    r"""Return the parts of `hierarchy_aware_loss` before weighting, and their weighted sum.
+
+    Args:
+        logits: one logit per node; half precision is computed in float32.
+        target: (B,) integer node ids, internal nodes included.
+        tax: the tree.
+        alpha: weight of TP-KL.
+        lam: weight of HiSCE, summed over levels; HiSCE contains the cross-entropy.
+        ce_weight: weight of a further level cross-entropy, summed over levels.
+        consistency_weight: weight of the parent-child penalty (JSD).
+        eps: HiSCE's smoothing, a number or D numbers in [0, 1).
+        softmax_over: "auto", "all" or "valid", see `tp_kl`.
+        reduction: "mean", "sum" or "none" over samples.
+
+    Returns:
+        "total", and of "tp_kl", "hisce", "ce", "consistency" those whose weight is not 0 (others are not computed).
+
+    Raises:
+        ValueError: a wrong width, a target outside [0, N) or not integer, a negative weight, an eps outside [0, 1).
+    """
+    weights = {"tp_kl": alpha, "hisce": lam, "ce": ce_weight, "consistency": consistency_weight}
+    check_weights(alpha, lam, ce_weight, consistency_weight)
+    check_choice("softmax_over", softmax_over, ("auto", "all", "valid"))
+    check_reduction(reduction)
+    tax = tax.to(logits.device)
+    logits = check_matrix("logits", logits, tax.num_nodes)
+    target = check_target(target, logits.shape[0], tax)
+    terms = level_terms(logits, target, tax)
+    parts = {}
+    if alpha:
+        parts["tp_kl"] = reduce_batch(path_kl(terms, target, tax, softmax_over), reduction)
+    if lam:
+        loss = over_levels(smoothed_nll(terms, target, tax, eps), terms.valid, None, "sum")
+        parts["hisce"] = reduce_batch(loss, reduction)
+    if ce_weight:
+        parts["ce"] = reduce_batch(over_levels(terms.nll, terms.valid, None, "sum"), reduction)
+    if consistency_weight:
+        parts["consistency"] = parent_child_consistency(logits, tax, reduction=reduction)
+    # With all weights 0 the total must still carry the graph.
+    total = reduce_batch(0.0 * terms.nll[:, 0], reduction) if not parts else None
+    for name, part in parts.items():
+        total = weights[name] * part if total is None else total + weights[name] * part
+    return {"total": total, **parts}
+
+
+def hierarchy_aware_loss(
+    logits: Float[Tensor, "batch nodes"],
+    target: Tensor,
+    tax: Tree,
+    *,
+    alpha: float = 1.0,
+    lam: float = 1.0,
+    ce_weight: float = 0.0,
+    consistency_weight: float = 0.0,
+    eps: PerLevel = 0.1,
+    softmax_over: str = "auto",
+    reduction: Reduction | str = "mean",
+) -> Float[Tensor, "..."]:
+    r"""$ce\_weight \sum_l CE_l + \alpha\,TPKL + \lambda\,HiSCE + consistency\_weight\,PC$.
+
+    Args:
+        logits: one logit per node; half precision is computed in float32.
+        target: (B,) integer node ids, internal nodes included.
+        tax: the tree.
+        alpha: weight of TP-KL.
+        lam: weight of HiSCE.
+        ce_weight: weight of a further level cross-entropy.
+        consistency_weight: weight of the parent-child penalty.
+        eps: HiSCE's smoothing.
+        softmax_over: "auto", "all" or "valid", see `tp_kl`.
+        reduction: "mean", "sum" or "none" over samples.
+
+    Returns:
+        A scalar, or (B,) for "none".
+
+    Raises:
+        ValueError: as `hierarchy_aware_parts`.
+    """
+    return hierarchy_aware_parts(
+        logits,
+        target,
+        tax,
+        alpha=alpha,
+        lam=lam,
+        ce_weight=ce_weight,
+        consistency_weight=consistency_weight,
+        eps=eps,
+        softmax_over=softmax_over,
+        reduction=reduction,
+    )["total"]
+
+
+def check_weights(alpha: float, lam: float, ce_weight: float, consistency_weight: float) -> None:
+    """Raise a ValueError for a weight that is negative or not finite."""
+    named = {"alpha": alpha, "lam": lam, "ce_weight": ce_weight, "consistency_weight": consistency_weight}
+    for name, weight in named.items():
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"{name} must lie in [0, inf), got {weight}")

@@ -1,0 +1,223 @@
+"""Sums, maxima and log-sum-exps over subtrees, ancestors and sibling groups in O(B N) time and memory.
+
+No (N, N) matrix is built: subtree operations sweep the levels upwards, ancestor sums sweep them downwards. The sweeps
+use `index_add`, which is deterministic on a CPU always and on CUDA under `torch.use_deterministic_algorithms(True)`.
+The conditional softmax over sibling groups follows Redmon and Farhadi (2017, "YOLO9000", section 4).
+"""
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
+from hier_losses._tree import Tree
+from hier_losses.functional._kernels import finite, log_above, segment_logsumexp, segment_max, upcast
+
+
+def subtree_sum(values: Num[Tensor, "*batch nodes"], tax: Tree) -> Num[Tensor, "*batch nodes"]:
+    r"""Sum over descendants-or-self, $s_v = x_v + \sum_{u: parent(u) = v} s_u$.
+
+    Args:
+        values: one value per node; half precision is summed and returned in float32.
+        tax: the tree.
+
+    Returns:
+        Shape (..., N).
+
+    Raises:
+        ValueError: the last dimension is not N.
+    """
+    levels, parents, shape = _columns(values, tax)
+    for level in range(tax.num_levels - 1, 0, -1):
+        levels[level - 1] = levels[level - 1].index_add(0, parents[level], levels[level])
+    return _rows(levels, shape)
+
+
+def subtree_logsumexp(values: Float[Tensor, "*batch nodes"], tax: Tree) -> Float[Tensor, "*batch nodes"]:
+    r"""Log-sum-exp over descendants-or-self, stable at each node on its own scale.
+
+    With -inf at internal nodes (see `leaves_to_nodes`) it is the log of the leaf mass below each node; a subtree
+    whose values are all -inf gives -inf and a zero gradient.
+
+    Args:
+        values: one value per node.
+        tax: the tree.
+
+    Returns:
+        Shape (..., N).
+
+    Raises:
+        ValueError: the last dimension is not N.
+    """
+    levels, parents, shape = _columns(values, tax)
+    for level in range(tax.num_levels - 1, 0, -1):
+        levels[level - 1] = segment_logsumexp(levels[level], parents[level], levels[level - 1])
+    return _rows(levels, shape)
+
+
+def subtree_max(values: Float[Tensor, "*batch nodes"], tax: Tree) -> Float[Tensor, "*batch nodes"]:
+    r"""Maximum over descendants-or-self; ties share the gradient.
+
+    Args:
+        values: one value per node.
+        tax: the tree.
+
+    Returns:
+        Shape (..., N).
+
+    Raises:
+        ValueError: the last dimension is not N.
+    """
+    levels, parents, shape = _columns(values, tax)
+    for level in range(tax.num_levels - 1, 0, -1):
+        levels[level - 1] = segment_max(levels[level], parents[level], levels[level - 1])
+    return _rows(levels, shape)
+
+
+def ancestor_sum(values: Num[Tensor, "*batch nodes"], tax: Tree) -> Num[Tensor, "*batch nodes"]:
+    r"""Sum over ancestors-or-self, $s_v = x_v + s_{parent(v)}$; turns conditional log-probabilities into joint ones.
+
+    Args:
+        values: one value per node; half precision is summed and returned in float32.
+        tax: the tree.
+
+    Returns:
+        Shape (..., N).
+
+    Raises:
+        ValueError: the last dimension is not N.
+    """
+    levels, parents, shape = _columns(values, tax)
+    for level in range(1, tax.num_levels):
+        levels[level] = levels[level] + levels[level - 1].index_select(0, parents[level])
+    return _rows(levels, shape)
+
+
+def group_logsumexp(values: Float[Tensor, "*batch nodes"], tax: Tree) -> Float[Tensor, "*batch groups"]:
+    r"""Log-sum-exp over each sibling group.
+
+    Args:
+        values: one value per node.
+        tax: the tree.
+
+    Returns:
+        Shape (..., N + 1): entry 0 for the top nodes, entry v + 1 for the children of node v, -inf below a leaf.
+
+    Raises:
+        ValueError: the last dimension is not N.
+    """
+    tax = tax.to(values.device)
+    columns = _check(values, tax).reshape(-1, tax.num_nodes).T.contiguous()
+    group = tax.parent + 1
+    peak = segment_max(columns.detach(), group, columns.new_full((tax.num_nodes + 1, columns.shape[1]), -torch.inf))
+    shift = finite(peak)
+    total = torch.zeros_like(peak).index_add(0, group, (columns - shift[group]).exp())
+    return log_above(peak, total).T.contiguous().view(*values.shape[:-1], tax.num_nodes + 1)
+
+
+def conditional_log_softmax(logits: Float[Tensor, "*batch nodes"], tax: Tree) -> Float[Tensor, "*batch nodes"]:
+    r"""Log-softmax within each sibling group, $\log P(v \mid parent(v))$.
+
+    Args:
+        logits: one logit per node.
+        tax: the tree.
+
+    Returns:
+        Shape (..., N), at most 0; `ancestor_sum` of it is $\log P(v)$.
+
+    Raises:
+        ValueError: the last dimension is not N.
+    """
+    tax = tax.to(logits.device)
+    return upcast(logits) - group_logsumexp(logits, tax).index_select(-1, tax.parent + 1)
+
+
+def leaves_to_nodes(
+    leaf_values: Float[Tensor, "*batch leaves"], tax: Tree, fill: float = 0.0
+) -> Float[Tensor, "*batch nodes"]:
+    r"""Place one value per leaf at its node and `fill` at internal nodes.
+
+    Args:
+        leaf_values: values in the order of `tax.leaf`.
+        tax: the tree.
+        fill: 0 before `subtree_sum`, -inf before `subtree_logsumexp` and `subtree_max`.
+
+    Returns:
+        Shape (..., N).
+
+    Raises:
+        ValueError: the last dimension is not K.
+    """
+    if leaf_values.shape[-1] != tax.num_leaves:
+        raise ValueError(f"leaf_values must have {tax.num_leaves} columns, got shape {tuple(leaf_values.shape)}")
+    tax = tax.to(leaf_values.device)
+    placed = leaf_values.index_select(-1, tax.leaf_index.clamp(min=0))
+    return torch.where(tax.leaf_index >= 0, placed, fill)
+
+
+def lca_depth(a: Int[Tensor, "*#batch"], b: Int[Tensor, "*#batch"], tax: Tree) -> Int[Tensor, "*batch"]:
+    r"""Depth of the lowest common ancestor-or-self of two nodes.
+
+    Args:
+        a: node ids.
+        b: node ids, broadcast against `a`.
+        tax: the tree.
+
+    Returns:
+        Integers in [0, D]; 0 where only the virtual root is common.
+    """
+    tax = tax.to(a.device)
+    return path_lca_depth(tax.paths[a], tax.paths[b])
+
+
+def path_lca_depth(a: Int[Tensor, "*#batch levels"], b: Int[Tensor, "*#batch levels"]) -> Int[Tensor, "*batch"]:
+    r"""Number of leading levels on which two padded paths agree, $\sum_l \prod_{j \le l} [a_j = b_j \ge 0]$.
+
+    Counting equal entries instead would be wrong for paths whose nodes are no chain of the tree.
+
+    Args:
+        a: node ids per level, -1 where there is none.
+        b: the same, broadcast against `a`.
+
+    Returns:
+        Integers in [0, D].
+    """
+    return ((a == b) & (a >= 0)).long().cumprod(-1).sum(-1)
+
+
+def lca_height(a: Int[Tensor, "*#batch"], b: Int[Tensor, "*#batch"], tax: Tree) -> Int[Tensor, "*batch"]:
+    r"""Height of the lowest common ancestor, the distance d(a, b) of mistake severity; 0 where a = b.
+
+    Args:
+        a: node ids.
+        b: node ids, broadcast against `a`.
+        tax: the tree.
+
+    Returns:
+        Integers in [0, D]; D where only the virtual root is common.
+    """
+    tax = tax.to(a.device)
+    depth = lca_depth(a, b, tax)
+    node = tax.paths[a.expand(depth.shape)].gather(-1, (depth - 1).clamp(min=0)[..., None]).squeeze(-1)
+    height = torch.where(depth > 0, tax.height[node], tax.root_height)
+    return torch.where(a == b, 0, height)
+
+
+def _check(values: Tensor, tax: Tree) -> Tensor:
+    if values.ndim == 0 or values.shape[-1] != tax.num_nodes:
+        raise ValueError(f"values must have {tax.num_nodes} columns, got shape {tuple(values.shape)}")
+    return upcast(values)
+
+
+def _columns(values: Tensor, tax: Tree) -> tuple[list[Tensor], list[Tensor], torch.Size]:
+    """Split into one (C_l, rows) tensor per level, and each node's parent counted within the level above."""
+    tax = tax.to(values.device)
+    columns = _check(values, tax).reshape(-1, tax.num_nodes).T.contiguous()
+    parents, first = [], 0
+    for level, parent in enumerate(tax.parent.split(tax.level_sizes)):
+        parents.append(parent - first)
+        first += tax.level_sizes[level - 1] if level else 0
+    return list(columns.split(tax.level_sizes)), parents, values.shape
+
+
+def _rows(levels: list[Tensor], shape: torch.Size) -> Tensor:
+    return torch.cat(levels).T.contiguous().view(shape)

@@ -1,0 +1,315 @@
+"""Every loss of `hier_losses.functional` as a module; formulas, arguments and references stand with the functions.
+
+Settings are checked on construction. A module has no parameters and no state; it follows the device of its input.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hier_losses import functional as F
+from hier_losses._tree import Tree
+from hier_losses.functional._inputs import PerLevel
+from hier_losses.graph import LabelGraph
+
+
+class _NodeLoss(nn.Module):
+    """A loss on (B, N) logits and (B,) node ids; subclasses name their function and pass their settings on."""
+
+    function = None
+    width = "num_nodes"
+
+    def __init__(self, tax: Tree | LabelGraph, **settings):
+        super().__init__()
+        self.tax = tax
+        self._names = tuple(settings)
+        for name, value in settings.items():
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                value = tuple(value)
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value, persistent=False)
+            else:
+                setattr(self, name, value)
+        self._dry_run()
+
+    def _dry_run(self) -> None:
+        # An empty batch goes through all checks of settings and costs nothing.
+        empty = torch.zeros(0, getattr(self.tax, self.width), device=self.tax.device)
+        self(empty, torch.zeros(0, dtype=torch.int64, device=self.tax.device))
+
+    @property
+    def settings(self) -> dict:
+        """The keyword arguments that the function is called with."""
+        return {name: getattr(self, name) for name in self._names}
+
+    def forward(self, logits: Float[Tensor, "batch scores"], target: Tensor) -> Float[Tensor, "..."]:
+        """Return the loss.
+
+        Args:
+            logits: one logit per node, or per leaf for the losses on leaf logits.
+            target: (B,) integer node ids.
+        """
+        return type(self).function(logits, target, self.tax, **self.settings)
+
+    def extra_repr(self) -> str:
+        """Return the settings."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class LevelCrossEntropy(_NodeLoss):
+    """Module form of `functional.level_cross_entropy`."""
+
+    function = staticmethod(F.level_cross_entropy)
+
+    def __init__(
+        self,
+        tax: Tree,
+        *,
+        levels: str = "ragged",
+        level_reduction: str = "sum",
+        level_weights: PerLevel | None = None,
+        label_smoothing: PerLevel = 0.0,
+        class_weights: Tensor | None = None,
+        focal_gamma: float = 0.0,
+        reduction: str = "mean",
+    ):
+        """Keep the settings; see `functional.level_cross_entropy`."""
+        super().__init__(
+            tax,
+            levels=levels,
+            level_reduction=level_reduction,
+            level_weights=level_weights,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            focal_gamma=focal_gamma,
+            reduction=reduction,
+        )
+
+
+class SemanticSoftmax(_NodeLoss):
+    """Module form of `functional.semantic_softmax`."""
+
+    function = staticmethod(F.semantic_softmax)
+
+    def __init__(
+        self, tax: Tree, *, max_weight: float = 20.0, label_smoothing: PerLevel = 0.0, reduction: str = "mean"
+    ):
+        """Keep the settings; see `functional.semantic_softmax`."""
+        super().__init__(tax, max_weight=max_weight, label_smoothing=label_smoothing, reduction=reduction)
+
+
+class HiSCE(_NodeLoss):
+    """Module form of `functional.hisce`."""
+
+    function = staticmethod(F.hisce)
+
+    def __init__(
+        self,
+        tax: Tree,
+        *,
+        eps: PerLevel = 0.1,
+        levels: str = "ragged",
+        level_reduction: str = "sum",
+        level_weights: PerLevel | None = None,
+        reduction: str = "mean",
+    ):
+        """Keep the settings; see `functional.hisce`."""
+        super().__init__(
+            tax,
+            eps=eps,
+            levels=levels,
+            level_reduction=level_reduction,
+            level_weights=level_weights,
+            reduction=reduction,
+        )
+
+
+class TPKL(_NodeLoss):
+    """Module form of `functional.tp_kl`."""
+
+    function = staticmethod(F.tp_kl)
+
+    def __init__(
+        self,
+        tax: Tree,
+        *,
+        softmax_over: str = "auto",
+        temperature: float = 1.0,
+        level_weights: PerLevel | None = None,
+        reduction: str = "mean",
+    ):
+        """Keep the settings; see `functional.tp_kl`."""
+        super().__init__(
+            tax, softmax_over=softmax_over, temperature=temperature, level_weights=level_weights, reduction=reduction
+        )
+
+    def forward(
+        self, logits: Float[Tensor, "batch scores"], target: Tensor | None = None, target_probs: Tensor | None = None
+    ) -> Float[Tensor, "..."]:
+        """Return the loss.
+
+        Args:
+            logits: one logit per node.
+            target: (B,) integer node ids, or None with `target_probs`.
+            target_probs: (B, N) distributions over nodes.
+        """
+        return F.tp_kl(logits, target, self.tax, target_probs=target_probs, **self.settings)
+
+
+class HierarchyAwareLoss(_NodeLoss):
+    """Module form of `functional.hierarchy_aware_loss`; `parts` gives the summands by name.
+
+    >>> from hier_losses.taxonomy import Taxonomy
+    >>> loss = HierarchyAwareLoss(Taxonomy.from_paths([("a", "a1"), ("a", "a2"), ("b",)]), consistency_weight=0.1)
+    >>> sorted(loss.parts(torch.zeros(2, 4), torch.tensor([2, 1])))
+    ['consistency', 'hisce', 'total', 'tp_kl']
+    """
+
+    function = staticmethod(F.hierarchy_aware_loss)
+
+    def __init__(
+        self,
+        tax: Tree,
+        alpha: float = 1.0,
+        lam: float = 1.0,
+        ce_weight: float = 0.0,
+        consistency_weight: float = 0.0,
+        eps: PerLevel = 0.1,
+        *,
+        softmax_over: str = "auto",
+        reduction: str = "mean",
+    ):
+        """Keep the settings; see `functional.hierarchy_aware_parts`."""
+        super().__init__(
+            tax,
+            alpha=alpha,
+            lam=lam,
+            ce_weight=ce_weight,
+            consistency_weight=consistency_weight,
+            eps=eps,
+            softmax_over=softmax_over,
+            reduction=reduction,
+        )
+
+    def parts(self, logits: Float[Tensor, "batch scores"], target: Tensor) -> dict[str, Tensor]:
+        """Return "total" and each part whose weight is not 0, before weighting.
+
+        Args:
+            logits: one logit per node.
+            target: (B,) integer node ids.
+        """
+        return F.hierarchy_aware_parts(logits, target, self.tax, **self.settings)
+
+
+class ConditionalSoftmaxNLL(_NodeLoss):
+    """Module form of `functional.conditional_softmax_nll`."""
+
+    function = staticmethod(F.conditional_softmax_nll)
+
+    def __init__(self, tax: Tree, *, alpha: float = 0.0, reduction: str = "mean"):
+        """Keep the settings; see `functional.conditional_softmax_nll`."""
+        super().__init__(tax, alpha=alpha, reduction=reduction)
+
+
+class HCE(_NodeLoss):
+    """Module form of `functional.hce`."""
+
+    function = staticmethod(F.hce)
+
+    def __init__(self, graph: Tree | LabelGraph, *, reduction: str = "mean"):
+        """Keep the settings; see `functional.hce`."""
+        super().__init__(graph, reduction=reduction)
+
+
+class HRNTreeLoss(_NodeLoss):
+    """Module form of `functional.hrn_tree_loss`."""
+
+    function = staticmethod(F.hrn_tree_loss)
+
+    def __init__(self, tax: Tree, *, activation: str = "sigmoid", reduction: str = "mean"):
+        """Keep the settings; see `functional.hrn_tree_loss`."""
+        super().__init__(tax, activation=activation, reduction=reduction)
+
+
+class HXE(_NodeLoss):
+    """Module form of `functional.hxe`; takes leaf logits."""
+
+    function = staticmethod(F.hxe)
+    width = "num_leaves"
+
+    def __init__(self, tax: Tree, *, alpha: float = 0.1, normalize: str = "none", reduction: str = "mean"):
+        """Keep the settings; see `functional.hxe`."""
+        super().__init__(tax, alpha=alpha, normalize=normalize, reduction=reduction)
+
+
+class SoftLabelCE(_NodeLoss):
+    """Module form of `functional.soft_label_ce`; takes leaf logits."""
+
+    function = staticmethod(F.soft_label_ce)
+    width = "num_leaves"
+
+    def __init__(self, tax: Tree, *, beta: float = 10.0, reduction: str = "mean"):
+        """Keep the settings; see `functional.soft_label_ce`."""
+        super().__init__(tax, beta=beta, reduction=reduction)
+
+
+class ParentChildConsistency(_NodeLoss):
+    """Module form of `functional.parent_child_consistency`; takes no target."""
+
+    def __init__(self, tax: Tree, *, kind: str = "jsd", margin: float = 0.0, reduction: str = "mean"):
+        """Keep the settings; see `functional.parent_child_consistency`."""
+        super().__init__(tax, kind=kind, margin=margin, reduction=reduction)
+
+    def _dry_run(self) -> None:
+        self(torch.zeros(0, self.tax.num_nodes, device=self.tax.device))
+
+    def forward(self, logits: Float[Tensor, "batch scores"]) -> Float[Tensor, "..."]:
+        """Return the penalty.
+
+        Args:
+            logits: one logit per node.
+        """
+        return F.parent_child_consistency(logits, self.tax, **self.settings)
+
+
+class MCLoss(_NodeLoss):
+    """Module form of `functional.mc_loss`."""
+
+    def __init__(self, graph: Tree | LabelGraph, *, reduction: str = "mean"):
+        """Keep the settings; see `functional.mc_loss`."""
+        super().__init__(graph, reduction=reduction)
+
+    def _dry_run(self) -> None:
+        empty = torch.zeros(0, self.tax.num_nodes, device=self.tax.device)
+        self(empty, empty)
+
+    def forward(
+        self, logits: Float[Tensor, "batch scores"], multi_hot: Tensor, mask: Tensor | None = None
+    ) -> Float[Tensor, "..."]:
+        """Return the loss.
+
+        Args:
+            logits: one logit per node.
+            multi_hot: (B, N) zeros and ones, closed upwards.
+            mask: (B, N) or (N,) bool, the entries that count.
+        """
+        return F.mc_loss(logits, multi_hot, self.tax, mask, **self.settings)
+
+
+class MCM(nn.Module):
+    """Module form of `functional.mcm`, to end a network with."""
+
+    def __init__(self, graph: Tree | LabelGraph):
+        """Keep the graph."""
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, scores: Float[Tensor, "*batch scores"]) -> Float[Tensor, "*batch scores"]:
+        """Return the maximum over descendants-or-self.
+
+        Args:
+            scores: one score per node.
+        """
+        return F.mcm(scores, self.graph)

@@ -1,0 +1,66 @@
+"""Metrics over taxonomies: torchmetrics classes and pure functions of the same name."""
+
+from hier_losses.metrics._base import HierarchicalMetric
+from hier_losses.metrics.cuts import HCA, MTA, hca, mta, mta_majority_baseline
+from hier_losses.metrics.distance import (
+    AverageHierarchicalDistance,
+    EdgeDistance,
+    HierarchicalPrecisionAtK,
+    MistakeSeverity,
+    average_hierarchical_distance,
+    edge_distance,
+    hierarchical_precision_at_k,
+    max_leaf_distance,
+    mistake_severity,
+)
+from hier_losses.metrics.lca import LCAMetrics, lca_metrics
+from hier_losses.metrics.multilabel import NodeAUROC, ViolationRate, node_auroc, violation_rate
+from hier_losses.metrics.paths import (
+    TICE,
+    FullPathAccuracy,
+    LeafAccuracy,
+    LevelAccuracy,
+    WeightedAveragePrecision,
+    full_path_accuracy,
+    leaf_accuracy,
+    level_accuracy,
+    tice,
+    weighted_average_precision,
+)
+from hier_losses.metrics.prf import HierarchicalPRF, hierarchical_prf
+
+__all__ = [
+    "HCA",
+    "MTA",
+    "TICE",
+    "AverageHierarchicalDistance",
+    "EdgeDistance",
+    "FullPathAccuracy",
+    "HierarchicalMetric",
+    "HierarchicalPRF",
+    "HierarchicalPrecisionAtK",
+    "LCAMetrics",
+    "LeafAccuracy",
+    "LevelAccuracy",
+    "MistakeSeverity",
+    "NodeAUROC",
+    "ViolationRate",
+    "WeightedAveragePrecision",
+    "average_hierarchical_distance",
+    "edge_distance",
+    "full_path_accuracy",
+    "hca",
+    "hierarchical_precision_at_k",
+    "hierarchical_prf",
+    "lca_metrics",
+    "leaf_accuracy",
+    "level_accuracy",
+    "max_leaf_distance",
+    "mistake_severity",
+    "mta",
+    "mta_majority_baseline",
+    "node_auroc",
+    "tice",
+    "violation_rate",
+    "weighted_average_precision",
+]
