@@ -1,0 +1,3 @@
+"""The version of app-eval."""
+
+__version__ = "0.1.0"

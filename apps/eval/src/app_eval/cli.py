@@ -1,0 +1,71 @@
+"""The command line: `python apps/eval predict RUN PICTURE...` and `python apps/eval page PAGE RUN`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from app_data.errors import DataError, MissingAssetError
+from app_data.pictures import load_picture
+from app_eval.page import write_first_light
+from hier_lora import DECODERS, HierLoraCLIP
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; user errors end in one sentence on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(prog="python apps/eval", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    predict = commands.add_parser("predict", help="print the path of each picture, level by level, with probabilities")
+    predict.add_argument("run", type=Path, help="a run folder, or a saved adapter")
+    predict.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
+    predict.add_argument("--decoder", choices=DECODERS, default="joint_path")
+    page = commands.add_parser("page", help="write a results page from the stored JSON of a run")
+    page.add_argument("run", type=Path, help="the run folder of `nox -s train -- --seeds 3`")
+    page.add_argument("page", type=Path, help="the Markdown file to write")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "predict":
+            return print_predictions(args.run, args.pictures, args.decoder)
+        write_first_light(args.run, args.page)
+    except (DataError, MissingAssetError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+def find_adapter(run: Path) -> Path:
+    """The saved model of a run: the folder itself, or the only or last trained row below it.
+
+    Raises:
+        DataError: if there is none.
+    """
+    found = sorted({p.parent for p in [*run.glob("hier_lora.json"), *run.glob("**/adapter/hier_lora.json")]})
+    if not found:
+        raise DataError(f"{run} holds no trained model: give the folder of a finished run")
+    if len(found) > 1:
+        listed = ", ".join(str(p.parent) for p in found[:6])
+        raise DataError(f"{run} holds {len(found)} trained models: name one of {listed}")
+    return found[0]
+
+
+def print_predictions(run: Path, pictures: Sequence[Path], decoder: str) -> int:
+    """Print one line a picture; pictures that cannot be read are named, and make the exit status 1."""
+    try:
+        model = HierLoraCLIP.from_pretrained(find_adapter(run))
+    except ImportError as error:
+        raise MissingAssetError(str(error)) from error
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    size = model.picture_size or 224
+    unread = 0
+    for path in pictures:
+        try:
+            pixels = load_picture(path, size)
+        except DataError as error:
+            unread += 1
+            print(f"error: {path}: {error}", file=sys.stderr)  # noqa: T201
+            continue
+        print(f"{path}: {model.predict([pixels], decoder)[0]}")  # noqa: T201
+    return 1 if unread else 0

@@ -1,0 +1,152 @@
+"""Score a row of an experiment picture by picture, so that means, intervals and paired differences come from one table.
+
+Every score is a ratio of two sums over pictures (for a mean the denominators are 1), which a bootstrap over pictures
+(Efron, 1979) resamples as pairs. The definitions are those of `hier_losses.metrics`; a test holds the two together.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hier_losses import Taxonomy, decoding
+from hier_losses.functional import lca_height
+from hier_losses.metrics import hca, mta, tice
+from hier_losses.path_ops import extend_paths
+from hier_losses.treecuts import TreeCuts
+
+DECODERS: dict[str, Callable[[Tensor, Taxonomy], Tensor]] = {
+    "level_argmax": decoding.level_argmax,
+    "bottom_up": decoding.bottom_up,
+    "joint_path": decoding.joint_path,
+}
+# Scores of the decoded path, then scores of the logits, which do not depend on a decoder.
+PATH_SCORES = ("leaf", "fpa", "tice", "severity", "ahd")
+LOGIT_SCORES = ("hca", "mta")
+LOWER_IS_BETTER = ("tice", "severity", "ahd")
+TITLES = {
+    "leaf": "leaf acc.", "fpa": "FPA", "tice": "TICE", "hca": "HCA", "mta": "MTA", "severity": "severity", "ahd": "AHD@1",
+}  # fmt: skip
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one model did on n pictures.
+
+    Attributes:
+        target: true leaf (node id) of each picture, int64 (n,).
+        paths: decoded extended paths by decoder, int64 (n, D).
+        hca, mta: 1 or 0, and share of cuts, for each picture, float64 (n,).
+        confidence: probability of the leaf decoded bottom-up, float64 (n,).
+    """
+
+    target: np.ndarray
+    paths: dict[str, np.ndarray]
+    hca: np.ndarray
+    mta: np.ndarray
+    confidence: np.ndarray
+
+
+def outcome(logits: Tensor, target: np.ndarray, tax: Taxonomy, cuts: TreeCuts) -> Outcome:
+    """Decode logits (n, N) in every way and score them against the targets."""
+    truth = torch.from_numpy(np.asarray(target))
+    paths = {name: extend_paths(decode(logits, tax), tax).numpy() for name, decode in DECODERS.items()}
+    return Outcome(
+        target=np.asarray(target),
+        paths=paths,
+        hca=_each(lambda z, y: hca(z, y, tax), logits, truth),
+        mta=_each(lambda z, y: mta(z, y, tax, cuts), logits, truth),
+        confidence=logits[:, tax.leaf].softmax(-1).amax(-1).double().numpy(),
+    )
+
+
+def _each(score: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> np.ndarray:
+    return np.array([float(score(logits[i : i + 1], target[i : i + 1])) for i in range(len(target))])
+
+
+def per_picture(result: Outcome, tax: Taxonomy, decoder: str) -> dict[str, Pair]:
+    """Numerator and denominator of every score for each picture, float64 (n,) each."""
+    predicted = torch.from_numpy(result.paths[decoder])
+    truth = extend_paths(tax.paths[torch.from_numpy(result.target)], tax)
+    leaf = predicted[:, -1] == truth[:, -1]
+    distance = torch.where(leaf, 0, lca_height(predicted[:, -1], truth[:, -1], tax)).double().numpy()
+    inconsistent = np.array([float(tice(row[None], tax)) for row in predicted])
+    one = np.ones(len(predicted))
+    scores = {
+        "leaf": (leaf.double().numpy(), one),
+        "fpa": ((predicted == truth).all(-1).double().numpy(), one),
+        "tice": (inconsistent, one),
+        "severity": (distance, (~leaf).double().numpy()),
+        "ahd": (distance, one),
+        "hca": (result.hca, one),
+        "mta": (result.mta, one),
+    }
+    for level in range(tax.num_levels):
+        scores[f"level_{level + 1}"] = ((predicted[:, level] == truth[:, level]).double().numpy(), one)
+    return scores
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_json(self) -> list[float]:
+        """[value, low, high], rounded to six digits."""
+        return [round(x, 6) for x in (self.value, self.low, self.high)]
+
+
+def resamples(num_pictures: int, num: int = 2000, seed: int = 0) -> np.ndarray:
+    """How often each picture is drawn in each bootstrap resample, (num, num_pictures)."""
+    generator = np.random.default_rng([seed, num_pictures])
+    return generator.multinomial(num_pictures, np.full(num_pictures, 1 / num_pictures), size=num).astype(np.float64)
+
+
+def bootstrap(scores: Mapping[str, Pair], counts: np.ndarray) -> dict[str, Interval]:
+    """Percentile intervals of all scores over the same resamples."""
+    return {name: _interval(_value(pair), _drawn(pair, counts)) for name, pair in scores.items()}
+
+
+def paired_difference(ours: Sequence[Pair], other: Sequence[Pair], counts: np.ndarray) -> Interval:
+    """Mean over seeds of the difference of one score, and its interval over pictures.
+
+    Pictures are paired across rows and seeds: every resample draws the same pictures for all of them.
+
+    Args:
+        ours: one pair of per-picture sums for each seed.
+        other: the same for the row to compare with.
+        counts: see `resamples`.
+    """
+    value = np.mean([_value(a) - _value(b) for a, b in zip(ours, other, strict=True)])
+    return _interval(
+        value, np.mean([_drawn(a, counts) - _drawn(b, counts) for a, b in zip(ours, other, strict=True)], axis=0)
+    )
+
+
+def mean_over_seeds(pairs: Sequence[Pair], counts: np.ndarray) -> Interval:
+    """Mean over seeds of one score, and its interval over pictures."""
+    return _interval(np.mean([_value(p) for p in pairs]), np.mean([_drawn(p, counts) for p in pairs], axis=0))
+
+
+def _value(pair: Pair) -> float:
+    total = pair[1].sum()
+    return float(pair[0].sum() / total) if total else float("nan")
+
+
+def _drawn(pair: Pair, counts: np.ndarray) -> np.ndarray:
+    bottom = counts @ pair[1]
+    return np.divide(counts @ pair[0], bottom, out=np.full(len(counts), np.nan), where=bottom > 0)
+
+
+def _interval(value: float, drawn: np.ndarray) -> Interval:
+    known = drawn[np.isfinite(drawn)]
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (float("nan"), float("nan"))
+    return Interval(float(value), float(low), float(high))

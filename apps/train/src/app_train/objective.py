@@ -1,0 +1,49 @@
+"""The losses of a run on the logits of all nodes, by name, and the module that distributed training wraps."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from app_train.config import LossConfig
+from hier_lora import HierLoraCLIP
+from hier_losses import Taxonomy
+from hier_losses.functional import hisce, level_cross_entropy, parent_child_consistency, tp_kl
+
+
+def loss_parts(logits: Tensor, target: Tensor, tax: Taxonomy, config: LossConfig) -> dict[str, Tensor]:
+    """The weighted parts of the loss that are switched on; their sum is the loss.
+
+    Args:
+        logits: scores of all nodes, (B, N).
+        target: node ids of the leaves, (B,).
+        tax: the taxonomy, on the same device.
+        config: the weights.
+    """
+    parts = {}
+    if config.leaf:
+        parts["leaf"] = config.leaf * F.cross_entropy(logits[:, tax.leaf], tax.leaf_index[target])
+    if config.level:
+        parts["level"] = config.level * level_cross_entropy(logits, target, tax)
+    if config.tp_kl:
+        parts["tp_kl"] = config.tp_kl * tp_kl(logits, target, tax)
+    if config.hisce:
+        parts["hisce"] = config.hisce * hisce(logits, target, tax, eps=config.eps)
+    if config.consistency:
+        parts["consistency"] = config.consistency * parent_child_consistency(logits, tax)
+    return parts
+
+
+class Objective(nn.Module):
+    """Model and loss in one `forward`, for pictures or for cached features of the frozen tower."""
+
+    def __init__(self, model: HierLoraCLIP, config: LossConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(self, inputs: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Loss parts for pictures (B, 3, H, W) or for features (B, d)."""
+        if inputs.ndim == 2:
+            logits = self.model.score(F.normalize(self.model.dual_encoder.project(inputs), dim=-1))
+        else:
+            logits = self.model(inputs)
+        return loss_parts(logits, target, self.model.tax.to(logits.device), self.config)

@@ -1,0 +1,1 @@
+"""Recipes: small functions that turn settings into a run."""

@@ -1,0 +1,169 @@
+"""What every recipe does for one row: build the model, train it, save the adapter, score the test pictures."""
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from app_data.pictures import PictureSet
+from app_eval.embed import node_logits, prepare, run_batches
+from app_eval.results import save_row
+from app_eval.scores import outcome
+from app_train.checkpoint import remove_checkpoints
+from app_train.config import FitConfig, LossConfig
+from app_train.errors import Interrupted, RunError
+from app_train.interrupt import StopFlag
+from app_train.loop import fit
+from hier_lora import HierLoraCLIP, PromptSet, load_dual_encoder, lora_config
+from hier_losses import Taxonomy
+from hier_losses.treecuts import TreeCuts, count_cuts, cut_at, sample_cuts
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all rows of a run share.
+
+    Attributes:
+        base: the pretrained model; every row works on a copy.
+        train, test: the pictures; the test pictures are used for the final scores only.
+        features: frozen-tower features of the training pictures, (n, d); None if the base has no separate head.
+        cuts: the tree cuts of MTA.
+        template: the prompt, with `{}` for the node's text.
+        stop: the signal flag.
+        accelerator: device, precision, processes.
+        tensorboard: also write TensorBoard events.
+    """
+
+    base: nn.Module
+    train: PictureSet
+    test: PictureSet
+    features: Tensor | None
+    cuts: TreeCuts
+    template: str
+    stop: StopFlag
+    accelerator: Accelerator
+    tensorboard: bool = False
+
+    def with_features(self, features: Tensor | None) -> "Bench":
+        """The same bench with the frozen features filled in."""
+        return replace(self, features=features)
+
+    def check(self) -> None:
+        """Leave if a signal has come: nothing is lost outside training."""
+        if self.stop.exit_status is not None:
+            raise Interrupted(self.stop.exit_status)
+
+
+def cuts_for(tax: Taxonomy) -> TreeCuts:
+    """25 tree cuts at five rates (ProTeCt: Wu et al., 2024), or all cuts of a tree that has no more than that."""
+    num = count_cuts(tax)
+    return sample_cuts(tax) if num > 25 else TreeCuts(tax, [cut_at(tax, index) for index in range(num)])
+
+
+def build_model(bench: Bench, config: FitConfig | None, seed: int) -> HierLoraCLIP:
+    """The zero-shot model, with LoRA layers if `config` is given; the centre of the pictures is that of the training pictures."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = copy.deepcopy(bench.base).cpu()
+        if bench.features is not None:
+            base.center_images(bench.features)
+        lora = None
+        if config is not None:
+            lora = lora_config(base, towers=config.towers, r=config.rank, lora_alpha=config.lora_alpha)
+        prompts = PromptSet(bench.train.taxonomy, templates=(bench.template,), names=bench.train.node_text or None)
+        text = "cached" if config is None or config.towers == "vision" else "live"
+        model = HierLoraCLIP(
+            base,
+            bench.train.taxonomy,
+            lora,
+            text,
+            prompts=prompts,
+            train_logit_scale=config is not None,
+            center_text=bench.features is not None,
+        )
+    return model.to(bench.accelerator.device, memory_format=torch.channels_last)
+
+
+def load_base(locator: str) -> nn.Module:
+    """The pretrained model behind a locator.
+
+    Raises:
+        RunError: if the locator is unknown.
+    """
+    try:
+        return load_dual_encoder(locator)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
+def has_head(base: nn.Module) -> bool:
+    """Whether the model has an image head apart from its tower, which the first stage can train on cached features."""
+    return all(hasattr(base, name) for name in ("vision", "project", "center_images"))
+
+
+def frozen_features(bench: Bench, data: PictureSet, label: str) -> Tensor | None:
+    """Features of the frozen picture tower, before the projection, (n, d); None for a model without a separate head."""
+    if not has_head(bench.base):
+        return None
+    device = bench.accelerator.device
+    base = bench.base.to(device, memory_format=torch.channels_last).eval()
+    return run_batches(data, lambda x: base.vision(prepare(base, x).to(device)), label, bench.check)
+
+
+def train_row(
+    bench: Bench, name: str, loss: LossConfig, config: FitConfig, folder: Path, seed: int, facts: dict
+) -> dict:
+    """Train, save and score one row; a finished row is read back instead.
+
+    Returns:
+        The content of its `result.json`.
+    """
+    known = finished(folder, facts)
+    if known is not None:
+        return known
+    if bench.features is None:
+        config = config.model_copy(update={"head": config.head.model_copy(update={"epochs": 0})})
+    model = build_model(bench, config, seed)
+    fit(
+        model, bench.train, bench.features, loss, config, folder,
+        seed=seed, stop=bench.stop, accelerator=bench.accelerator, label=f"{name}, seed {seed}", tensorboard=bench.tensorboard,
+    )  # fmt: skip
+    result = {}
+    if bench.accelerator.is_main_process:
+        model.save_pretrained(folder / "adapter")
+        result = score_row(bench, model, folder, seed=seed, facts=facts)
+        remove_checkpoints(folder)
+    bench.accelerator.wait_for_everyone()
+    return result
+
+
+def score_row(bench: Bench, model: HierLoraCLIP, folder: Path, *, seed: int, facts: dict) -> dict:
+    """Score a model on the test pictures and store the result."""
+    logits = node_logits(model, bench.test, "scoring the test pictures", bench.check)
+    found = outcome(logits, bench.test.targets, bench.test.taxonomy, bench.cuts)
+    return save_row(folder, found, bench.test.taxonomy, bench.cuts, seed=seed, **facts)
+
+
+def finished(folder: Path, facts: dict) -> dict | None:
+    """The stored result of a finished row; None if it is not finished.
+
+    Raises:
+        RunError: if the file is damaged or belongs to other settings.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is damaged; delete it to score this row again") from error
+    different = sorted(k for k, v in facts.items() if result.get(k) != v)
+    if different:
+        raise RunError(
+            f"{path} belongs to another run ({', '.join(different)} differ); choose another folder with --out"
+        )
+    return result

