@@ -119,13 +119,16 @@ def bench(session: nox.Session) -> None:
     _install(session, "assets", "test", "peers")
     names = [arg for arg in session.posargs if arg in PACKAGES] or PACKAGES
     rest = [arg for arg in session.posargs if arg not in PACKAGES]
-    out = ROOT / "docs" / "benchmarks"
-    out.mkdir(parents=True, exist_ok=True)
+    out = Path("docs/benchmarks")
     for name in names:
-        for script in sorted((ROOT / "packages" / name / "benchmarks").glob("bench_*.py")):
-            session.run(
-                "python", str(script), "--json", str(out / f"{name}-{script.stem.removeprefix('bench_')}.json"), *rest
-            )
+        for script in sorted(Path("packages", name, "benchmarks").glob("bench_*.py")):
+            result = out / f"{name}-{script.stem.removeprefix('bench_')}.json"
+            session.run("python", str(script), "--json", str(result), *rest)
+    accuracy = ["--json", str(out / "hyper-geom-accuracy.json"), "--write", "packages/hyper-geom/README.md"]
+    if "hyper-geom" in names:
+        plot = ["--plot", "docs/hyper-geom/accuracy.png"]
+        session.run("python", "packages/hyper-geom/benchmarks/accuracy.py", *accuracy, *plot, *rest)
+    session.run("python", "docs/benchmarks/make_index.py")
 
 
 @nox.session

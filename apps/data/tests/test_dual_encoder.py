@@ -100,7 +100,7 @@ def test_preprocess_bad_input(picture, error, message):
 
 
 def test_minilm_known_similarities(text):
-    """Values of the sentence-transformers model card's example sentences, from an independent forward pass."""
+    """Values of the sentence-transformers model card's example sentences, recorded: they guard against regressions."""
     with torch.inference_mode():
         e = text(["A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby."])
     assert e.shape == (3, 384)

@@ -183,6 +183,7 @@ def test_bad_files_are_named(zoo, load):
     assert "not a picture" in skipped["animal/cat/notes.txt"]
     assert "damaged or truncated" in skipped["animal/dog/cut.png"]
     assert sum(map(len, parts.values())) == 30
+    assert all(file == f"{'/'.join(label)}/{file.rsplit('/', 1)[1]}" for file, label in by_file(parts).items())
     with pytest.raises(TooManyBadFiles, match=r"more than 2 of 33 files.*(notes.txt|cut.png|empty.jpg).*budget"):
         load(zoo, max_bad_files=2, cache_dir=zoo.with_name("other"))
 

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,8 @@ def test_select_keeps_everything_aligned():
     masked = data.select(np.array([False, True, True]))
     assert masked.files == ("1", "0")
     assert masked.select([1]).files == ("0",)
+    assert data.select([1]).targets.tolist() == [2]
+    assert data.select([1]).styles == ("y",)
     assert len(data.select([])) == 0
 
 
@@ -124,8 +128,11 @@ def test_decompression_bomb(tmp_path, monkeypatch, make_picture, limit):
     """Pillow itself only warns between one and two times its limit."""
     path = make_picture(tmp_path / "a.png", shape=(10, 10))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(UnreadablePicture, match="pixels"):
-        load_picture(path, 8)
+    for action in ("error", "ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter(action)
+            with pytest.raises(UnreadablePicture, match="pixels"):
+                load_picture(path, 8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     load_picture(path, 8)
 

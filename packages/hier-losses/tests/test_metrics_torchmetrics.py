@@ -188,7 +188,9 @@ def test_metrics_that_agree_at_first_stay_apart(t11):
 
 
 def test_two_taxonomies_stay_apart(t11):
-    rewired = Taxonomy(t11.names, [*t11.parent.tolist()[:10], 3])
+    # b1 below a: the same names in the same order, only the parents differ.
+    rewired = Taxonomy(t11.names, [0 if v == 6 else up for v, up in enumerate(t11.parent.tolist())])
+    assert rewired.names == t11.names
     metrics = MetricCollection({"here": M.MistakeSeverity(t11), "there": M.MistakeSeverity(rewired)})
     assert len(MetricCollection({"here": M.HCA(t11), "there": M.HCA(rewired)})) == 2
     metrics.update(paths_of(torch.tensor([2]), t11), torch.tensor([2]))
@@ -311,6 +313,8 @@ def test_cuda_agrees(t11):
         value = copy.deepcopy(metric).to("cuda")
         value.reset()
         torch.testing.assert_close(value(logits.cuda(), labels.cuda()), expected, check_device=False)
+    there = M.WeightedAveragePrecision(t11.to("cuda"))
+    assert all(getattr(there, name).device.type == "cpu" for name in there._defaults)
 
 
 if __name__ == "__main__":

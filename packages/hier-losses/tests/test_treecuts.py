@@ -239,8 +239,8 @@ def test_text_cuts_resolve_repeated_texts(t11, tmp_path):
 def test_text_cuts_that_do_not_fit(t11):
     nodes = [{"id": v, "name": t11.names[v], "parent": None if u < 0 else u} for v, u in enumerate(t11.parent.tolist())]
     source = {"nodes": nodes, "leaves": t11.leaf.tolist()}
-    # x and b11 share no node.
-    source["treecuts"] = [{"text": ["a", "b", "c"], "leaf_to_label": [2, 0, 0, 1, 0, 0, 1]}]
+    # As many leaves as a has, from its first on, but b11 instead of y.
+    source["treecuts"] = [{"text": ["a", "b", "c"], "leaf_to_label": [2, 0, 0, 0, 1, 0, 1]}]
     with pytest.raises(ValueError, match=r"treecuts\[0\]: no node with text 'a' holds exactly its 4 leaves"):
         TreeCuts.from_text_cuts(source, t11)
     source["treecuts"] = [{"text": ["a", "B", "c"], "leaf_to_label": [2, 0, 0, 0, 0, 1, 1]}]

@@ -172,13 +172,13 @@ def markdown(table: list[dict], digits: str) -> str:
 
 
 def write(path: str, text: str) -> None:
-    """Put the table between the markers of a file."""
+    """Put the table between the markers of a file; a missing second marker is added."""
     file = Path(path)
     before, found, rest = file.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, closed, after = rest.partition(MARKERS[1])
-    if not (found and closed):
-        raise SystemExit(f"{path} has no {MARKERS[0]} ... {MARKERS[1]}")
-    file.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
+    if not found:
+        raise SystemExit(f"{path} has no {MARKERS[0]}")
+    inside, closed, after = rest.partition(MARKERS[1])
+    file.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after if closed else inside}", encoding="utf-8")
 
 
 def plot(path: str, quick: bool) -> None:

@@ -114,6 +114,17 @@ def test_chunked_equals_eager_fp32(points, model, chunk_size):
     assert_agree(loss_and_gradients(x, y, backend="chunked", chunk_size=chunk_size, **options), reference)
 
 
+@pytest.mark.parametrize("inputs", ["points", "tangent0"])
+def test_positives_in_blocks_equal_eager(points, monkeypatch, inputs):
+    """Blocks of seven rows with a tail, and of one row where a vector alone is larger than a block."""
+    x, y = (v.float() for v in batch(points, 25, 25))
+    labels = torch.randperm(25, generator=points.generator)
+    reference = loss_and_gradients(x, y, backend="eager", labels=labels, inputs=inputs)
+    for size in (7 * 8, 1):
+        monkeypatch.setattr(_info_nce_chunked, "_BLOCK", size)
+        assert_agree(loss_and_gradients(x, y, backend="chunked", labels=labels, inputs=inputs), reference)
+
+
 def test_chunked_equals_eager_without_columns(points):
     x, y = (v.float() for v in batch(points, 50, 33))
     labels = torch.randint(33, (50,), generator=points.generator)

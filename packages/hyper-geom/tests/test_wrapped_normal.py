@@ -330,6 +330,7 @@ def test_expand(given, model):
     assert isinstance(wide, WrappedNormal)
     assert (wide.batch_shape, wide.event_shape, wide.model, wide.c) == ((4, 2), (3,), model, law.c)
     assert wide.loc.data_ptr() == law.loc.data_ptr()
+    assert wide.arg_constraints == law.arg_constraints
     value = wide.sample((5,))
     assert torch.equal(wide.log_prob(value), law.log_prob(value))
     assert wide.expand((6, 4, 2)).sample().shape == (6, 4, 2, 3)

@@ -38,7 +38,7 @@ def withhold_leaves(
         groups.setdefault(int(taxonomy.parent[node]), []).append(node)
     parents = sorted(groups)
     rank = {node: _rank(seed, "/".join(taxonomy.path_of(node))) for node in leaves}
-    quotas = {parent: min(int(fraction * len(groups[parent])), len(groups[parent]) - 1) for parent in parents}
+    quotas = {parent: int(fraction * len(groups[parent])) for parent in parents}
     # Remainders repeat a lot (groups are small), so the seed breaks the ties.
     by_remainder = sorted(
         (parent for parent in parents if quotas[parent] < len(groups[parent]) - 1),

@@ -42,12 +42,31 @@ def prepare(base: nn.Module, batch: Tensor) -> Tensor:
 
 
 def node_logits(
-    model: HierLoraCLIP, data: PictureSet, label: str = "scoring", check: Callable[[], None] = lambda: None
+    model: HierLoraCLIP,
+    data: PictureSet,
+    *,
+    centred: bool = False,
+    label: str = "scoring",
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Logits of all nodes for all pictures, (n, N)."""
+    """Logits of all nodes for all pictures, (n, N).
+
+    Args:
+        model: the model.
+        data: the pictures.
+        centred: subtract the mean embedding of these pictures first. A new artist shifts all pictures alike; the mean of
+            the set takes that shift out and uses no label, but it needs the whole set.
+        label: shown at the progress bar.
+        check: called after every batch; it may raise to stop.
+    """
     model.eval()
-    device = model.dual_encoder.logit_scale.device
-    return run_batches(data, lambda x: model(prepare(model.dual_encoder, x).to(device)), label, check)
+    base = model.dual_encoder
+    device = base.logit_scale.device
+    embedded = run_batches(data, lambda x: base.encode_image(prepare(base, x).to(device)), label, check)
+    if centred:
+        embedded = embedded - embedded.mean(0)
+    with torch.inference_mode():
+        return model.score(F.normalize(embedded, dim=-1).to(device)).cpu()
 
 
 def neighbour_logits(train: Tensor, train_targets: Tensor, test: Tensor, tax: Taxonomy) -> Tensor:

@@ -90,7 +90,8 @@ def render(result: dict, settings: dict, outcomes: Mapping[str, list[Outcome]]) 
         "This page is generated from stored results; no number on it was typed by hand:",
         f"```\nnox -s train -- --seeds {num}\npython apps/eval page runs/emoji docs/results/first-light.md\n```",
         f"EfficientNet-Lite0 and MiniLM with a closed-form projection, LoRA of rank {config['fit']['rank']} on the pointwise "
-        f"convolutions, trained on {', '.join(config['artists'])}, tested on {result['n']} pictures by Twemoji. Seeds: {num} "
+        f"convolutions, trained on {', '.join(config['artists'])}, tested on {result['n']} pictures by Twemoji, which are "
+        "centred on their own mean before scoring (this uses the whole unlabelled test set, and no label). Seeds: {num} "
         "(LoRA initialisation, data order, dropout). Values are means over seeds; intervals are 95 % percentile bootstraps over the "
         "test pictures, the same resamples for all rows and seeds. Learning rates were chosen on withheld leaves of the training "
         f"artists, three trials for every row: {_rates(config)}.",

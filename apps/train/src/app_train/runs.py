@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +38,7 @@ class Bench:
         stop: the signal flag.
         accelerator: device, precision, processes.
         tensorboard: also write TensorBoard events.
+        centred: centre the test pictures on their own mean when scoring (see `app_eval.embed.node_logits`).
     """
 
     base: nn.Module
@@ -47,6 +50,7 @@ class Bench:
     stop: StopFlag
     accelerator: Accelerator
     tensorboard: bool = False
+    centred: bool = False
 
     def with_features(self, features: Tensor | None) -> "Bench":
         """The same bench with the frozen features filled in."""
@@ -125,6 +129,20 @@ def train_row(
     known = finished(folder, facts)
     if known is not None:
         return known
+    if (folder / "adapter").exists():  # killed while scoring: the trained model is there, whole
+        model = HierLoraCLIP.from_pretrained(folder / "adapter", copy.deepcopy(bench.base).cpu())
+        model.to(bench.accelerator.device, memory_format=torch.channels_last)
+    else:
+        model = _train(bench, name, loss, config, folder, seed)
+    result = {}
+    if bench.accelerator.is_main_process:
+        result = score_row(bench, model, folder, seed=seed, facts=facts)
+        remove_checkpoints(folder)
+    bench.accelerator.wait_for_everyone()
+    return result
+
+
+def _train(bench: Bench, name: str, loss: LossConfig, config: FitConfig, folder: Path, seed: int) -> HierLoraCLIP:
     if bench.features is None:
         config = config.model_copy(update={"head": config.head.model_copy(update={"epochs": 0})})
     model = build_model(bench, config, seed)
@@ -132,18 +150,18 @@ def train_row(
         model, bench.train, bench.features, loss, config, folder,
         seed=seed, stop=bench.stop, accelerator=bench.accelerator, label=f"{name}, seed {seed}", tensorboard=bench.tensorboard,
     )  # fmt: skip
-    result = {}
     if bench.accelerator.is_main_process:
-        model.save_pretrained(folder / "adapter")
-        result = score_row(bench, model, folder, seed=seed, facts=facts)
-        remove_checkpoints(folder)
+        unfinished = folder / "adapter.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished)
+        os.replace(unfinished, folder / "adapter")
     bench.accelerator.wait_for_everyone()
-    return result
+    return model
 
 
 def score_row(bench: Bench, model: HierLoraCLIP, folder: Path, *, seed: int, facts: dict) -> dict:
     """Score a model on the test pictures and store the result."""
-    logits = node_logits(model, bench.test, "scoring the test pictures", bench.check)
+    logits = node_logits(model, bench.test, centred=bench.centred, label="scoring the test pictures", check=bench.check)
     found = outcome(logits, bench.test.targets, bench.test.taxonomy, bench.cuts)
     return save_row(folder, found, bench.test.taxonomy, bench.cuts, seed=seed, **facts)
 

@@ -285,4 +285,4 @@ def threshold(
     marginals = marginals / marginals[:, : tax.level_sizes[0]].sum(1, keepdim=True)
     paths = _descend(marginals, tax)
     reached = marginals.gather(1, paths.clamp(min=0)) >= tau
-    return torch.where(reached & (paths >= 0), paths, -1)
+    return torch.where(reached, paths, -1)

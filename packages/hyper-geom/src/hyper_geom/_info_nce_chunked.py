@@ -21,8 +21,8 @@ from hyper_geom._pairwise import (
 from hyper_geom._polar import Polar
 
 SLAB_BYTES = 64 * 2**20
-# Rows of vectors at a time where an elementwise step would hold several copies of a whole side.
-_NUM_VECTORS = 1024
+# Elements at a time (4 MB) where an elementwise step would hold several copies of a whole side.
+_BLOCK = 2**20
 # The backward of a slab holds six buffers of its size.
 _NUM_BUFFERS = 6
 
@@ -98,10 +98,15 @@ class _ChunkedLSE(torch.autograd.Function):
         return grad_x, grad_r, *none, grad_y, grad_s, *none, grad_scale.to(scale.dtype), None, *none
 
 
+def _block_rows(x: Tensor) -> int:
+    return max(1, _BLOCK // x.shape[1])
+
+
 def project_rows(x: Polar, grad: Tensor) -> None:
     """`tangential` in place, a block of rows at a time."""
-    for start in range(0, len(grad), _NUM_VECTORS):
-        rows = slice(start, min(start + _NUM_VECTORS, len(grad)))
+    size = _block_rows(grad)
+    for start in range(0, len(grad), size):
+        rows = slice(start, min(start + size, len(grad)))
         grad[rows] = tangential(x.rows(rows.start, rows.stop), grad[rows])
 
 
@@ -121,7 +126,7 @@ class _PositiveDist(torch.autograd.Function):
     ) -> Tensor:
         ctx.dist = dist
         ctx.save_for_backward(x, y, c, labels)
-        blocks = zip(x.split(_NUM_VECTORS), labels.split(_NUM_VECTORS), strict=True)
+        blocks = zip(x.split(_block_rows(x)), labels.split(_block_rows(x)), strict=True)
         return torch.cat([dist(block, y[targets], c) for block, targets in blocks])
 
     @staticmethod
@@ -129,8 +134,8 @@ class _PositiveDist(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, c, labels = ctx.saved_tensors
         grad_x, grad_y, grad_c = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(c)
-        for start in range(0, len(x), _NUM_VECTORS):
-            rows = slice(start, start + _NUM_VECTORS)
+        for start in range(0, len(x), _block_rows(x)):
+            rows = slice(start, start + _block_rows(x))
             with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
                 leaves = [v.detach().requires_grad_() for v in (x[rows], y[labels[rows]], c)]
                 part = torch.autograd.grad(ctx.dist(*leaves), leaves, grad[rows])

@@ -8,9 +8,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hyper_geom import _numerics as nm
+from hyper_geom._once import once_differentiable
 
 
 def _log_sinh(x: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def safe_div(x: Tensor, y: Tensor) -> Tensor:
-    """X / y, and 0 with derivative 0 where y is 0."""
+    """Quotient x / y, and 0 with derivative 0 where y is 0."""
     zero = y == 0
     return torch.where(zero, 0.0, x / torch.where(zero, 1.0, y))
 

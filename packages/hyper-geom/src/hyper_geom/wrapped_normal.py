@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
 
-from hyper_geom import convert, lorentz, poincare
+from hyper_geom import convert, lorentz
 from hyper_geom._numerics import check_choice, check_positive, compute_dtype, curvature_tensor, sq_norm
 
 
@@ -180,7 +180,7 @@ class WrappedNormal(Distribution):
         points = lorentz.exp_map(loc, lorentz.parallel_transport0(loc, tangent, c=self.c), c=self.c)
         if self.model == "lorentz":
             return points
-        return poincare.project(convert.lorentz_to_poincare(points, c=self.c), c=self.c)
+        return convert.lorentz_to_poincare(points, c=self.c)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density with respect to the Riemannian volume.

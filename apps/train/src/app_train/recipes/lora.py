@@ -75,6 +75,10 @@ def run(config: LoraConfig) -> dict:
             cache_dir=config.data.cache_dir,
             max_bad_fraction=config.data.max_bad_fraction,
         )
+        if "train" not in parts:
+            raise RunError(
+                f"{config.data.images} has no train/ folder beside {', '.join(f'{p}/' for p in parts)}: add one"
+            )
         train, test = parts["train"], parts.get("test", parts.get("val"))
         if test is None or len(test) == 0:
             raise RunError(f"{config.data.images} leaves no picture to test on: add pictures or a test/ folder")

@@ -25,7 +25,8 @@ def finite(peak: Tensor) -> Tensor:
 
 def log_above(peak: Tensor, total: Tensor) -> Tensor:
     """Return peak + log(total) for a total scaled by the peak, which is at least 1, or 0 if there is nothing to sum."""
-    return total.clamp(min=1).log() + peak
+    # The bound lies between the two, because the gradient of a clamp at its bound is not the full one.
+    return total.clamp(min=0.5).log() + peak
 
 
 def segment_max(values: Tensor, index: Int[Tensor, " rows"], initial: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class HierarchicalMetric(Metric):
         tag = "_".join([type(self).__name__, *map(str, settings), fingerprint(self.tax)])
         for name, zero in zeros.items():
             self._names[name] = re.sub(r"\W", "_", f"{name}_{tag}")
-            self.add_state(self._names[name], zero, dist_reduce_fx="sum")
+            # A metric starts on the CPU, wherever its taxonomy is; `.to(device)` moves the states.
+            self.add_state(self._names[name], zero.cpu(), dist_reduce_fx="sum")
 
     def add(self, sums: dict[str, Tensor]) -> None:
         """Add the sums of a batch to the states."""

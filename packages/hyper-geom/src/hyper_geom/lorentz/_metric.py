@@ -14,7 +14,7 @@ from hyper_geom._log_space import tangent0_half_angle_sq
 
 
 def chord_sq(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
-    """Q = c <x-y, x-y>_L = 2 cosh(k d) - 2, from points that already share dtype and device.
+    """Squared chord q = c <x-y, x-y>_L = 2 cosh(k d) - 2, from points that already share dtype and device.
 
     With delta = k(x-y), s = k(x+y), a = delta.s/s.s and R = a^2 s.s, q is a sum of non-negative terms:
     |delta - a s|^2 s0^2/E + 4R/E with s0 = k(x_t+y_t), E = s0^2 - R. Subtracting delta.s/s0 squared from |delta|^2,
@@ -22,20 +22,20 @@ def chord_sq(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
     """
     # Subtract first, scale by k afterwards: the difference of close points is exact, their scaled values are not.
     delta, total = x - y, x + y
-    X, Y, P = c * nm.sq_norm(x), c * nm.sq_norm(y), c * nm.dot(x, y)
+    X, Y, product = c * nm.sq_norm(x), c * nm.sq_norm(y), c * nm.dot(x, y)
     x0, y0 = (1 + X).sqrt(), (1 + Y).sqrt()
     # Not 0: the gradient divides by s.s, whose reciprocal must not overflow. Vectors of norm 1e-18 (fp32) do without.
-    smallest = 100 * torch.finfo(P.dtype).tiny
-    acute = P > smallest
+    smallest = 100 * torch.finfo(product.dtype).tiny
+    acute = product > smallest
     s_sq = torch.where(acute, c * nm.sq_norm(total), 1.0)
     a = torch.where(acute, c * nm.dot(delta, total) / s_sq, 0.0)
     radial = a * a * s_sq
     cross = c * nm.sq_norm(delta - a.unsqueeze(-1) * total)
     s0 = x0 + y0
     # Both branches must stay finite, or the one not taken puts NaN into the gradient from k*dist0 = 30 on.
-    E = torch.where(acute, 2 + 2 * x0 * y0 + 4 * (X / s_sq) * Y + 2 * P * ((X + Y) / s_sq), s0 * s0)
+    E = torch.where(acute, 2 + 2 * x0 * y0 + 4 * (X / s_sq) * Y + 2 * product * ((X + Y) / s_sq), s0 * s0)
     w = 1 + x0 * y0
-    obtuse_sq = (2 * ((X + Y) / w + X * (Y / w) - P)).clamp(min=0)
+    obtuse_sq = (2 * ((X + Y) / w + X * (Y / w) - product)).clamp(min=0)
     return torch.where(acute, cross * (s0 * (s0 / E)) + 4 * radial / E, obtuse_sq)
 
 
