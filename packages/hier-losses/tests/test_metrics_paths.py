@@ -288,6 +288,21 @@ def test_the_root_as_prediction(t11):
     assert M.lca_metrics(pred, target, t11)["lca_recall"] == 0
 
 
+def test_a_repeated_internal_node_abstains(t11):
+    # a again on level 2, where it is no class: precision there is that of the other sample alone.
+    target = torch.tensor([7, 9])
+    for row in ([0, 0, -1], [0, -1, -1], [0, 0, 0]):
+        pred = torch.tensor([row, [1, 6, 9]])
+        # Level 1: a and b right. Levels 2 and 3: one class right, one never predicted.
+        expected = (3 * 1.0 + 4 * 0.5 + 4 * 0.5) / 11
+        assert M.weighted_average_precision(pred, target, t11).item() == pytest.approx(expected)
+    # Were a a class of level 2, its only prediction would be a false positive there for c as well.
+    pred = torch.tensor([[0, 0, -1], [2, 2, 2]])
+    value = M.weighted_average_precision(pred, torch.tensor([2, 2]), t11)
+    # Level 1: c right once of once, a wrong. Below: c alone.
+    assert value.item() == pytest.approx((3 * 0.5 + 4 * 1.0 + 4 * 1.0) / 11)
+
+
 def test_rows_with_holes_are_inconsistent(t11):
     rows = torch.tensor([[-1, 3, 7], [0, -1, 7], [-1, 0, 3], [0, 3, -1], [2, -1, -1], [2, -1, 2], [0, 0, -1]])
     broken = [M.tice(row[None], t11).item() for row in rows]
@@ -325,6 +340,8 @@ def test_bad_paths(t11):
             call(good[:, :2], target)
         with pytest.raises(ValueError, match=r"pred_paths must lie in \[-1, 11\), row 1 does not"):
             call(torch.tensor([[0, 3, 7], [1, 6, 11]]), target)
+        with pytest.raises(ValueError, match=r"pred_paths must lie in \[-1, 11\), row 0 does not"):
+            call(torch.tensor([[0, 3, -2], [1, 6, 9]]), target)
         with pytest.raises(ValueError, match="row 0 has a node above its level"):
             call(torch.tensor([[3, 3, 7], [1, 6, 9]]), target)
         with pytest.raises(ValueError, match=r"target must lie in \[0, 11\), got 11 at row 1"):

@@ -119,6 +119,10 @@ def test_majority_baseline(t11, close):
     close(M.mta_majority_baseline(test, cuts, train), 2 / 7)
     # The best constant answers: a (3 of 4), then any of the three members (1 of 3).
     close(M.mta_majority_baseline(test, cuts), 4 / 7)
+    # Labels above a cut have no say in it: on cut two a1 wins (2 of 3), not b, its first member.
+    above = torch.tensor([0, 0, 0, 7, 8, 9])
+    close(M.mta_majority_baseline(torch.tensor([7, 9]), TreeCuts(t11, [[1, 2, 3, 4, 5]]), above), 1 / 2)
+    close(M.mta_majority_baseline(torch.tensor([9, 10]), TreeCuts(t11, [[1, 2, 3, 4, 5]]), above), 0.0)
     constant = torch.zeros(4, 11)
     constant[:, 1] = 1
     close(M.mta(constant, test, t11, cuts), 2 / 7)
@@ -159,6 +163,10 @@ def test_one_class_nodes_are_skipped(t11):
     assert value.isnan().tolist() == [v not in (0, 3) for v in range(11)]
     assert value[[0, 3]].tolist() == [0.0, 0.0]
     assert M.node_auroc(logits, labels, t11) == 0
+    for num_bins in (None, 64):
+        metric = M.NodeAUROC(t11, num_bins=num_bins)
+        metric.update(logits / 16, labels)
+        assert metric.compute() == 0
 
 
 def test_binned_auroc(case, close):

@@ -44,12 +44,23 @@ def run(x, y, c, labels, device, dtype, **options):
 
 
 def errors(
-    device, num, num_targets, dim, dtype=torch.float32, model="lorentz", inputs="points", chunk_size=None, c=0.7
+    device,
+    num,
+    num_targets,
+    dim,
+    dtype=torch.float32,
+    model="lorentz",
+    inputs="points",
+    chunk_size=None,
+    c=0.7,
+    programs=512,
 ):
     x, y = inputs_of(inputs, model, num, num_targets, dim, c)
     generator = torch.Generator().manual_seed(1)
     labels = torch.randperm(max(num, num_targets), generator=generator)[:num].to(device) % num_targets
     options = {"model": model, "inputs": inputs, "symmetric": num == num_targets}
+    # With 512 programs wanted every tile gets its own; with 1 a program runs over all tiles of its rows.
+    _info_nce_triton._NUM_PROGRAMS = programs
     fused = run(x, y, c, labels, device, dtype, backend="triton", chunk_size=chunk_size, **options)
     wide = (v.to(dtype).to(torch.float64) for v in (x, y))
     exact = run(*wide, c, labels, device, torch.float64, backend="eager", **options)
@@ -126,9 +137,9 @@ def main(path, device):
         # One tile, several tiles with a tail on every side, d below and above one depth step, n != m, slabs with a tail.
         errors(device, 16, 16, 4),
         errors(device, 150, 150, 40),
-        errors(device, 150, 150, 40, chunk_size=37),
+        errors(device, 150, 150, 40, chunk_size=37, programs=1),
         errors(device, 130, 70, 33),
-        errors(device, 70, 130, 33, chunk_size=64),
+        errors(device, 70, 200, 33, chunk_size=64, programs=4),
         errors(device, 1, 5, 3),
         errors(device, 90, 90, 16, model="poincare"),
         errors(device, 90, 90, 16, inputs="tangent0"),

@@ -317,6 +317,17 @@ def test_starts_off_the_ball_return(c, dtype):
     assert (manifold.dist(x, target) < 0.8 * far).all()
 
 
+@pytest.mark.parametrize("manifold_class", MANIFOLDS)
+def test_a_step_from_too_far_out_starts_at_the_edge(manifold_class):
+    manifold = manifold_class(1.0)
+    far = manifold.projx(torch.tensor([[3e9, 4e9]]))
+    reach = -math.log(torch.finfo(torch.float32).eps) - 4
+    assert manifold.dist0(far).item() == pytest.approx(reach, rel=0.01)
+    inward = -3 * far / manifold.norm(far, far, keepdim=True)
+    end = manifold.retr(torch.tensor([[3e9, 4e9]]), inward)
+    assert manifold.dist0(end).item() == pytest.approx(reach - 3, rel=0.02)
+
+
 @pytest.mark.parametrize(("c", "lr"), [(0.25, 1e30), (4.0, 1e3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("manifold_class", MANIFOLDS)

@@ -47,8 +47,7 @@ def _haversine(dot, x_side, y_side, rows, cols, num_rows, num_cols):
     """The product part of h, sinh((r-s)/2), and h."""
     product = dot * (-0.5 * _side(x_side, rows, num_rows, 0))[:, None] * _side(y_side, cols, num_cols, 0)[None, :]
     product += (0.5 * _side(x_side, rows, num_rows, 1))[:, None] * _side(y_side, cols, num_cols, 1)[None, :]
-    # where, not maximum: a NaN must stay.
-    product = tl.where(product < 0.0, 0.0, product)
+    product = tl.maximum(product, 0.0)
     half = _side(x_side, rows, num_rows, 2)[:, None] - _side(y_side, cols, num_cols, 2)[None, :]
     half *= _side(x_side, rows, num_rows, 3)[:, None] + _side(y_side, cols, num_cols, 3)[None, :]
     return product, half, half * half + product

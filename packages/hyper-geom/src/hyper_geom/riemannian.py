@@ -118,7 +118,7 @@ class _Hyperbolic(Manifold):
 
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         """Riemannian gradient of a Euclidean one; neither input is changed (geoopt's own Lorentz overwrites u)."""
-        return self._model.egrad2rgrad(self.projx(x), u, c=self.c)
+        return self._model.egrad2rgrad(x, u, c=self.c)
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Return u: in these coordinates every vector (*b d) is tangent."""
