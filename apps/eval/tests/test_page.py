@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
 from app_data.errors import DataError
 from app_eval.page import ROWS, write_first_light
 from app_eval.results import save_row, write_json
