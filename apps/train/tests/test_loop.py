@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from app_train.checkpoint import Checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
-from app_train.config import FitConfig, LossConfig, StageConfig, claim_folder, config_hash
+from app_train.config import FitConfig, HeadStageConfig, LossConfig, StageConfig, claim_folder, config_hash
 from app_train.errors import RunError
 from app_train.loop import num_steps, schedule
 from app_train.objective import loss_parts
@@ -19,7 +19,7 @@ from hier_losses import Taxonomy
 from hier_losses.functional import hisce, level_cross_entropy, parent_child_consistency, tp_kl
 
 CONFIG = FitConfig(
-    head=StageConfig(epochs=3, lr=1e-2, batch_size=4), lora=StageConfig(epochs=2, lr=1e-3, batch_size=3, warmup=0.5)
+    head=HeadStageConfig(epochs=3, lr=1e-2, batch_size=4), lora=StageConfig(epochs=2, lr=1e-3, batch_size=3, warmup=0.5)
 )
 
 

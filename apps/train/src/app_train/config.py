@@ -41,20 +41,28 @@ class LossConfig(Frozen):
 class StageConfig(Frozen):
     """One stage of training: a constant batch size, AdamW, a cosine from `lr` to 0 after a linear warm-up."""
 
-    epochs: int = Field(ge=0)
-    lr: float = Field(gt=0)
+    epochs: int = Field(2, ge=0)
+    lr: float = Field(2e-3, gt=0)
     batch_size: int = Field(64, ge=1)
     weight_decay: float = Field(0.0, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the stage's steps."""
 
 
+class HeadStageConfig(StageConfig):
+    """The first stage: the head alone is cheap, so it trains long."""
+
+    epochs: int = Field(60, ge=0)
+    lr: float = Field(4e-3, gt=0)
+    batch_size: int = Field(128, ge=1)
+
+
 class FitConfig(Frozen):
     """Head first, then LoRA (linear probing, then fine-tuning: Kumar et al., 2022)."""
 
-    head: StageConfig = StageConfig(epochs=60, lr=4e-3, batch_size=128)
+    head: HeadStageConfig = HeadStageConfig()
     """The projection alone, on frozen picture features that are computed once."""
-    lora: StageConfig = StageConfig(epochs=2, lr=2e-3)
+    lora: StageConfig = StageConfig()
     """The projection and the LoRA layers, on the pictures."""
     rank: int = Field(4, ge=1)
     lora_alpha: int = Field(8, ge=1)

@@ -65,9 +65,9 @@ def _lr(stage: StageConfig, done: int, total: int) -> float:
     return stage.lr * 0.5 * (1 + math.cos(math.pi * (done - warm) / max(1, total - warm)))
 
 
-def trainable(model: HierLoraCLIP, stage: str) -> dict[str, torch.nn.Parameter]:
+def trainable(everything: dict[str, torch.nn.Parameter], stage: str) -> dict[str, torch.nn.Parameter]:
     """The parameters that a stage trains, by name: LoRA layers join in the second stage."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and (stage == LORA or ".lora_" not in n)}
+    return {name: p for name, p in everything.items() if stage == LORA or ".lora_" not in name}
 
 
 def fit(
@@ -106,7 +106,8 @@ def fit(
     found = load_checkpoint(folder)
     position = 0 if found is None else found.position
     objective = Objective(model, loss).to(accelerator.device)
-    everything = trainable(model, LORA)
+    # Taken once: later on, the stages switch gradients off and on.
+    everything = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if found is not None:
         with torch.no_grad():
             for name, value in found.weights.items():
@@ -131,7 +132,7 @@ def fit(
             if step.number <= position:
                 continue
             if wrapped is None or step.first_of_stage:
-                chosen = trainable(model, step.stage)
+                chosen = trainable(everything, step.stage)
                 for name, parameter in everything.items():
                     parameter.requires_grad_(name in chosen)
                 stage = config.head if step.stage == HEAD else config.lora

@@ -62,6 +62,11 @@ class Bench:
             raise Interrupted(self.stop.exit_status)
 
 
+def make_accelerator(config: FitConfig) -> Accelerator:
+    """Device, precision and processes; without a GPU, several processes of `torchrun` talk through gloo."""
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision)
+
+
 def cuts_for(tax: Taxonomy) -> TreeCuts:
     """25 tree cuts at five rates (ProTeCt: Wu et al., 2024), or all cuts of a tree that has no more than that."""
     num = count_cuts(tax)

@@ -1,6 +1,7 @@
 """The index tensors of a rooted tree in breadth-first order, the storage every loss, decoder and metric here reads."""
 
 from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -186,7 +187,7 @@ class Tree:
         """Names of the leaves, in the order of `leaf`."""
         return tuple(self.names[node] for node in self.leaf.tolist())
 
-    def path_of(self, node: int | Tensor) -> tuple[str, ...]:
+    def path_of(self, node: SupportsIndex) -> tuple[str, ...]:
         """Return the names from the top node down to a node.
 
         Args:

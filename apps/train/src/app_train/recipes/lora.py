@@ -20,7 +20,17 @@ from app_train.config import FitConfig, Frozen, LossConfig, claim_folder, config
 from app_train.errors import RunError
 from app_train.interrupt import StopFlag
 from app_train.records import read_records
-from app_train.runs import Bench, build_model, cuts_for, finished, frozen_features, load_base, score_row, train_row
+from app_train.runs import (
+    Bench,
+    build_model,
+    cuts_for,
+    finished,
+    frozen_features,
+    load_base,
+    make_accelerator,
+    score_row,
+    train_row,
+)
 
 
 class FolderConfig(Frozen):
@@ -64,7 +74,7 @@ def run(config: LoraConfig) -> dict:
         raise RunError("--data.images is missing: name the folder of pictures")
     if not any(config.loss.model_dump(exclude={"eps"}).values()):
         raise RunError("all weights of --loss are 0: nothing would be trained")
-    accelerator = Accelerator(mixed_precision=config.fit.mixed_precision)
+    accelerator = make_accelerator(config.fit)
     with StopFlag() as stop:
         parts = load_folder(
             config.data.images,
