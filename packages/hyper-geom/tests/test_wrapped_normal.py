@@ -7,10 +7,20 @@ import pickle
 import mpmath
 import pytest
 import torch
-from torch.distributions import Independent, constraints
+from torch.distributions import Distribution, Independent, constraints
 
 from hyper_geom import convert, lorentz
 from hyper_geom.wrapped_normal import WrappedNormal, _log_sinhc_of_square
+
+
+@pytest.fixture(autouse=True)
+def checked_by_default():
+    """torch.compile turns the default off for the whole process, and other tests may have compiled before."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(True)
+    yield
+    Distribution.set_default_validate_args(before)
+
 
 CURVATURES = (0.1, 0.7, 1.0, 4.0)
 
