@@ -38,6 +38,7 @@ def test_unanimous_answers_are_normalised_by_choice():
         ("ten to eleven", "10 to eleven"),
         ("t-shirt", "t shirt"),
         ("t-shirt - blue", "tshirt blue"),
+        ("t-shirt -blue", "tshirt blue"),
         ("yes, it is", "yes it is"),
         ("black,white", "black white"),
         ("1,000 a/b", "1000 ab"),
