@@ -71,6 +71,14 @@ def test_split_column_and_ids(photos, decoding):
         load_captions(table(photos, "c.jsonl", "\n".join(json.dumps(row) for row in rows)), decoding=decoding)
 
 
+def test_each_part_names_its_own_bad_files(photos, decoding):
+    path = table(photos, "c.csv", "path,caption,split\na.png,x,train\nno.png,x,train\nb.png,x,test\ngone.png,x,test\n")
+    parts = load_captions(path, decoding=decoding)
+    assert {part: [bad.path for bad in data.skipped] for part, data in parts.items()} == {
+        "train": ["no.png"], "test": ["gone.png"],
+    }  # fmt: skip
+
+
 def test_random_split_depends_on_names_only(photos, decoding):
     path = table(photos, "c.csv", "path,caption\n" + "".join(f"{n}.png,{n}\n" for n in "abcd"))
     back = table(photos, "d.csv", "path,caption\n" + "".join(f"{n}.png,{n}\n" for n in "dcba"))
