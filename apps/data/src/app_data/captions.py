@@ -258,7 +258,6 @@ def _from_archive(archive: Path, decoding: Decoding, prefix: str = "") -> list[C
         picture = next((path for ending, path in members.items() if ending in pictures), None)
         if picture is None:
             raise DataError(f"the sample {key} of {archive} has no picture, only {', '.join(members)}")
-        own = {name: value for name, value in row.items() if name not in _PATH_COLUMNS}
-        rows.append((number, {**own, "path": picture.relative_to(folder).as_posix(), "id": f"{prefix}{key}"}, folder))
+        rows.append((number, {**row, "path": picture.relative_to(folder).as_posix(), "id": f"{prefix}{key}"}, folder))
     files = _collect(archive, rows)
     return [CaptionedFile(f.path, prefix + f.name, f.captions, f.id, f.part) for f in files]
