@@ -34,11 +34,18 @@ def _lora() -> tuple[type[Frozen], Callable]:
     return lora.LoraConfig, lora.run
 
 
+def _lora_study() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import lora_study
+
+    return lora_study.StudyConfig, lora_study.run
+
+
 RECIPES = {
     "emoji": Recipe(
         "compare losses on emoji: trained on two artists, tested on a third (the default of `nox -s train`)", _emoji
     ),
     "lora": Recipe("fine-tune on your own folder of pictures with your own taxonomy", _lora),
+    "lora-study": Recipe("the experiments of docs/results/hier-lora.md", _lora_study),
 }
 
 
@@ -48,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python apps/train RECIPE [--config FILE] [options]   (RECIPE --help lists them)\n")  # noqa: T201
         for name, recipe in RECIPES.items():
-            print(f"  {name:<10}{recipe.help}")  # noqa: T201
+            print(f"  {name:<18}{recipe.help}")  # noqa: T201
         return 0 if argv else 2
     if argv[0] not in RECIPES:
         return _fail(f"unknown recipe {argv[0]!r}; the recipes are {', '.join(RECIPES)}")

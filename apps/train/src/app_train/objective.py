@@ -43,7 +43,7 @@ class Objective(nn.Module):
     def forward(self, inputs: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Loss parts for pictures (B, 3, H, W) or for features (B, d)."""
         if inputs.ndim == 2:
-            logits = self.model.score(F.normalize(self.model.dual_encoder.project(inputs), dim=-1))
+            logits = self.model.score(F.normalize(self.model.dual_encoder.project(inputs), dim=-1), target)
         else:
-            logits = self.model(inputs)
+            logits = self.model(inputs, target)
         return loss_parts(logits, target, self.model.tax.to(logits.device), self.config)
