@@ -26,7 +26,7 @@ CLIP_GRAD = 1.0
 class HeadFit:
     """How a head is trained, beside its learning rate: constants of a study."""
 
-    epochs: int = 30
+    epochs: int = 20
     batch_size: int = 256
 
     def schedule_config(self, lr: float) -> FitConfig:

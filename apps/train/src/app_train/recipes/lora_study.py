@@ -48,7 +48,7 @@ class StudyConfig(Frozen):
     """Seeds of the main table."""
     few: int = Field(2, ge=1)
     """Seeds of all other experiments."""
-    epochs: int = Field(30, ge=1)
+    epochs: int = Field(20, ge=1)
     """Epochs of the head."""
     batch_size: int = Field(256, ge=1)
     """Pictures per step of the head."""
