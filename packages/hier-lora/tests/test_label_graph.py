@@ -27,18 +27,19 @@ def test_training_on_several_labels(tiny, graph, tmp_path, towers):
     text = "cached" if towers == "vision" else "chunked"
     torch.manual_seed(0)
     model = HierLoraCLIP(tiny, graph, lora_config(tiny, towers=towers, r=2), text, train_logit_bias=True)
-    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]])
+    pixels = colours[:, :, None, None].expand(4, 3, 16, 16)
     hot = targets(graph, ("nodule",), ("edema",), ("hernia",), ())
     loss = MCLoss(graph)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     model.train()
     first = float(loss(model(pixels), hot).detach())
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         loss(model(pixels), hot).backward()
         optimizer.step()
     model.eval()
-    assert float(loss(model(pixels), hot)) < 0.7 * first
+    assert float(loss(model(pixels), hot).detach()) < 0.7 * first
     assert float(model.logit_bias.detach()) != 0
     model.calibrate(model(pixels), hot)
     picture = (pixels[1].permute(1, 2, 0).numpy() * 255).astype(np.uint8)

@@ -56,7 +56,7 @@ def test_chunked_is_live(tiny_clip, wide, batch, chunk, center):
     again, chunked = gradients(make(tiny_clip, wide, "chunked", text_chunk=chunk, **kwargs), *batch, wide)
     torch.testing.assert_close(again, logits, rtol=1e-5, atol=1e-5)
     for name, grad in grads.items():
-        torch.testing.assert_close(chunked[name], grad, rtol=1e-4, atol=1e-5)
+        assert (chunked[name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
 def test_chunked_needs_a_quarter_of_the_memory(tiny_clip):
@@ -83,7 +83,7 @@ def test_a_full_sample_is_live(tiny_clip, wide, batch):
     again, sampled = gradients(make(tiny_clip, wide, "sampled", num_negatives=1000), *batch, wide)
     torch.testing.assert_close(again, logits, rtol=1e-5, atol=1e-5)
     for name, grad in grads.items():
-        torch.testing.assert_close(sampled[name], grad, rtol=1e-4, atol=1e-5)
+        assert (sampled[name] - grad).norm() <= 1e-5 * grad.norm(), name
 
 
 def test_the_sample_holds_paths_and_siblings():
@@ -112,13 +112,13 @@ def test_sampled_sums_are_unbiased_and_smoothing_is_exact():
     logits = torch.randn(2, tax.num_nodes, generator=draw, dtype=torch.double)
     target = tax.leaf[torch.tensor([4, 30])]
     sums = []
-    for seed in range(3000):
+    for seed in range(600):
         torch.manual_seed(seed)
         sample = sample_nodes(target, tax, 8)
         sums.append(spread(logits[:, sample.nodes], sample, tax.num_nodes).exp().sum(1))
     sums = torch.stack(sums)
     error = (sums.mean(0) - logits.exp().sum(1)).abs()
-    assert (error < 4 * sums.std(0) / 3000**0.5).all()
+    assert (error < 4 * sums.std(0) / 600**0.5).all()
     ours = spread(logits[:, sample.nodes], sample, tax.num_nodes)
     smoothing = [hisce(z, target, tax, eps=0.2) - level_cross_entropy(z, target, tax) for z in (ours, logits)]
     torch.testing.assert_close(smoothing[0], smoothing[1])

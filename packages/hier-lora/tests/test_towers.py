@@ -10,27 +10,6 @@ from PIL import Image
 from hier_lora import HierLoraCLIP, PromptSet, load_dual_encoder, lora_config
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(c) for c in range(33, 127)]
-    vocabulary = [*letters, *[f"{c}</w>" for c in letters], "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    end = vocabulary.index("<|endoftext|>")
-    text = {**size, "vocab_size": len(vocabulary), "eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
-    config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 16}, projection_dim=8)
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
-    picture = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(picture, tokenizer).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_hugging_face_clip(clip_folder, tax, tmp_path):
     base = load_dual_encoder(f"hf:{clip_folder}")

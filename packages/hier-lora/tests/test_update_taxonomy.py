@@ -50,7 +50,9 @@ def test_old_nodes_keep_their_features(tiny, towers, center, pixels):
     assert logits.shape == (4, old_tax.num_nodes + 3)
     # A new node's feature is what a model with these words and this centre would compute.
     raw = model._embed([model.tax.index("owl")])
-    torch.testing.assert_close(after[model.tax.index("owl")], model._centred(raw, model.text_center)[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        after[model.tax.index("owl")], model._centred(raw, model.text_center)[0], atol=1e-6, rtol=0
+    )
 
 
 def test_removed_and_moved(tiny):
@@ -114,9 +116,7 @@ def test_a_loaded_model_knows_its_new_tree(tiny, tmp_path, pixels, center):
 
 def test_training_goes_on_with_new_classes(tiny, tmp_path, pixels):
     make(tiny, "both").save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        frozen = HierLoraCLIP.from_pretrained(tmp_path)
-        frozen(pixels).sum().backward()
+    assert not HierLoraCLIP.from_pretrained(tmp_path)(pixels).requires_grad
     model = HierLoraCLIP.from_pretrained(tmp_path, trainable=True)
     model.update_taxonomy(model.tax.extend([("animal", "owl")]))
     owl = torch.full((4,), model.tax.index("owl"))

@@ -85,7 +85,7 @@ class PromptSet:
             ValueError: if `names` names a node that the new taxonomy lacks.
         """
         new, come_from = update.taxonomy, update.new_to_old.tolist()
-        given = {new.index(key): " ".join(str(text).split()) for key, text in (names or {}).items()}
+        given = {new.index(key): _spaced(str(text)) for key, text in (names or {}).items()}
         plain = _clean(new, None)
         found = type(self).__new__(type(self))
         found.templates, found.style = self.templates, self.style
@@ -108,7 +108,11 @@ def _clean(tax: Taxonomy | LabelGraph, names: Sequence[str] | None) -> list[str]
     names = list(tax.names if names is None else names)
     if len(names) != tax.num_nodes:
         raise ValueError(f"names must hold one name for each of the {tax.num_nodes} nodes, got {len(names)}")
-    return [" ".join(name.replace("_", " ").split()) for name in names]
+    return [_spaced(name) for name in names]
+
+
+def _spaced(name: str) -> str:
+    return " ".join(name.replace("_", " ").split())
 
 
 def _chain(tax: Taxonomy | LabelGraph, names: Sequence[str], node: int) -> list[str]:

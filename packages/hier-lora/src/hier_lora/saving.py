@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from hier_lora.model import HierLoraCLIP
 
 STATE, SETTINGS, TREE, CARD = "hier_lora.safetensors", "hier_lora.json", "taxonomy.json", "README.md"
-_PREPROCESSING = "preprocessor_config.json"
+# transformers 5 writes the first, older versions wrote the second.
+_PREPROCESSING = ("processor_config.json", "preprocessor_config.json")
 # Settings of format 1, written by the first version, and what they stood for.
 _DEFAULTS = {"train_logit_bias": False, "text_chunk": 256, "num_negatives": 256, "kind": "taxonomy"}
 _KEPT = ("text", "train_logit_scale", "train_logit_bias", "center_text", "picture_size", "text_chunk", "num_negatives")
@@ -82,7 +83,7 @@ def load(cls: type["HierLoraCLIP"], folder: Path, model: nn.Module | None, train
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"folder must hold a complete saved model, got {folder}: {error}") from error
     model = load_dual_encoder(locator) if model is None else model
-    if hasattr(model, "load_preprocessing") and (folder / _PREPROCESSING).exists():
+    if hasattr(model, "load_preprocessing") and any((folder / name).exists() for name in _PREPROCESSING):
         model.load_preprocessing(folder)
     base_scale = model.logit_scale.detach().clone()
     model.requires_grad_(False)
