@@ -107,12 +107,15 @@ def load_base(locator: str) -> nn.Module:
     """The pretrained model behind a locator.
 
     Raises:
-        RunError: if the locator is unknown.
+        RunError: if the locator is unknown, or its weights cannot be found.
     """
     try:
         return load_dual_encoder(locator)
     except ValueError as error:
         raise RunError(str(error)) from error
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"the weights of {locator} cannot be loaded: {reason}") from error
 
 
 def has_head(base: nn.Module) -> bool:
