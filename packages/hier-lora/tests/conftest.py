@@ -1,5 +1,6 @@
 """A tiny dual encoder with random weights: it proves plumbing, never results."""
 
+import json
 import zlib
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hier_lora import register_locator
+from hier_lora import load_dual_encoder, register_locator
 from hier_losses import Taxonomy
 
 
@@ -58,3 +59,30 @@ def tax():
 @pytest.fixture
 def pixels():
     return torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(c) for c in range(33, 127)]
+    vocabulary = [*letters, *[f"{c}</w>" for c in letters], "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    end = vocabulary.index("<|endoftext|>")
+    text = {**size, "vocab_size": len(vocabulary), "eos_token_id": end, "bos_token_id": end - 1, "pad_token_id": end}
+    config = CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 16}, projection_dim=8)
+    torch.manual_seed(0)
+    CLIPModel(config).save_pretrained(folder)
+    picture = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(picture, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_clip(clip_folder):
+    """Return a function that loads a new tiny CLIP of random weights in the real format."""
+    return lambda: load_dual_encoder(f"hf:{clip_folder}")

@@ -1,4 +1,4 @@
-"""The command line: `python apps/eval predict RUN PICTURE...` and `python apps/eval page PAGE RUN`."""
+"""The command line: `python apps/eval predict RUN PICTURE...`, `page RUN PAGE` and `lora-page STUDY PAGE`."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 from app_data.errors import DataError, MissingAssetError
 from app_data.pictures import load_picture
 from app_eval.page import write_first_light
+from app_eval.study_page import write_study_page
 from hier_lora import DECODERS, HierLoraCLIP
 
 
@@ -22,10 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = commands.add_parser("page", help="write a results page from the stored JSON of a run")
     page.add_argument("run", type=Path, help="the run folder of `nox -s train -- --seeds 3`")
     page.add_argument("page", type=Path, help="the Markdown file to write")
+    study = commands.add_parser("lora-page", help="write the hier-lora results page from a study, or from its JSON")
+    study.add_argument("source", type=Path, help="the folder of `python apps/train lora-study`, or the page's JSON")
+    study.add_argument("page", type=Path, help="the Markdown file to write")
     args = parser.parse_args(argv)
     try:
         if args.command == "predict":
             return print_predictions(args.run, args.pictures, args.decoder)
+        if args.command == "lora-page":
+            write_study_page(args.source, args.page)
+            return 0
         write_first_light(args.run, args.page)
     except (DataError, MissingAssetError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

@@ -28,9 +28,7 @@ def summarise(found: Outcome, tax: Taxonomy) -> dict[str, dict[str, list[float]]
 
 def save_row(folder: Path, found: Outcome, tax: Taxonomy, cuts: TreeCuts, **facts: object) -> dict:
     """Write `outcome.safetensors` and `result.json`; the JSON last, so that its presence marks a finished row."""
-    arrays = {"target": found.target, "hca": found.hca, "mta": found.mta, "confidence": found.confidence}
-    arrays |= {f"paths.{name}": np.ascontiguousarray(paths) for name, paths in found.paths.items()}
-    save_file(arrays, folder / "outcome.safetensors")
+    save_outcome(folder, found)
     majority = float(mta_majority_baseline(torch.from_numpy(found.target), cuts))
     result = {
         "format": FORMAT,
@@ -43,8 +41,15 @@ def save_row(folder: Path, found: Outcome, tax: Taxonomy, cuts: TreeCuts, **fact
     return result
 
 
+def save_outcome(folder: Path, found: Outcome) -> None:
+    """Write `outcome.safetensors`: what one model did, picture by picture."""
+    arrays = {"target": found.target, "hca": found.hca, "mta": found.mta, "confidence": found.confidence}
+    arrays |= {f"paths.{name}": np.ascontiguousarray(paths) for name, paths in found.paths.items()}
+    save_file(arrays, folder / "outcome.safetensors")
+
+
 def load_outcome(folder: Path) -> Outcome:
-    """Read what `save_row` wrote."""
+    """Read what `save_outcome` wrote."""
     arrays = load_file(folder / "outcome.safetensors")
     paths = {name: arrays[f"paths.{name}"] for name in DECODERS}
     return Outcome(arrays["target"], paths, arrays["hca"], arrays["mta"], arrays["confidence"])

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hier_losses import Taxonomy, decoding
 from hier_losses.functional import lca_height
-from hier_losses.metrics import hca, mta, tice
 from hier_losses.path_ops import extend_paths
 from hier_losses.treecuts import TreeCuts
 
@@ -59,14 +58,22 @@ def outcome(logits: Tensor, target: np.ndarray, tax: Taxonomy, cuts: TreeCuts) -
     return Outcome(
         target=np.asarray(target),
         paths=paths,
-        hca=_each(lambda z, y: hca(z, y, tax), logits, truth),
-        mta=_each(lambda z, y: mta(z, y, tax, cuts), logits, truth),
+        hca=_consistent(logits, truth, tax),
+        mta=_over_cuts(logits, truth, cuts),
         confidence=logits[:, tax.leaf].softmax(-1).amax(-1).double().numpy(),
     )
 
 
-def _each(score: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> np.ndarray:
-    return np.array([float(score(logits[i : i + 1], target[i : i + 1])) for i in range(len(target))])
+def _consistent(logits: Tensor, target: Tensor, tax: Taxonomy) -> np.ndarray:
+    """HCA of each picture: every choice among siblings on the way is right where the greedy descent is the true path."""
+    best_leaf = tax.leaf[logits[:, tax.leaf].argmax(1)] == target
+    return (best_leaf & (decoding.top_down(logits, tax) == tax.paths[target]).all(1)).double().numpy()
+
+
+def _over_cuts(logits: Tensor, target: Tensor, cuts: TreeCuts) -> np.ndarray:
+    """Share of the cuts whose best member lies at or above the true leaf, for each picture."""
+    right = [logits[:, cut.nodes].argmax(1) == cut.member[target] for cut in cuts]
+    return torch.stack(right).double().mean(0).numpy()
 
 
 def per_picture(result: Outcome, tax: Taxonomy, decoder: str) -> dict[str, Pair]:
@@ -75,7 +82,9 @@ def per_picture(result: Outcome, tax: Taxonomy, decoder: str) -> dict[str, Pair]
     truth = extend_paths(tax.paths[torch.from_numpy(result.target)], tax)
     leaf = predicted[:, -1] == truth[:, -1]
     distance = torch.where(leaf, 0, lca_height(predicted[:, -1], truth[:, -1], tax)).double().numpy()
-    inconsistent = np.array([float(tice(row[None], tax)) for row in predicted])
+    above, below = predicted[:, :-1], predicted[:, 1:]
+    broken = (above != tax.parent[below]) & (above != below)
+    inconsistent = broken.any(1).double().numpy()
     one = np.ones(len(predicted))
     scores = {
         "leaf": (leaf.double().numpy(), one),

@@ -34,11 +34,60 @@ def _lora() -> tuple[type[Frozen], Callable]:
     return lora.LoraConfig, lora.run
 
 
+def _cifar100_fewshot() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import cifar100_fewshot
+
+    return cifar100_fewshot.CifarConfig, cifar100_fewshot.run
+
+
+def _cub() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import papers
+
+    return papers.CubConfig, papers.run_cub
+
+
+def _aircraft() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import papers
+
+    return papers.AircraftConfig, papers.run_aircraft
+
+
+def _butterfly() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import papers
+
+    return papers.ButterflyConfig, papers.run_butterfly
+
+
+def _inaturalist() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import papers
+
+    return papers.InaturalistConfig, papers.run_inaturalist
+
+
+def _chest() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import chest
+
+    return chest.ChestConfig, chest.run
+
+
+def _lora_study() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import lora_study
+
+    return lora_study.StudyConfig, lora_study.run
+
+
 RECIPES = {
     "emoji": Recipe(
         "compare losses on emoji: trained on two artists, tested on a third (the default of `nox -s train`)", _emoji
     ),
     "lora": Recipe("fine-tune on your own folder of pictures with your own taxonomy", _lora),
+    "cifar100-fewshot": Recipe("compare losses on few-shot CIFAR-100 under a WordNet tree", _cifar100_fewshot),
+    "cub": Recipe("CUB-200-2011 with CLIP", _cub),
+    "aircraft": Recipe("FGVC-Aircraft with CLIP", _aircraft),
+    "butterfly": Recipe("Butterfly-200 with CLIP", _butterfly),
+    "inaturalist": Recipe("iNaturalist 2021 with CLIP, 16,343 nodes", _inaturalist),
+    "chest": Recipe("ChestX-ray14 with CLIP, several findings a picture", _chest),
+    "lora-study": Recipe("the experiments of docs/results/hier-lora.md", _lora_study),
 }
 
 
@@ -48,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python apps/train RECIPE [--config FILE] [options]   (RECIPE --help lists them)\n")  # noqa: T201
         for name, recipe in RECIPES.items():
-            print(f"  {name:<10}{recipe.help}")  # noqa: T201
+            print(f"  {name:<18}{recipe.help}")  # noqa: T201
         return 0 if argv else 2
     if argv[0] not in RECIPES:
         return _fail(f"unknown recipe {argv[0]!r}; the recipes are {', '.join(RECIPES)}")

@@ -17,7 +17,7 @@ from app_train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from app_train.config import FitConfig, LossConfig, StageConfig
 from app_train.errors import Interrupted, NonFiniteGradient
 from app_train.interrupt import StopFlag
-from app_train.objective import Objective
+from app_train.objective import MultiLabelLoss, Objective
 from app_train.records import Records
 from hier_lora import HierLoraCLIP
 
@@ -74,7 +74,7 @@ def fit(
     model: HierLoraCLIP,
     data: PictureSet,
     features: Tensor | None,
-    loss: LossConfig,
+    loss: LossConfig | MultiLabelLoss,
     config: FitConfig,
     folder: Path,
     *,

@@ -1,12 +1,13 @@
 """The losses of a run on the logits of all nodes, by name, and the module that distributed training wraps."""
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app_train.config import LossConfig
+from app_train.config import Frozen, LossConfig
 from hier_lora import HierLoraCLIP
 from hier_losses import Taxonomy
-from hier_losses.functional import hisce, level_cross_entropy, parent_child_consistency, tp_kl
+from hier_losses.functional import hisce, level_cross_entropy, mc_loss, parent_child_consistency, tp_kl
 
 
 def loss_parts(logits: Tensor, target: Tensor, tax: Taxonomy, config: LossConfig) -> dict[str, Tensor]:
@@ -32,10 +33,17 @@ def loss_parts(logits: Tensor, target: Tensor, tax: Taxonomy, config: LossConfig
     return parts
 
 
+class MultiLabelLoss(Frozen):
+    """The loss of pictures with several labels: MCLoss (Giunchiglia and Lukasiewicz, 2020)."""
+
+    mc: float = Field(1.0, gt=0)
+    """Weight of the loss."""
+
+
 class Objective(nn.Module):
     """Model and loss in one `forward`, for pictures or for cached features of the frozen tower."""
 
-    def __init__(self, model: HierLoraCLIP, config: LossConfig) -> None:
+    def __init__(self, model: HierLoraCLIP, config: LossConfig | MultiLabelLoss) -> None:
         super().__init__()
         self.model = model
         self.config = config
@@ -43,7 +51,9 @@ class Objective(nn.Module):
     def forward(self, inputs: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Loss parts for pictures (B, 3, H, W) or for features (B, d)."""
         if inputs.ndim == 2:
-            logits = self.model.score(F.normalize(self.model.dual_encoder.project(inputs), dim=-1))
+            logits = self.model.score(F.normalize(self.model.dual_encoder.project(inputs), dim=-1), target)
         else:
-            logits = self.model(inputs)
+            logits = self.model(inputs, target)
+        if isinstance(self.config, MultiLabelLoss):
+            return {"mc": self.config.mc * mc_loss(logits, target, self.model.tax.to(logits.device))}
         return loss_parts(logits, target, self.model.tax.to(logits.device), self.config)

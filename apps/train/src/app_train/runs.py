@@ -39,6 +39,8 @@ class Bench:
         accelerator: device, precision, processes.
         tensorboard: also write TensorBoard events.
         centred: centre the test pictures on their own mean when scoring (see `app_eval.embed.node_logits`).
+        text: text mode of the trained model; cached without LoRA on the text tower and live with it if None.
+        val: pictures that calibrate the probabilities of the trained model; None leaves them uncalibrated.
     """
 
     base: nn.Module
@@ -51,6 +53,8 @@ class Bench:
     accelerator: Accelerator
     tensorboard: bool = False
     centred: bool = False
+    text: str | None = None
+    val: PictureSet | None = None
 
     def with_features(self, features: Tensor | None) -> "Bench":
         """The same bench with the frozen features filled in."""
@@ -85,6 +89,8 @@ def build_model(bench: Bench, config: FitConfig | None, seed: int) -> HierLoraCL
             lora = lora_config(base, towers=config.towers, r=config.rank, lora_alpha=config.lora_alpha)
         prompts = PromptSet(bench.train.taxonomy, templates=(bench.template,), names=bench.train.node_text or None)
         text = "cached" if config is None or config.towers == "vision" else "live"
+        if config is not None and bench.text is not None:
+            text = bench.text
         model = HierLoraCLIP(
             base,
             bench.train.taxonomy,
@@ -101,12 +107,15 @@ def load_base(locator: str) -> nn.Module:
     """The pretrained model behind a locator.
 
     Raises:
-        RunError: if the locator is unknown.
+        RunError: if the locator is unknown, or its weights cannot be found.
     """
     try:
         return load_dual_encoder(locator)
     except ValueError as error:
         raise RunError(str(error)) from error
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"the weights of {locator} cannot be loaded: {reason}") from error
 
 
 def has_head(base: nn.Module) -> bool:
@@ -156,6 +165,9 @@ def _train(bench: Bench, name: str, loss: LossConfig, config: FitConfig, folder:
         seed=seed, stop=bench.stop, accelerator=bench.accelerator, label=f"{name}, seed {seed}", tensorboard=bench.tensorboard,
     )  # fmt: skip
     if bench.accelerator.is_main_process:
+        if bench.val is not None and len(bench.val):
+            held_out = node_logits(model, bench.val, centred=bench.centred, label="calibrating", check=bench.check)
+            model.calibrate(held_out, torch.from_numpy(bench.val.targets))
         unfinished = folder / "adapter.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(unfinished)

@@ -1,26 +1,38 @@
 """LoRA fine-tuning of CLIP-like models with a taxonomy."""
 
 from hier_lora.__about__ import __version__
+from hier_lora.calibration import fit_sigmoid, fit_temperatures
 from hier_lora.dual_encoder import DualEncoder, load_dual_encoder, register_locator
+from hier_lora.hf_encoder import HFDualEncoder
 from hier_lora.lora import LoraOverhead, lora_config, lora_overhead
 from hier_lora.model import HierLoraCLIP
-from hier_lora.predict import DECODERS, Prediction, predict_paths
+from hier_lora.open_clip_encoder import OpenClipDualEncoder
+from hier_lora.predict import DECODERS, LabelPrediction, Prediction, label_probabilities, predict_paths
 from hier_lora.prompts import PromptSet
-from hier_lora.towers import HFDualEncoder, OpenClipDualEncoder
+from hier_lora.text import NodeSample, embed_sentences, sample_nodes
+from hier_lora.update import match_taxonomies
 
 __all__ = [
     "DECODERS",
     "DualEncoder",
     "HFDualEncoder",
     "HierLoraCLIP",
+    "LabelPrediction",
     "LoraOverhead",
+    "NodeSample",
     "OpenClipDualEncoder",
     "Prediction",
     "PromptSet",
     "__version__",
+    "embed_sentences",
+    "fit_sigmoid",
+    "fit_temperatures",
+    "label_probabilities",
     "load_dual_encoder",
     "lora_config",
     "lora_overhead",
+    "match_taxonomies",
     "predict_paths",
     "register_locator",
+    "sample_nodes",
 ]

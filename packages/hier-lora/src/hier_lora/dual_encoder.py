@@ -21,7 +21,8 @@ class DualEncoder(Protocol):
 
     `lora_targets` maps "vision" and "text" to the regular expression of the module names that LoRA adapts in that tower;
     `tower_modules` maps them to the prefixes of the tower's parameter names; `modules_to_save` names small heads that train
-    in full beside the adapter; `locator` names the source of the weights.
+    in full beside the adapter; `locator` names the source of the weights. `save_preprocessing(folder)` and
+    `load_preprocessing(folder)` are optional: they keep the tokenizer and the picture settings beside an adapter.
     """
 
     locator: str

@@ -3,6 +3,7 @@
 LoRA: Hu et al., 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; an adapted layer adds r (d_in + d_out) weights.
 """
 
+import re
 from dataclasses import dataclass
 
 from peft import LoraConfig
@@ -28,7 +29,8 @@ def lora_config(
         r: rank, at least 1.
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: dropout on the input of the update, in [0, 1).
-        targets: a regular expression over module names that replaces the model's own choice.
+        targets: a regular expression over module names that replaces the model's own choice, such as
+            `r".*\\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"` for all six linear layers of CLIP's blocks.
 
     Returns:
         A config for `HierLoraCLIP(model, tax, lora=...)`.
@@ -96,3 +98,36 @@ def _count(encoder: nn.Module, prefixes: tuple[str, ...]) -> LoraOverhead:
                 (adapter + parameter.numel(), base) if ".lora_" in name else (adapter, base + parameter.numel())
             )
     return LoraOverhead(adapter, base)
+
+
+def check_targets(model: nn.Module, lora: LoraConfig, *, text_is_frozen: bool) -> None:
+    """Refuse LoRA layers that would never be used, before peft changes the model.
+
+    Args:
+        model: the dual encoder.
+        lora: the configuration.
+        text_is_frozen: text features are computed once, so layers on the text tower would have no effect.
+
+    Raises:
+        ValueError: naming the first such layer.
+    """
+    prefixes = tuple(getattr(model, "tower_modules", {}).get("text", ()))
+    ignored = {f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    for name, _ in model.named_modules():
+        if not _is_target(name, lora.target_modules):
+            continue
+        if name in ignored and not _is_target(name.rpartition(".")[0], lora.target_modules):
+            raise ValueError(
+                f"targets must not name {name}: torch.nn.MultiheadAttention reads its weight without calling it, so LoRA "
+                "there has no effect; leave it out, or name the whole attention module"
+            )
+        if text_is_frozen and prefixes and name.startswith(prefixes):
+            raise ValueError(
+                f"text must be 'live', 'chunked' or 'sampled' when LoRA adapts the text tower ({name}), got 'cached'"
+            )
+
+
+def _is_target(name: str, targets: str | set[str] | list[str] | None) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets or ())

@@ -3,7 +3,8 @@
     python apps/train lora --data.images DIR --data.taxonomy FILE
     python apps/eval predict RUN PICTURE...
 
-Without `--data.taxonomy` the nested folders are the taxonomy. Test pictures score the zero-shot model and the trained one.
+Without `--data.taxonomy` the nested folders are the taxonomy. Test pictures score the zero-shot model and the trained one;
+validation pictures, where there are any, calibrate its probabilities.
 """
 
 import json
@@ -96,7 +97,8 @@ def run(config: LoraConfig) -> dict:
             claim_folder(config.out, config, train.fingerprint)
             _list_skipped(config.out, parts)
         accelerator.wait_for_everyone()
-        return _train_and_score(config, train, test, stop, accelerator)
+        val = parts["val"] if "test" in parts and "val" in parts else None
+        return _train_and_score(config, train, val, test, stop, accelerator)
 
 
 def _list_skipped(out: Path, parts: dict[str, PictureSet]) -> None:
@@ -108,11 +110,16 @@ def _list_skipped(out: Path, parts: dict[str, PictureSet]) -> None:
 
 
 def _train_and_score(
-    config: LoraConfig, train: PictureSet, test: PictureSet, stop: StopFlag, accelerator: Accelerator
+    config: LoraConfig,
+    train: PictureSet,
+    val: PictureSet | None,
+    test: PictureSet,
+    stop: StopFlag,
+    accelerator: Accelerator,
 ) -> dict:
     base = load_base(config.model)
     cuts = cuts_for(train.taxonomy)
-    bench = Bench(base, train, test, None, cuts, config.template, stop, accelerator, config.tensorboard)
+    bench = Bench(base, train, test, None, cuts, config.template, stop, accelerator, config.tensorboard, val=val)
     bench = bench.with_features(frozen_features(bench, train, "frozen features"))
     hashed = config_hash(config.fit, loss=config.loss.model_dump(), model=config.model, template=config.template)
     rows = {}
@@ -142,6 +149,7 @@ def _train_and_score(
             facts={
                 "data": train.fingerprint,
                 "skipped files": str(len(train.skipped)),
+                "probabilities": "not calibrated" if val is None else f"calibrated on {len(val)} held-out pictures",
                 "settings": "config.resolved.yaml",
             },
         ),

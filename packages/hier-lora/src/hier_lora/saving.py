@@ -1,0 +1,158 @@
+"""A saved model: peft's adapter folder, and beside it what the taxonomy needs, the preprocessing and a model card.
+
+Model cards: Mitchell et al., 2019.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hier_lora.__about__ import __version__
+from hier_lora.dual_encoder import load_dual_encoder
+from hier_lora.prompts import PromptSet
+from hier_losses import LabelGraph, Taxonomy
+
+if TYPE_CHECKING:
+    from hier_lora.model import HierLoraCLIP
+
+STATE, SETTINGS, TREE, CARD = "hier_lora.safetensors", "hier_lora.json", "taxonomy.json", "README.md"
+# transformers 5 writes the first, older versions wrote the second.
+_PREPROCESSING = ("processor_config.json", "preprocessor_config.json")
+# Settings of format 1, written by the first version, and what they stood for.
+_DEFAULTS = {"train_logit_bias": False, "text_chunk": 256, "num_negatives": 256, "kind": "taxonomy"}
+_KEPT = ("text", "train_logit_scale", "train_logit_bias", "center_text", "picture_size", "text_chunk", "num_negatives")
+_TENSORS = ("node_features", "text_center", "temperature", "sigmoid", "logit_bias")
+
+
+def save(model: "HierLoraCLIP", folder: Path) -> None:
+    """Write a model; see `HierLoraCLIP.save_pretrained`."""
+    if model.merged:
+        raise ValueError("the adapter must not be merged into the base model: save before merge_and_unload")
+    base = model.dual_encoder
+    locator = getattr(base, "locator", "")
+    if not locator:
+        raise ValueError("model.locator must name where the base model comes from ('hf:...', 'open_clip:...'), got ''")
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(base, "save_preprocessing"):
+        base.save_preprocessing(folder)
+    adapted = isinstance(model.encoder, PeftModel)
+    if adapted:
+        model.encoder.peft_config["default"].base_model_name_or_path = locator
+        # The text tower's vocabulary never changes; without this peft looks the locator up as a hub name.
+        model.encoder.save_pretrained(str(folder), save_embedding_layers=False)
+    state = {name: getattr(model, name) for name in _TENSORS if getattr(model, name) is not None}
+    state["logit_scale"] = base.logit_scale.detach().reshape(1)
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
+    settings = {"format": 2, "locator": locator, "adapter": adapted, "kind": "taxonomy"}
+    settings |= {name: getattr(model, name) for name in _KEPT}
+    if isinstance(model.tax, LabelGraph):
+        settings["kind"] = "graph"
+        edges = torch.stack([model.tax.edge_parent, model.tax.edge_child], 1).tolist()
+        tree = {"names": list(model.tax.names), "edges": edges}
+    else:
+        tree = model.tax.to_json()
+    settings["prompts"] = model.prompts.to_words()
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    (folder / TREE).write_text(json.dumps(tree) + "\n", encoding="utf-8")
+    _card(model, locator).save(folder / CARD)
+
+
+def load(cls: type["HierLoraCLIP"], folder: Path, model: nn.Module | None, trainable: bool) -> "HierLoraCLIP":
+    """Read a model; see `HierLoraCLIP.from_pretrained`."""
+    try:
+        settings = _DEFAULTS | json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        state = load_file(folder / STATE)
+        tree = json.loads((folder / TREE).read_text(encoding="utf-8"))
+        if settings["kind"] == "graph":
+            tax = LabelGraph(tuple(tree["names"]), [(up, down) for up, down in tree["edges"]])
+        else:
+            tax = Taxonomy.from_json(tree)
+        prompts = PromptSet.from_words(settings["prompts"])
+        locator, adapted = settings["locator"], settings["adapter"]
+        chosen = {name: settings[name] for name in _KEPT}
+        scale = state["logit_scale"].reshape(())
+        if len(prompts) != tax.num_nodes:
+            raise ValueError(f"{len(prompts)} prompts for {tax.num_nodes} nodes")
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"folder must hold a complete saved model, got {folder}: {error}") from error
+    model = load_dual_encoder(locator) if model is None else model
+    if hasattr(model, "load_preprocessing") and any((folder / name).exists() for name in _PREPROCESSING):
+        model.load_preprocessing(folder)
+    base_scale = model.logit_scale.detach().clone()
+    model.requires_grad_(False)
+    encoder = model
+    if adapted:
+        try:
+            encoder = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+            raise ValueError(f"folder must hold a readable adapter of {locator}, got {folder}: {error}") from error
+    found = cls.__new__(cls)
+    nn.Module.__init__(found)
+    found._set_up(encoder, tax, prompts, base_scale, **chosen)
+    with torch.no_grad():
+        found.dual_encoder.logit_scale.copy_(scale.reshape(found.dual_encoder.logit_scale.shape))
+        if found.logit_bias is not None:
+            found.logit_bias.copy_(state["logit_bias"])
+    for name in _TENSORS[:-1]:
+        setattr(found, name, state.get(name))
+    if not trainable:
+        found.requires_grad_(False)
+    return found.eval()
+
+
+def _card(model: "HierLoraCLIP", locator: str) -> ModelCard:
+    prefix, _, name = locator.partition(":")
+    data = ModelCardData(
+        library_name="hier-lora",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["hier-lora", "peft", "lora", "hierarchical-classification"],
+        base_model=name if prefix == "hf" and not Path(name).exists() else None,
+    )
+    tax = model.tax
+    if isinstance(tax, LabelGraph):
+        classes = f"{tax.num_nodes} labels in a graph of {len(tax.edge_child)} edges (several may hold for one picture)"
+        call = "predict_labels(pictures)"
+    else:
+        sizes = " / ".join(map(str, tax.level_sizes))
+        classes = f"{tax.num_leaves} leaves, {tax.num_nodes} nodes on {tax.num_levels} levels ({sizes})"
+        call = "predict(pictures)"
+    calibrated = model.temperature is not None or model.sigmoid is not None
+    trained = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {tax.names[0]} and {tax.num_nodes - 1} more classes, on {locator}
+
+A LoRA adapter for `{locator}`, made with hier-lora {__version__}. It names {classes}.
+
+```text
+from hier_lora import HierLoraCLIP
+
+model = HierLoraCLIP.from_pretrained("<this folder>")
+for found in model.{call}:
+    print(found)
+```
+
+| | |
+|---|---|
+| LoRA weights | {trained:,} |
+| text features | {model.text} |
+| prompts | {"; ".join(model.prompts.templates)} |
+| probabilities | {"calibrated on held-out pictures" if calibrated else "not calibrated"} |
+| training data, intended use, limits | not stated: fill in before sharing |
+
+The taxonomy is in `{TREE}`, prompts and settings in `{SETTINGS}`, the adapter in peft's own format. The weights of the base
+model are not part of this folder; its licence applies to them.
+"""
+    return ModelCard(text)
+
+
+__all__ = ["load", "save"]
