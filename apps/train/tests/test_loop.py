@@ -13,8 +13,10 @@ from app_train.checkpoint import Checkpoint, load_checkpoint, remove_checkpoints
 from app_train.config import FitConfig, HeadStageConfig, LossConfig, StageConfig, claim_folder, config_hash
 from app_train.errors import RunError
 from app_train.loop import num_steps, schedule
-from app_train.objective import loss_parts
+from app_train.objective import Objective, loss_parts
 from app_train.records import Records, read_records
+from app_train.runs import style_offsets
+from hier_lora import HierLoraCLIP
 from hier_losses import Taxonomy
 from hier_losses.functional import hisce, level_cross_entropy, parent_child_consistency, tp_kl
 
@@ -183,7 +185,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
         def project(self, features):
             return features @ self.weight
 
-        def score(self, unit):
+        def score(self, unit, target=None):
             return unit * float("nan")
 
     class Data:
@@ -199,3 +201,52 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
             seed=0, stop=stop, accelerator=Accelerator(cpu=True), label="x",
         )  # fmt: skip
     assert torch.equal(model.weight.detach(), torch.ones(2, 2))
+
+
+def test_offsets_give_every_style_the_common_mean():
+    features = torch.randn(9, 4, dtype=torch.float64)
+    styles = ("b", "a", "a", "b", "c", "c", "c", "a", "b")
+    moved = features - style_offsets(features, styles)
+    for style in "abc":
+        chosen = torch.tensor([s == style for s in styles])
+        torch.testing.assert_close(moved[chosen].mean(0), features.mean(0))
+        shift = (features - moved)[chosen]
+        torch.testing.assert_close(shift, shift[:1].expand_as(shift))
+
+
+class TinyEncoder(torch.nn.Module):
+    """A dual encoder whose tower averages the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.projection = torch.nn.Linear(3, 5)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.words = torch.randn(len(TREE.names), 5)
+
+    def vision(self, pixels):
+        return pixels.mean((-1, -2))
+
+    def project(self, features):
+        return self.projection(features)
+
+    def encode_image(self, pixels):
+        return self.project(self.vision(pixels))
+
+    def encode_text(self, texts):
+        return self.words[: len(texts)]
+
+
+TREE = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b", "z")])
+
+
+def test_both_stages_see_the_same_offsets():
+    """The second stage takes off the tower's output what the first stage's cached features come without."""
+    torch.manual_seed(0)
+    model = HierLoraCLIP(TinyEncoder(), TREE)
+    objective = Objective(model, LossConfig(level=1))
+    pixels, target = torch.randn(6, 3, 4, 4), TREE.leaf[torch.tensor([0, 1, 2, 0, 1, 2])]
+    features = model.dual_encoder.vision(pixels)
+    offsets = style_offsets(features, ("s", "s", "t", "t", "s", "t"))
+    cached = objective(target, features - offsets)["level"]
+    torch.testing.assert_close(objective(target, pixels, offsets)["level"], cached)
+    assert not torch.allclose(objective(target, pixels)["level"], cached)

@@ -132,7 +132,9 @@ def test_a_paper_recipe_runs(recipe, clip, tmp_path, request, capsys):
     assert set(result["runs"][0]) == {"zero_shot", "leaf_ce", "both"}
     model = HierLoraCLIP.from_pretrained(out / "seed-0" / "both" / "adapter")
     assert model.text == ("sampled" if recipe == "inaturalist" else "chunked")
-    assert (model.temperature is not None) == (recipe in ("aircraft", "butterfly")), "calibrated where pictures are left"
+    assert (model.temperature is not None) == (recipe in ("aircraft", "butterfly")), (
+        "calibrated where pictures are left"
+    )
     assert any(p.any() for n, p in model.named_parameters() if "lora_B" in n and "vision" in n)
     assert any(p.any() for n, p in model.named_parameters() if "lora_B" in n and "text" in n)
     found = model.predict([Image.new("RGB", (50, 40))])[0]

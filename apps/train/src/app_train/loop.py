@@ -83,6 +83,7 @@ def fit(
     accelerator: Accelerator,
     label: str,
     tensorboard: bool = False,
+    offsets: Tensor | None = None,
 ) -> None:
     """Train a model in place; go on from the newest checkpoint below `folder` if there is one.
 
@@ -98,6 +99,7 @@ def fit(
         accelerator: device, precision and processes.
         label: shown at the progress bar.
         tensorboard: also write TensorBoard events.
+        offsets: taken off the tower's output for each picture, (n, d), in the second stage; `features` come without them.
 
     Raises:
         Interrupted: after a signal; the state is saved.
@@ -142,7 +144,9 @@ def fit(
                 accelerator.free_memory()
                 wrapped, optimizer = accelerator.prepare(objective, plain)
             rows = step.rows[accelerator.process_index :: accelerator.num_processes]
-            inputs = features[rows] if step.stage == HEAD else prepare(model.dual_encoder, data.batch(rows))
+            inputs = (features[rows],) if step.stage == HEAD else (prepare(model.dual_encoder, data.batch(rows)),)
+            if step.stage == LORA and offsets is not None:
+                inputs = (*inputs, offsets[rows])
             values = _step(
                 wrapped, optimizer, accelerator, inputs, data.targets[rows], step, config, seed, list(chosen.values())
             )
@@ -168,7 +172,7 @@ def _step(
     wrapped,
     optimizer,
     accelerator,
-    inputs: Tensor,
+    inputs: tuple[Tensor, ...],
     targets: np.ndarray,
     step: Step,
     config: FitConfig,
@@ -181,7 +185,7 @@ def _step(
     # Dropout is a pure function of the step, so that a resumed run draws what the uninterrupted one would have drawn.
     torch.manual_seed(int(np.random.SeedSequence([seed, step.number, accelerator.process_index]).generate_state(1)[0]))
     target = torch.from_numpy(np.asarray(targets)).to(device)
-    parts = wrapped(inputs.to(device), target)
+    parts = wrapped(target, *(x.to(device) for x in inputs))
     # Each process sees its share of the batch: weigh by its size, so that the mean over processes is the mean over pictures.
     share = len(targets) * accelerator.num_processes / len(step.rows)
     total = sum(parts.values()) * share

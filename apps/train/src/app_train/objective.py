@@ -48,10 +48,13 @@ class Objective(nn.Module):
         self.model = model
         self.config = config
 
-    def forward(self, inputs: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Loss parts for pictures (B, 3, H, W) or for features (B, d)."""
+    def forward(self, target: Tensor, inputs: Tensor, offsets: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss parts for pictures (B, 3, H, W) or for features (B, d); `offsets` (B, d) are taken off the features of pictures."""
+        base = self.model.dual_encoder
         if inputs.ndim == 2:
-            logits = self.model.score(F.normalize(self.model.dual_encoder.project(inputs), dim=-1), target)
+            logits = self.model.score(F.normalize(base.project(inputs), dim=-1), target)
+        elif offsets is not None:
+            logits = self.model.score(F.normalize(base.project(base.vision(inputs) - offsets), dim=-1), target)
         else:
             logits = self.model(inputs, target)
         if isinstance(self.config, MultiLabelLoss):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,12 +34,15 @@ class Bench:
         base: the pretrained model; every row works on a copy.
         train, test: the pictures; the test pictures are used for the final scores only.
         features: frozen-tower features of the training pictures, (n, d); None if the base has no separate head.
+        offsets: what was taken off the features of each training picture, (n, d), so that every style has the same mean;
+            None if nothing was.
         cuts: the tree cuts of MTA.
         template: the prompt, with `{}` for the node's text.
         stop: the signal flag.
         accelerator: device, precision, processes.
         tensorboard: also write TensorBoard events.
-        centred: centre the test pictures on their own mean when scoring (see `app_eval.embed.node_logits`).
+        centred: centre the training pictures of every style on the common mean, and the test pictures on their own mean
+            when scoring (see `app_eval.embed.node_logits`).
         text: text mode of the trained model; cached without LoRA on the text tower and live with it if None.
         val: pictures that calibrate the probabilities of the trained model; None leaves them uncalibrated.
     """
@@ -55,15 +59,29 @@ class Bench:
     centred: bool = False
     text: str | None = None
     val: PictureSet | None = None
+    offsets: Tensor | None = None
 
     def with_features(self, features: Tensor | None) -> "Bench":
-        """The same bench with the frozen features filled in."""
-        return replace(self, features=features)
+        """The same bench with the frozen features filled in, centred style by style if the bench is."""
+        if features is None or not self.centred:
+            return replace(self, features=features)
+        offsets = style_offsets(features, self.train.styles)
+        return replace(self, features=features - offsets, offsets=offsets)
 
     def check(self) -> None:
         """Leave if a signal has come: nothing is lost outside training."""
         if self.stop.exit_status is not None:
             raise Interrupted(self.stop.exit_status)
+
+
+def style_offsets(features: Tensor, styles: Sequence[str]) -> Tensor:
+    """How far the mean of each picture's style lies from the mean of all, (n, d)."""
+    mean = features.mean(0)
+    offsets = torch.empty_like(features)
+    for style in sorted(set(styles)):
+        chosen = torch.tensor([s == style for s in styles])
+        offsets[chosen] = features[chosen].mean(0) - mean
+    return offsets
 
 
 def make_accelerator(config: FitConfig) -> Accelerator:
@@ -161,7 +179,7 @@ def _train(bench: Bench, name: str, loss: LossConfig, config: FitConfig, folder:
         config = config.model_copy(update={"head": config.head.model_copy(update={"epochs": 0})})
     model = build_model(bench, config, seed)
     fit(
-        model, bench.train, bench.features, loss, config, folder,
+        model, bench.train, bench.features, loss, config, folder, offsets=bench.offsets,
         seed=seed, stop=bench.stop, accelerator=bench.accelerator, label=f"{name}, seed {seed}", tensorboard=bench.tensorboard,
     )  # fmt: skip
     if bench.accelerator.is_main_process:

@@ -23,7 +23,7 @@ from app_eval.embed import neighbour_logits
 from app_eval.report import ReportContent, write_report
 from app_eval.results import load_outcome, save_row, text_table, write_json
 from app_eval.scores import outcome
-from app_train.config import FitConfig, Frozen, LossConfig, claim_folder, config_hash
+from app_train.config import FitConfig, Frozen, LossConfig, StageConfig, claim_folder, config_hash
 from app_train.interrupt import StopFlag
 from app_train.records import read_records
 from app_train.runs import (
@@ -58,7 +58,7 @@ TITLES = {
     "tp_kl_hisce_consistency": "LoRA + TP-KL + HiSCE + consistency",
 }
 # (head, LoRA) learning rates tried for every row on the withheld leaves.
-TRIALS = ((4e-3, 2e-3), (4e-3, 5e-4))
+TRIALS = ((4e-3, 5e-4), (1e-3, 5e-4))
 
 
 class EmojiConfig(Frozen):
@@ -78,7 +78,9 @@ class EmojiConfig(Frozen):
     """Height and width of the pictures in pixels."""
     limit: int | None = Field(None, ge=2)
     """Use the pictures of this many leaves only, spread over the taxonomy (for trials)."""
-    fit: FitConfig = FitConfig()
+    dropout: float = Field(0.7, ge=0, lt=1)
+    """Share of the pooled features that the head does not see in training."""
+    fit: FitConfig = FitConfig(lora=StageConfig(epochs=1))
     """Stages of training; `rows` share all of it but the learning rates chosen on validation."""
     lr: dict[str, tuple[float, float]] = Field(default_factory=lambda: dict(CHOSEN_LR))
     """(head, LoRA) learning rates of each row."""
@@ -124,6 +126,7 @@ def _limited(data: PictureSet, limit: int | None) -> PictureSet:
 def _bench(config: EmojiConfig, train: PictureSet, test: PictureSet, stop: StopFlag, accelerator: Accelerator) -> Bench:
     cuts = cuts_for(train.taxonomy)
     base = load_base(LOCATOR)
+    base.dropout.p = config.dropout
     bench = Bench(base, train, test, None, cuts, TEMPLATE, stop, accelerator, config.tensorboard, centred=True)
     return bench.with_features(frozen_features(bench, train, "frozen features of the training pictures"))
 
@@ -135,7 +138,7 @@ def _facts(config: EmojiConfig, row: str, data: str) -> dict:
         "recipe": "emoji",
         "row": row,
         "data": data,
-        "config": config_hash(fit, loss=loss.model_dump(), size=config.size),
+        "config": config_hash(fit, loss=loss.model_dump(), size=config.size, dropout=config.dropout),
     }
 
 
@@ -229,7 +232,7 @@ def _tune(config: EmojiConfig, train: PictureSet, stop: StopFlag, accelerator: A
                 "recipe": "emoji-tune",
                 "row": row,
                 "data": data,
-                "config": config_hash(fit, loss=LOSSES[row].model_dump()),
+                "config": config_hash(fit, loss=LOSSES[row].model_dump(), dropout=config.dropout),
             }
             result = train_row(
                 bench, f"{TITLES[row]} {head} {lora}", LOSSES[row], fit, folder / f"{row}-{head}-{lora}", 0, facts
