@@ -55,8 +55,8 @@ class Bench:
             step()
         spent: list[list[float]] = [[] for _ in steps]
         begin = time.perf_counter()
-        low, high = (2, 2) if self.quick else (7, 41)
-        while len(spent[0]) < low or (len(spent[0]) < high and time.perf_counter() - begin < 10):
+        low, high = (2, 2) if self.quick else (5, 41)
+        while len(spent[0]) < low or (len(spent[0]) < high and time.perf_counter() - begin < 6):
             for step, found in zip(steps, spent, strict=True):
                 self.wait()
                 start = time.perf_counter()

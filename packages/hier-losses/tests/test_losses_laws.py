@@ -44,7 +44,7 @@ ALL = {**NODE_LOSSES, **LEAF_LOSSES}
 
 
 def one_hot_closed(y, tax):
-    return F.mcm(torch.zeros(len(y), tax.num_nodes, device=y.device).scatter(1, y[:, None], 1.0), tax)
+    return F.mcm(torch.zeros(len(y), tax.num_nodes, device=y.device).scatter(1, y[:, None].long(), 1.0), tax)
 
 
 def inputs(name, tax, batch=4, seed=0, scale=2.0, dtype=torch.float64):
