@@ -98,12 +98,6 @@ def test_function_transforms(function, t11):
     torch.testing.assert_close(per_sample, whole)
 
 
-@pytest.mark.parametrize("function", NODE + LEAF)
-def test_second_derivatives(function, t11):
-    z, y = inputs(function, t11)
-    assert torch.autograd.gradgradcheck(lambda x: function(x, y, t11), z.requires_grad_())
-
-
 @pytest.mark.parametrize("kind", ["jsd", "kl", "hinge"])
 def test_consistency_of_a_flat_tree_is_zero_with_a_graph(kind):
     tax = Taxonomy(list("abc"), [-1] * 3)
