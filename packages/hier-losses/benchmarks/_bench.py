@@ -55,7 +55,7 @@ class Bench:
             step()
         spent: list[list[float]] = [[] for _ in steps]
         begin = time.perf_counter()
-        low, high = (2, 2) if self.quick else (5, 41)
+        low, high = (2, 2) if self.quick else (3, 41)
         while len(spent[0]) < low or (len(spent[0]) < high and time.perf_counter() - begin < 6):
             for step, found in zip(steps, spent, strict=True):
                 self.wait()
@@ -116,21 +116,30 @@ class Bench:
 
 
 def main(description: str, benches: list[Callable[[Bench], None]]) -> None:
-    """Run the benchmarks on the CPU, and on CUDA where there is one; write the rows."""
+    """Run the benchmarks on the CPU, and on CUDA where there is one; write the rows after each of them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run")
+    names = [run.__name__.removeprefix("bench_") for run in benches]
+    parser.add_argument("--only", choices=names, help="one of the benchmarks; its rows replace those in the file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict] = []
-    for device in ("cpu", "cuda"):
-        if device == "cuda" and not torch.cuda.is_available():
-            empty = dict.fromkeys(("ours", "peer", "ratio"))
-            rows += [{**row, **empty, "device": device, "status": "not measured"} for row in rows]
-            break
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
         bench = Bench(device, args.quick)
-        for run in benches:
-            run(bench)
-        rows += bench.rows
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        for name, run in zip(names, benches, strict=True):
+            if args.only in (None, name):
+                run(bench)
+                if args.json:
+                    write(Path(args.json), bench.rows, devices)
+
+
+def write(path: Path, rows: list[dict], devices: list[str]) -> None:
+    """Put rows into the file in place of those of the same name; what has no CUDA device to run on is kept as such."""
+    empty = {**dict.fromkeys(("ours", "peer", "ratio")), "device": "cuda", "status": "not measured"}
+    rows = rows + ([] if "cuda" in devices else [{**row, **empty} for row in rows])
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    new = {(row["name"], row["device"]) for row in rows}
+    rows = [row for row in known if (row["name"], row["device"]) not in new] + rows
+    rows.sort(key=lambda row: row["device"])
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
