@@ -1,7 +1,9 @@
 """Compare the losses on a real tree: a linear head on frozen Lite0 features of emoji, tested on an artist never seen.
 
-    python docs/hier-losses/compare_losses.py --tune   four minutes on one core; writes which-loss-rates.json
-    python docs/hier-losses/compare_losses.py          four minutes; writes which-loss.json and the tables of which-loss.md
+    python docs/hier-losses/compare_losses.py --work FOLDER
+
+Writes which-loss.json and the tables of which-loss.md; about four minutes on one free core. Features and finished losses
+are kept in FOLDER, so that a run that was stopped goes on where it was.
 
 Every loss gets the same head, data order, dropout, optimizer and number of epochs. Its learning rate, and nothing else, is
 chosen from three: trained on one artist, scored on another of the training artists. Losses over leaves give node scores by
@@ -29,7 +31,7 @@ from hier_losses.path_ops import extend_paths
 from hier_losses.probabilities import leaf_to_node_logits
 
 HERE = Path(__file__).parent
-EPOCHS, BATCH, DROPOUT, WIDTH = 15, 128, 0.5, 256
+EPOCHS, BATCH, DROPOUT, WIDTH, SEEDS = 15, 128, 0.5, 256, 3
 RATES = (5e-4, 2e-3, 8e-3)
 
 
@@ -63,18 +65,19 @@ DECODERS = {
     "joint_path": (joint_path, ("leaf", "ahd")),
     "level_argmax": (level_argmax, ("fpa", "tice")),
 }
+KEYS = [f"{kind} {decoder}" for decoder, (_, kinds) in DECODERS.items() for kind in kinds]
 
 
-def train(loss, features, target, tax: Taxonomy, rate: float, seed: int, epochs: int) -> torch.nn.Linear:
+def train(loss, features, target, tax: Taxonomy, rate: float, seed: int) -> torch.nn.Linear:
     torch.manual_seed(seed)
     head = torch.nn.Linear(features.shape[1], tax.num_nodes)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, epochs=epochs, steps_per_epoch=-(-len(target) // BATCH)
+        optimizer, rate, epochs=EPOCHS, steps_per_epoch=-(-len(target) // BATCH)
     )
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for rows in torch.randperm(len(target)).split(BATCH):
             optimizer.zero_grad()
             loss(head(F.dropout(features[rows], DROPOUT)), target[rows], tax).backward()
@@ -105,8 +108,15 @@ def per_picture(paths, target, tax: Taxonomy) -> dict:
     return {**pairs, "severity": (distance.double().numpy(), wrong.double().numpy())}
 
 
-def embed(pictures, base) -> torch.Tensor:
-    return run_batches(pictures, lambda x: base.vision(base.preprocess(x)), "features")
+def embed(work: Path, train_set, test_set) -> tuple[torch.Tensor, torch.Tensor]:
+    file = work / "features.npz"
+    if not file.exists():
+        base = load("lite0-minilm")
+        sets = {"train": train_set, "test": test_set}
+        found = {n: run_batches(d, lambda x: base.vision(base.preprocess(x)), n).numpy() for n, d in sets.items()}
+        np.savez(file, **found)
+    with np.load(file) as kept:
+        return torch.from_numpy(kept["train"]), torch.from_numpy(kept["test"])
 
 
 def reduced(train_features, test_features):
@@ -118,98 +128,95 @@ def reduced(train_features, test_features):
     return centred @ axes / scale, (test_features - test_features.mean(0)) @ axes / scale
 
 
-def tune(pictures, base, epochs: int) -> dict[str, float]:
-    """The learning rate of each loss: least distance on one training artist after training on the other."""
-    features, styles = embed(pictures, base), np.array(pictures.styles)
-    target, tax = torch.from_numpy(pictures.targets), pictures.taxonomy
+def best_rate(name: str, features, target, styles, tax: Taxonomy) -> float:
+    """The learning rate with the least distance on one training artist after training on the other."""
     fit, held = np.isin(styles, ["noto-300", "noto-700"]), styles == "openmoji"
     x, held_x = reduced(features[fit], features[held])
-    chosen = {}
-    for name, (loss, _) in LOSSES.items():
-        distance = {}
-        for rate in RATES:
-            head = train(loss, x, target[fit], tax, rate, 0, epochs)
-            with torch.no_grad():
-                scores = node_scores(name, head(held_x), tax)
-            # The better of two decoders: joint_path favours heavy branches where one distribution gives all levels.
-            decoded = (decode(scores, tax) for decode in (bottom_up, joint_path))
-            distance[rate] = min(average_hierarchical_distance(p, target[held], tax).item() for p in decoded)
-        chosen[name] = min(distance, key=distance.get)
-        print(name, distance, flush=True)
-    return chosen
+    distance = {}
+    for rate in RATES:
+        head = train(LOSSES[name][0], x, target[fit], tax, rate, 0)
+        with torch.no_grad():
+            scores = node_scores(name, head(held_x), tax)
+        # The better of two decoders: joint_path favours heavy branches where one distribution gives all levels.
+        decoded = (decode(scores, tax) for decode in (bottom_up, joint_path))
+        distance[rate] = min(average_hierarchical_distance(p, target[held], tax).item() for p in decoded)
+    return min(distance, key=distance.get)
+
+
+def measure(name: str, train_set, test_set, features, test) -> dict:
+    """The learning rate and, for every seed, decoder and score, numerator and denominator of each picture."""
+    tax, target = train_set.taxonomy, torch.from_numpy(train_set.targets)
+    truth = torch.from_numpy(test_set.targets)
+    rate = best_rate(name, features, target, np.array(train_set.styles), tax)
+    x, test_x = reduced(features, test)
+    found = {"rate": np.array(rate)}
+    for seed in range(SEEDS):
+        head = train(LOSSES[name][0], x, target, tax, rate, seed)
+        with torch.no_grad():
+            scores = node_scores(name, head(test_x), tax)
+        for decoder, (decode, kinds) in DECODERS.items():
+            pairs = per_picture(decode(scores, tax), truth, tax)
+            found |= {f"{kind} {decoder} {seed}": np.stack(pairs[kind]) for kind in kinds}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tune", action="store_true", help="choose the learning rates")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--work", type=Path, required=True, help="folder for features and finished losses")
     args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
     train_set, test_set = load_emoji(("openmoji", "noto-300", "noto-700")), load_emoji(("twemoji",))
-    base = load("lite0-minilm")
-    rates_file = args.out / "which-loss-rates.json"
-    if args.tune:
-        rates_file.write_text(json.dumps(tune(train_set, base, args.epochs), indent=1) + "\n", encoding="utf-8")
-        return
-    rates = json.loads(rates_file.read_text(encoding="utf-8"))
-    tax = train_set.taxonomy
-    features, test = reduced(embed(train_set, base), embed(test_set, base))
-    target, truth = torch.from_numpy(train_set.targets), torch.from_numpy(test_set.targets)
+    features, test = embed(args.work, train_set, test_set)
+    found = {}
+    for number, name in enumerate(LOSSES):
+        file = args.work / f"loss-{number}.npz"
+        if not file.exists():
+            np.savez(file, **measure(name, train_set, test_set, features, test))
+            print(name, flush=True)
+        with np.load(file) as kept:
+            found[name] = dict(kept)
     counts = resamples(len(test))
-    found = {name: [] for name in LOSSES}
-    for name, (loss, _) in LOSSES.items():
-        for seed in range(args.seeds):
-            head = train(loss, features, target, tax, rates[name], seed, args.epochs)
-            with torch.no_grad():
-                logits = node_scores(name, head(test), tax)
-            found[name].append({d: per_picture(decode(logits, tax), truth, tax) for d, (decode, _) in DECODERS.items()})
-        print(name, flush=True)
 
-    def pairs(name, decoder, score):
-        return [one[decoder][score] for one in found[name]]
+    def pairs(name, key):
+        return [tuple(found[name][f"{key} {seed}"]) for seed in range(SEEDS)]
 
     rows = []
     for name in LOSSES:
-        row = {"loss": name}
-        for decoder, (_, scores) in DECODERS.items():
-            for score in scores:
-                value = mean_over_seeds(pairs(name, decoder, score), counts)
-                gap = paired_difference(pairs(name, decoder, score), pairs("leaf CE", decoder, score), counts)
-                row[f"{score} {decoder}"] = {"value": value.as_json(), "difference": gap.as_json()}
+        row = {"loss": name, "learning rate": float(found[name]["rate"])}
+        for key in KEYS:
+            value = mean_over_seeds(pairs(name, key), counts)
+            gap = paired_difference(pairs(name, key), pairs("leaf CE", key), counts)
+            row[key] = {"value": value.as_json(), "difference": gap.as_json()}
         rows.append(row)
     settings = {
-        "epochs": args.epochs,
+        "epochs": EPOCHS,
         "batch": BATCH,
-        "learning rates": rates,
         "dropout": DROPOUT,
-        "features": WIDTH,
-        "seeds": args.seeds,
+        "dimensions": WIDTH,
+        "seeds": SEEDS,
         "n": len(test),
     }
-    (args.out / "which-loss.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
-    page = args.out / "which-loss.md"
-    if page.exists():
-        text = re.sub(
-            r"(<!-- table -->\n).*?(<!-- /table -->)",
-            lambda m: m[1] + table(rows) + "\n" + m[2],
-            page.read_text(),
-            flags=re.S,
-        )
-        page.write_text(text)
+    (HERE / "which-loss.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    page = HERE / "which-loss.md"
+    text = re.sub(
+        r"(<!-- table -->\n).*?(<!-- /table -->)",
+        lambda m: m[1] + table(rows) + "\n" + m[2],
+        page.read_text(encoding="utf-8"),
+        flags=re.S,
+    )
+    page.write_text(text, encoding="utf-8")
 
 
 def table(rows: list[dict]) -> str:
-    keys = [key for key in rows[0] if key != "loss"]
-    heads = [f"{TITLES[key.split()[0]]}, `{key.split()[1]}`" for key in keys]
-    lines = ["| loss | " + " | ".join(heads) + " |", "|---" * (len(keys) + 1) + "|"]
+    heads = [f"{TITLES[key.split()[0]]}, `{key.split()[1]}`" for key in KEYS]
+    lines = ["| loss | rate | " + " | ".join(heads) + " |", "|---" * (len(KEYS) + 2) + "|"]
     for row in rows:
         cells = []
-        for key in keys:
+        for key in KEYS:
             (value, _, _), (gap, low, high) = row[key]["value"], row[key]["difference"]
             mark = "" if row["loss"] == "leaf CE" or np.isnan(gap) or low <= 0 <= high else f" ({gap:+.3f})"
             cells.append(f"{value:.3f}{mark}")
-        lines.append(f"| {row['loss']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['loss']} | {row['learning rate']:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
