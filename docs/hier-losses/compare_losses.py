@@ -123,32 +123,26 @@ def reduced(train_features, test_features):
     """Both sets on the main axes of the training set, each centred on its own mean: that takes out what is common to
     all pictures of an artist. Scaled to one mean variance."""
     centred = train_features - train_features.mean(0)
-    axes = torch.linalg.svd(centred, full_matrices=False).Vh[:WIDTH].T
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -WIDTH:]
     scale = (centred @ axes).std()
     return centred @ axes / scale, (test_features - test_features.mean(0)) @ axes / scale
 
 
-def best_rate(name: str, features, target, styles, tax: Taxonomy) -> float:
+def best_rate(name: str, x, target, held_x, held_target, tax: Taxonomy) -> float:
     """The learning rate with the least distance on one training artist after training on the other."""
-    fit, held = np.isin(styles, ["noto-300", "noto-700"]), styles == "openmoji"
-    x, held_x = reduced(features[fit], features[held])
     distance = {}
     for rate in RATES:
-        head = train(LOSSES[name][0], x, target[fit], tax, rate, 0)
+        head = train(LOSSES[name][0], x, target, tax, rate, 0)
         with torch.no_grad():
             scores = node_scores(name, head(held_x), tax)
         # The better of two decoders: joint_path favours heavy branches where one distribution gives all levels.
         decoded = (decode(scores, tax) for decode in (bottom_up, joint_path))
-        distance[rate] = min(average_hierarchical_distance(p, target[held], tax).item() for p in decoded)
+        distance[rate] = min(average_hierarchical_distance(p, held_target, tax).item() for p in decoded)
     return min(distance, key=distance.get)
 
 
-def measure(name: str, train_set, test_set, features, test) -> dict:
-    """The learning rate and, for every seed, decoder and score, numerator and denominator of each picture."""
-    tax, target = train_set.taxonomy, torch.from_numpy(train_set.targets)
-    truth = torch.from_numpy(test_set.targets)
-    rate = best_rate(name, features, target, np.array(train_set.styles), tax)
-    x, test_x = reduced(features, test)
+def measure(name: str, rate: float, x, target, test_x, truth, tax: Taxonomy) -> dict:
+    """For every seed, decoder and score: numerator and denominator of each picture."""
     found = {"rate": np.array(rate)}
     for seed in range(SEEDS):
         head = train(LOSSES[name][0], x, target, tax, rate, seed)
@@ -167,11 +161,18 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     train_set, test_set = load_emoji(("openmoji", "noto-300", "noto-700")), load_emoji(("twemoji",))
     features, test = embed(args.work, train_set, test_set)
+    tax, target, truth = train_set.taxonomy, torch.from_numpy(train_set.targets), torch.from_numpy(test_set.targets)
+    fit, held = (
+        torch.from_numpy(np.isin(train_set.styles, names)) for names in (["noto-300", "noto-700"], ["openmoji"])
+    )
+    x, held_x = reduced(features[fit], features[held])
+    whole, test_x = reduced(features, test)
     found = {}
     for number, name in enumerate(LOSSES):
         file = args.work / f"loss-{number}.npz"
         if not file.exists():
-            np.savez(file, **measure(name, train_set, test_set, features, test))
+            rate = best_rate(name, x, target[fit], held_x, target[held], tax)
+            np.savez(file, **measure(name, rate, whole, target, test_x, truth, tax))
             print(name, flush=True)
         with np.load(file) as kept:
             found[name] = dict(kept)
