@@ -3,82 +3,30 @@
     python bench_metrics.py --json OUT.json [--quick]
 
 Peers are our own rewrites of the usual methods: a K x K cost matrix for conditional risk minimisation, a list of valid
-paths for the inconsistency rate, a per-sample loop over the path for consistent accuracy. Times are medians.
+paths for the inconsistency rate, a per-sample loop over the path for consistent accuracy.
 """
 
-import argparse
-import json
-import statistics
-import sys
-import time
-from collections.abc import Callable
-
 import torch
+from _bench import Bench, main
 from torchmetrics import MetricCollection
 
 from hier_losses import metrics as M
 from hier_losses.decoding import bottom_up, crm, joint_path, level_argmax, top_down
 from hier_losses.functional.tree_ops import lca_height
-from hier_losses.taxonomy import Taxonomy
 from hier_losses.treecuts import sample_cuts
 
-INAT21 = (3, 13, 51, 273, 1103, 4900, 10000)
-QUICK = (3, 8, 20, 60, 150)
 
-
-class Bench:
-    def __init__(self, device: str, quick: bool):
-        self.device, self.quick = device, quick
-        self.batch = 8 if quick else 64
-        self.repeats = 2 if quick else 11
-        self.rows: list[dict] = []
-        self.tax = Taxonomy.synthetic(QUICK if quick else INAT21, None if quick else 0.3175, seed=0).to(device)
-
-    def logits(self, num: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(num, self.tax.num_nodes, generator=generator).to(self.device)
-
-    def targets(self, num: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(1)
-        return self.tax.leaf[torch.randint(self.tax.num_leaves, (num,), generator=generator).to(self.device)]
-
-    def run(self, function: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        function()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start)
-
-    def time(self, *functions: Callable[[], object]) -> list[float]:
-        """Median milliseconds; the functions take turns, so that a busy machine hits all alike."""
-        for function in functions:
-            self.run(function)
-        spent = [[self.run(function) for function in functions] for _ in range(self.repeats)]
-        return [statistics.median(times) for times in zip(*spent, strict=True)]
-
-    def add(
-        self, name: str, setting: str, ours: float, peer: float | None, unit: str = "ms", limit: float | None = None
-    ) -> None:
-        ratio = None if peer is None else ours / peer
-        row = {
-            "name": name,
-            "setting": setting,
-            "ours": ours,
-            "peer": peer,
-            "unit": unit,
-            "ratio": ratio,
-            "target": None if limit is None else f"ours/peer <= {limit:.3g}",
-            "device": self.device,
-            "command": " ".join(["python", *sys.argv]),
-            "status": "measured" if peer is not None else "ours only",
-        }
-        self.rows.append(row)
-        shown = ["-" if x is None else f"{x:.4g}" for x in (ours, peer, ratio)]
-        print(f"{name:44s} {shown[0]:>10s} {shown[1]:>10s} {unit:9s} {shown[2]:>9s}  {row['target'] or ''}", flush=True)
+def samples(bench: Bench, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two leaf nodes a sample."""
+    generator = torch.Generator().manual_seed(1)
+    tax = bench.tax
+    return tuple(
+        tax.leaf[torch.randint(tax.num_leaves, (num,), generator=generator).to(bench.device)] for _ in range(2)
+    )
 
 
 def bench_crm(bench: Bench) -> None:
-    tax, z = bench.tax, bench.logits(bench.batch)
+    tax, (z, _) = bench.tax, bench.inputs(bench.tax)
     # Row by row: K x K paths of D nodes at once would need gigabytes.
     leaf = tax.leaf
     cost = torch.cat([lca_height(row[:, None], leaf, tax).float() for row in leaf.split(64)])
@@ -90,7 +38,8 @@ def bench_crm(bench: Bench) -> None:
     assert (crm(z, tax)[:, 0] == dense()[:, 0]).float().mean() > 0.9
     size = cost.numel() * 4 / 2**20
     setting = f"K={tax.num_leaves}, B={bench.batch}; peer: K x K matrix of {size:.0f} MiB"
-    bench.add("crm", setting, *bench.time(lambda: crm(z, tax), dense), limit=1 / 1.5)
+    spent, ratio = bench.times(lambda: crm(z, tax), dense)
+    bench.add("crm", setting, *spent, limit=1 / 1.5, ratio=ratio)
 
 
 def bench_tice(bench: Bench) -> None:
@@ -104,7 +53,7 @@ def bench_tice(bench: Bench) -> None:
         1,
     ).to(bench.device)
     consistent = torch.arange(num, device=bench.device) % 2 == 0
-    pred = torch.where(consistent[:, None], tax.paths[bench.targets(num)], pred)
+    pred = torch.where(consistent[:, None], tax.paths[samples(bench, num)[0]], pred)
     valid, rows = tax.paths[tax.leaf].tolist(), pred.tolist()
     # The peer takes seconds, so that only a slice is timed and scaled.
     part = rows[: max(20, num // 50)]
@@ -113,13 +62,14 @@ def bench_tice(bench: Bench) -> None:
         return sum(row not in valid for row in part) / len(part)
 
     assert abs(M.tice(pred[: len(part)], tax).item() - listed()) < 1e-9
-    ours, peer = bench.time(lambda: M.tice(pred, tax), listed)
+    (ours, peer), ratio = bench.times(lambda: M.tice(pred, tax), listed)
+    scale = num / len(part)
     setting = f"{num} paths, K={tax.num_leaves}; peer: membership in a list of paths, {len(part)} timed and scaled"
-    bench.add("tice", setting, ours, peer * num / len(part), limit=1 / 50)
+    bench.add("tice", setting, ours, peer * scale, limit=1 / 50, ratio=ratio / scale)
 
 
 def bench_hca(bench: Bench) -> None:
-    tax, z, y = bench.tax, bench.logits(bench.batch), bench.targets(bench.batch)
+    tax, (z, y) = bench.tax, bench.inputs(bench.tax)
     start, size, paths = tax.group_start.tolist(), tax.group_size.tolist(), tax.paths.tolist()
 
     def loop() -> float:
@@ -137,20 +87,21 @@ def bench_hca(bench: Bench) -> None:
 
     assert abs(M.hca(z, y, tax).item() - loop()) < 1e-9
     setting = f"N={tax.num_nodes}, B={bench.batch}; peer: loop over samples and path"
-    bench.add("hca", setting, *bench.time(lambda: M.hca(z, y, tax), loop))
+    spent, ratio = bench.times(lambda: M.hca(z, y, tax), loop)
+    bench.add("hca", setting, *spent, ratio=ratio)
 
 
 def bench_decoders(bench: Bench) -> None:
-    tax, z = bench.tax, bench.logits(bench.batch)
+    tax, (z, _) = bench.tax, bench.inputs(bench.tax)
     setting = f"N={tax.num_nodes}, B={bench.batch}"
     for decode in (level_argmax, bottom_up, top_down, joint_path):
-        bench.add(decode.__name__, setting, *bench.time(lambda decode=decode: decode(z, tax)), None)
+        bench.add(decode.__name__, setting, *bench.times(lambda decode=decode: decode(z, tax))[0])
 
 
 def bench_throughput(bench: Bench) -> None:
     tax, num = bench.tax, 64 if bench.quick else 4096
-    y = bench.targets(num)
-    pred = tax.paths[bench.targets(num).roll(1)]
+    y, other = samples(bench, num)
+    pred = tax.paths[other]
     metrics = {
         "FullPathAccuracy": M.FullPathAccuracy(tax),
         "TICE": M.TICE(tax),
@@ -166,41 +117,20 @@ def bench_throughput(bench: Bench) -> None:
     metrics = {name: metric.to(bench.device) for name, metric in metrics.items()}
     setting = f"N={tax.num_nodes}, batches of {num}"
     for name, metric in metrics.items():
-        (spent,) = bench.time(lambda metric=metric: metric.update(pred, y))
+        (spent,), _ = bench.times(lambda metric=metric: metric.update(pred, y))
         bench.add(f"{name} update", setting, num / spent, None, "samples/ms")
     together = MetricCollection(metrics).to(bench.device)
-    (spent,) = bench.time(lambda: together.update(pred, y))
+    (spent,), _ = bench.times(lambda: together.update(pred, y))
     bench.add("all of these in a collection", setting, num / spent, None, "samples/ms")
-    z, y = bench.logits(bench.batch), bench.targets(bench.batch)
-    (spent,) = bench.time(lambda: sample_cuts(tax))
+    z, y = bench.inputs(tax)
+    (spent,), _ = bench.times(lambda: sample_cuts(tax))
     bench.add("sample 25 cuts", f"N={tax.num_nodes}", spent, None)
     mta = M.MTA(tax, sample_cuts(tax)).to(bench.device)
     setting = f"N={tax.num_nodes}, B={bench.batch}"
     for name, metric in {"MTA over 25 cuts": mta, "HCA": M.HCA(tax).to(bench.device)}.items():
-        (spent,) = bench.time(lambda metric=metric: metric.update(z, y))
+        (spent,), _ = bench.times(lambda metric=metric: metric.update(z, y))
         bench.add(f"{name} update", setting, bench.batch / spent, None, "samples/ms")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    args = parser.parse_args()
-    rows: list[dict] = []
-    for device in ("cpu", "cuda"):
-        if device == "cuda" and not torch.cuda.is_available():
-            rows += [
-                {**row, "device": "cuda", **dict.fromkeys(("ours", "peer", "ratio")), "status": "not measured"}
-                for row in rows
-            ]
-            break
-        bench = Bench(device, args.quick)
-        for run in (bench_crm, bench_tice, bench_hca, bench_decoders, bench_throughput):
-            run(bench)
-        rows += bench.rows
-    with open(args.json, "w") as file:
-        json.dump(rows, file, indent=1)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, [bench_crm, bench_tice, bench_hca, bench_decoders, bench_throughput])

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Int
@@ -111,6 +111,12 @@ class TreeCuts(Sequence):
         """Return the number of cuts T."""
         return len(self.cuts)
 
+    @overload
+    def __getitem__(self, index: int) -> TreeCut: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TreeCut, ...]: ...
+
     def __getitem__(self, index: int | slice) -> TreeCut | tuple[TreeCut, ...]:
         """Return one cut, or several for a slice."""
         return self.cuts[index]
@@ -193,15 +199,15 @@ class TreeCuts(Sequence):
         Raises:
             ValueError: a leaf that the taxonomy lacks, a text that fits no node above its leaves.
         """
-        if isinstance(source, str | os.PathLike):
-            source = json.loads(Path(source).read_text(encoding="utf-8"))
-        texts, leaves = _resolve_nodes(source, tax)
+        file = isinstance(source, str | os.PathLike)
+        content: Any = json.loads(Path(str(source)).read_text(encoding="utf-8")) if file else source
+        texts, leaves = _resolve_nodes(content, tax)
         spans: dict[tuple[int, int], list[int]] = {}
         for node, span in enumerate(zip(tax.leaf_start.tolist(), tax.n_leaves.tolist(), strict=True)):
             spans.setdefault(span, []).append(node)
         start = tax.leaf_start.tolist()
         cuts = []
-        for number, cut in enumerate(source["treecuts"]):
+        for number, cut in enumerate(content["treecuts"]):
             below: list[list[int]] = [[] for _ in cut["text"]]
             for leaf, label in zip(leaves, cut["leaf_to_label"], strict=True):
                 below[label].append(start[leaf])

@@ -53,15 +53,16 @@ def _finish(tree: Tree, names: list[str], parents: list[int], old: list[int]) ->
     known = tree.label.tolist()
     # Labels that come from the data stay meaningful; those that are mere positions are counted anew. Old labels keep
     # their order and stay in front, added nodes follow in the order of their ids.
-    labels = None if tree.natural_labels else [0] * len(names)
-    for place, node in enumerate(order if labels else ()):
+    labels = [0] * len(names)
+    for place, node in enumerate(order):
         labels[node] = known[old[node]] if old[node] >= 0 else num + place
     new_to_old = torch.tensor([old[node] for node in order], dtype=torch.int64)
     old_to_new = torch.full((num,), -1, dtype=torch.int64)
     kept = new_to_old >= 0
     old_to_new[new_to_old[kept]] = torch.arange(len(order))[kept]
     device = tree.device
-    return TaxonomyUpdate(type(tree)(names, parents, labels).to(device), old_to_new.to(device), new_to_old.to(device))
+    new = type(tree)(names, parents, None if tree.natural_labels else labels)
+    return TaxonomyUpdate(new.to(device), old_to_new.to(device), new_to_old.to(device))
 
 
 def extend(tree: Tree, paths: Iterable | None, edges: Iterable | None) -> TaxonomyUpdate:
@@ -78,7 +79,7 @@ def extend(tree: Tree, paths: Iterable | None, edges: Iterable | None) -> Taxono
             if not all(isinstance(name, str) for name in path):
                 raise TypeError(f"path {number} must hold names, got {path!r}")
             grow(names, parents, child, path)
-    else:
+    if edges is not None:
         _add_edges(tree, edges, names, parents, child)
     return _finish(tree, names, parents, list(range(tree.num_nodes)) + [-1] * (len(names) - tree.num_nodes))
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hier_losses._order import shorten
-from hier_losses._parse import Parts, _check_choice, parse_edges, parse_paths, repeated
+from hier_losses._order import repeated, shorten
+from hier_losses._parse import Parts, _check_choice, parse_edges, parse_paths
 from hier_losses._tree import Tree
 
 PathLike = str | os.PathLike
@@ -94,7 +94,8 @@ def edge_list(tree: Tree, ends: str) -> list[tuple]:
     if ends == "name":
         twice = repeated(tree.names)
         if twice:
-            raise ValueError(f"ends='name' needs unique names, repeated: {twice}; use ends='path'")
+            listed = shorten(dict.fromkeys(twice))
+            raise ValueError(f"ends='name' needs unique names, repeated: {listed}; use ends='path'")
         keys: Sequence = tree.names
     else:
         keys = [tree.path_of(node) for node in range(tree.num_nodes)]
@@ -290,7 +291,7 @@ def read_networkx(graph: Any, root: str | None) -> Parts:
 
 def write_networkx(tree: Tree) -> Any:
     """Return a DiGraph over node ids with the attribute `name`."""
-    import networkx  # optional, and slow to import
+    import networkx  # type: ignore[import-untyped]  # optional, and slow to import
 
     graph = networkx.DiGraph()
     graph.add_nodes_from((node, {"name": name}) for node, name in enumerate(tree.names))
@@ -309,7 +310,7 @@ def read_imagefolder(root: PathLike, sep: str | None, skip: int) -> Parts:
     if skip:
         raise ValueError(f"skip goes with sep, got skip={skip} for nested folders")
     parts = Parts([], [])
-    stack = [(os.fspath(root), -1, (os.path.realpath(root),))]
+    stack: list[tuple[str, int, tuple[str, ...]]] = [(str(root), -1, (os.path.realpath(str(root)),))]
     while stack:
         folder, up, above = stack.pop()
         for name in _folders(folder):
@@ -334,5 +335,5 @@ def split_folder_name(name: str, sep: str, skip: int) -> list[str]:
 
 
 def _folders(root: PathLike) -> list[str]:
-    with os.scandir(root) as entries:
+    with os.scandir(str(root)) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))

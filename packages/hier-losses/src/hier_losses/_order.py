@@ -1,8 +1,11 @@
 """Put the nodes of a tree in breadth-first order and derive its index arrays without recursion."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
+
+Item = TypeVar("Item", bound=Hashable)
 
 
 def show_path(path: Iterable[str]) -> str:
@@ -15,6 +18,17 @@ def shorten(items: Iterable[str], limit: int = 5) -> str:
     listed = [repr(item) for item in items]
     rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + rest
+
+
+def repeated(items: Iterable[Item]) -> list[Item]:
+    """List every occurrence of an item but its first."""
+    seen: set[Item] = set()
+    twice = []
+    for item in items:
+        if item in seen:
+            twice.append(item)
+        seen.add(item)
+    return twice
 
 
 def find_cycle(start: int, up: Callable[[int], int]) -> list[int]:
@@ -51,8 +65,7 @@ def bfs_order(names: Sequence, parents: Sequence[int]) -> list[int]:
     level = top
     for siblings in (top, *children):
         if len({names[node] for node in siblings}) < len(siblings):
-            seen: set[str] = set()
-            twice = [names[node] for node in siblings if names[node] in seen or seen.add(names[node])]
+            twice = repeated(names[node] for node in siblings)
             raise ValueError(f"siblings must have different names, repeated: {shorten(twice)}")
     while level:
         order += level
@@ -85,7 +98,6 @@ def index_arrays(parent: np.ndarray) -> dict[str, np.ndarray]:
         # Leaves of earlier siblings come first; the last slot counts for the virtual root (index -1).
         leaf_start[node] = filled[up] + (leaf_start[up] if up >= 0 else 0)
         filled[up] += n_leaves[node]
-    depth = np.asarray(depth, dtype=np.int64)
     level_ptr = np.concatenate([[0], np.cumsum(np.bincount(depth)[1:])]).astype(np.int64)
     num_levels = len(level_ptr) - 1
     paths = np.full((num, num_levels), -1, dtype=np.int64)
@@ -101,7 +113,7 @@ def index_arrays(parent: np.ndarray) -> dict[str, np.ndarray]:
     edge_child = np.flatnonzero(parent >= 0)
     fields = {
         "parent": parent,
-        "depth": depth,
+        "depth": np.asarray(depth),
         "level_ptr": level_ptr,
         "group_start": group_start,
         "group_size": group_size,

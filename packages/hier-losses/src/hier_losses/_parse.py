@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hier_losses._order import shorten, show_path
+from hier_losses._order import show_path
 
 
 class Parts(NamedTuple):
@@ -22,7 +22,7 @@ def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _is_missing(item: object) -> bool:
+def _is_missing(item: Any) -> bool:
     # "not >=" also takes the NaN that table readers put into empty cells.
     return item is None or item == "" or (not isinstance(item, str) and not item >= 0)
 
@@ -119,14 +119,15 @@ def _parse_labels(rows: list[list], base: int, names: Sequence[Sequence[str]] | 
             got = [len(level_names) for level_names in names]
             raise ValueError(f"names must hold {len(labels)} names for level {level + 1}, got {got} per level")
     position: list[dict[int, int]] = []
-    parts = Parts([], [], [])
+    numbers: list[int] = []
+    parts = Parts([], [], numbers)
     for level, labels in enumerate(above):
         position.append({})
         for label in labels:
             position[level][label] = len(parts.names)
             parts.names.append(str(label) if names is None else names[level][label - base])
             parts.parents.append(position[level - 1][labels[label]] if level else -1)
-            parts.labels.append(label - base)
+            numbers.append(label - base)
     return parts
 
 
@@ -139,7 +140,7 @@ def endpoint(item: object) -> str | tuple[str, ...] | None:
     raise TypeError(f"an end of an edge must be a name, a tuple of names (a full path) or None, got {item!r}")
 
 
-def split_edge(edge: object, number: int, order: str) -> tuple:
+def split_edge(edge: Any, number: int, order: str) -> tuple:
     """Return an edge as (parent, child)."""
     ends = list(edge) if not isinstance(edge, str) else []
     if len(ends) != 2:
@@ -222,9 +223,3 @@ def synthesize(level_sizes: Sequence[int], lone_child_rate: float | None = None,
         parents += np.repeat(np.arange(above) + offset, counts).tolist()
         names += [f"n{level + 1}_{i}" for i in range(here)]
     return Parts(names, parents)
-
-
-def repeated(names: Iterable[str]) -> str:
-    """List the names that occur more than once, for an error message; empty if none does."""
-    seen: set[str] = set()
-    return shorten(dict.fromkeys(name for name in names if name in seen or seen.add(name)))

@@ -1,7 +1,7 @@
 """The index tensors of a rooted tree in breadth-first order, the storage every loss, decoder and metric here reads."""
 
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hier_losses._order import bfs_order, index_arrays, shorten, show_path
+
+AnyTree = TypeVar("AnyTree", bound="Tree")
 
 _TENSORS = (
     "parent",
@@ -85,6 +87,11 @@ class Tree:
     level_sizes: tuple[int, ...]
     max_group_size: int
     root_height: int
+    natural_labels: bool
+    device: torch.device
+    _by_name: dict[str, int]
+    _child: dict[tuple[int, str], int]
+    _moved: dict[torch.device, Any]
 
     def __init__(self, names: Sequence, parents: Sequence[int], labels: Sequence[int] | None = None):
         """Order the nodes and derive every tensor.
@@ -159,7 +166,7 @@ class Tree:
         """Rebuild from names, parents and labels, so that worker processes can receive a tree."""
         return _rebuild, (type(self), self.names, self.parent.tolist(), self.label.tolist(), str(self.device))
 
-    def to(self, device: torch.device | str | int):
+    def to(self: AnyTree, device: torch.device | str | int) -> AnyTree:
         """Return the same tree with its tensors on a device; copies are kept, so asking twice is free.
 
         Args:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hier_losses._order import find_cycle, shorten, show_path
+from hier_losses._order import find_cycle, repeated, shorten, show_path
 from hier_losses._parse import split_edge
 from hier_losses._tree import Tree
 
@@ -60,6 +60,9 @@ class LabelGraph:
     descendant_ptr: Tensor
     descendant: Tensor
     descendant_row: Tensor
+    device: torch.device
+    _position: dict[str, int]
+    _moved: dict[torch.device, "LabelGraph"]
 
     def __init__(self, names: Sequence[str], edges: Sequence[tuple[int, int]]):
         """Order the edges, rank the nodes and derive reachability; see `from_edges` for names.
@@ -72,8 +75,7 @@ class LabelGraph:
         if num == 0:
             raise ValueError("the graph is empty: at least one node is needed")
         if len(set(edges)) < len(edges):
-            seen: set[tuple[int, int]] = set()
-            twice = [f"{names[a]} -> {names[b]}" for a, b in edges if (a, b) in seen or seen.add((a, b))]
+            twice = [f"{names[a]} -> {names[b]}" for a, b in repeated(edges)]
             raise ValueError(f"duplicate edge {shorten(twice)}")
         ups: list[list[int]] = [[] for _ in range(num)]
         downs: list[list[int]] = [[] for _ in range(num)]

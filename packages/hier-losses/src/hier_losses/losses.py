@@ -3,7 +3,8 @@
 Settings are checked on construction. A module has no parameters and no state; it follows the device of its input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,18 +12,19 @@ from torch import Tensor, nn
 
 from hier_losses import functional as F
 from hier_losses._tree import Tree
-from hier_losses.functional._inputs import PerLevel
+from hier_losses.functional._inputs import PerLevel, check_taxonomy
 from hier_losses.graph import LabelGraph
 
 
-class _NodeLoss(nn.Module):
-    """A loss on (B, N) logits and (B,) node ids; subclasses name their function and pass their settings on."""
+class _Loss(nn.Module):
+    """A loss with a tree and settings, which subclasses pass on to their function."""
 
-    function = None
-    width = "num_nodes"
+    takes_graphs = False
+    tax: Any  # a Taxonomy, or a LabelGraph where `takes_graphs` says so
 
     def __init__(self, tax: Tree | LabelGraph, **settings):
         super().__init__()
+        check_taxonomy(tax, self.takes_graphs)
         self.tax = tax
         self._names = tuple(settings)
         for name, value in settings.items():
@@ -35,14 +37,28 @@ class _NodeLoss(nn.Module):
         self._dry_run()
 
     def _dry_run(self) -> None:
-        # An empty batch goes through all checks of settings and costs nothing.
-        empty = torch.zeros(0, getattr(self.tax, self.width), device=self.tax.device)
-        self(empty, torch.zeros(0, dtype=torch.int64, device=self.tax.device))
+        """Send an empty batch through, which checks all settings and costs nothing."""
+        raise NotImplementedError
 
     @property
     def settings(self) -> dict:
         """The keyword arguments that the function is called with."""
         return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        """Return the settings."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class _NodeLoss(_Loss):
+    """A loss on (B, N) logits and (B,) node ids; subclasses name their function."""
+
+    function: Callable[..., Tensor]
+    width = "num_nodes"
+
+    def _dry_run(self) -> None:
+        empty = torch.zeros(0, getattr(self.tax, self.width), device=self.tax.device)
+        self(empty, torch.zeros(0, dtype=torch.int64, device=self.tax.device))
 
     def forward(self, logits: Float[Tensor, "batch scores"], target: Tensor) -> Float[Tensor, "..."]:
         """Return the loss.
@@ -52,10 +68,6 @@ class _NodeLoss(nn.Module):
             target: (B,) integer node ids.
         """
         return type(self).function(logits, target, self.tax, **self.settings)
-
-    def extra_repr(self) -> str:
-        """Return the settings."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
 
 class LevelCrossEntropy(_NodeLoss):
@@ -217,6 +229,7 @@ class HCE(_NodeLoss):
     """Module form of `functional.hce`."""
 
     function = staticmethod(F.hce)
+    takes_graphs = True
 
     def __init__(self, graph: Tree | LabelGraph, *, reduction: str = "mean"):
         """Keep the settings; see `functional.hce`."""
@@ -255,7 +268,7 @@ class SoftLabelCE(_NodeLoss):
         super().__init__(tax, beta=beta, reduction=reduction)
 
 
-class ParentChildConsistency(_NodeLoss):
+class ParentChildConsistency(_Loss):
     """Module form of `functional.parent_child_consistency`; takes no target."""
 
     def __init__(self, tax: Tree, *, kind: str = "jsd", margin: float = 0.0, reduction: str = "mean"):
@@ -274,8 +287,10 @@ class ParentChildConsistency(_NodeLoss):
         return F.parent_child_consistency(logits, self.tax, **self.settings)
 
 
-class MCLoss(_NodeLoss):
+class MCLoss(_Loss):
     """Module form of `functional.mc_loss`."""
+
+    takes_graphs = True
 
     def __init__(self, graph: Tree | LabelGraph, *, reduction: str = "mean"):
         """Keep the settings; see `functional.mc_loss`."""
@@ -304,6 +319,7 @@ class MCM(nn.Module):
     def __init__(self, graph: Tree | LabelGraph):
         """Keep the graph."""
         super().__init__()
+        check_taxonomy(graph, or_graph=True)
         self.graph = graph
 
     def forward(self, scores: Float[Tensor, "*batch scores"]) -> Float[Tensor, "*batch scores"]:

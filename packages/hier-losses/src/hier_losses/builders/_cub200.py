@@ -33,7 +33,7 @@ def cub200(
     Raises:
         ValueError: broken lines, integer labels that are no tree or start elsewhere, species that do not match.
     """
-    classes = []
+    classes: list[str] = []
     for line in Path(classes_file).read_text(encoding="utf-8").splitlines():
         if not line.strip():
             continue

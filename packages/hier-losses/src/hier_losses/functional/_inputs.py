@@ -26,8 +26,17 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def check_taxonomy(tax: object, or_graph: bool = False) -> None:
+    """Raise a TypeError unless `tax` is a taxonomy, or a label graph where one is allowed."""
+    if not isinstance(tax, (Tree, LabelGraph) if or_graph else Tree):
+        allowed = "a Taxonomy or a LabelGraph" if or_graph else "a Taxonomy"
+        raise TypeError(f"tax must be {allowed}, got {type(tax).__name__}")
+
+
 def check_matrix(name: str, values: Tensor, width: int) -> Tensor:
     """Check for a floating (B, width) tensor and return it in at least float32."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
     if not values.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {values.dtype}")
     if values.ndim != 2 or values.shape[1] != width:
@@ -37,6 +46,8 @@ def check_matrix(name: str, values: Tensor, width: int) -> Tensor:
 
 def check_target(target: Tensor, batch: int, tax: Tree | LabelGraph, leaf_only: bool = False) -> Tensor:
     """Check for (B,) integer node ids, of leaves if `leaf_only`, and return them as int64."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise ValueError(f"target must hold integer node ids in [0, {tax.num_nodes}), got dtype {target.dtype}")
     if target.shape != (batch,):
@@ -47,6 +58,7 @@ def check_target(target: Tensor, batch: int, tax: Tree | LabelGraph, leaf_only: 
     inside = (target >= 0) & (target < tax.num_nodes)
     require(inside, lambda row: f"target must lie in [0, {tax.num_nodes}), got {int(target[row])} at row {row}")
     if leaf_only:
+        assert isinstance(tax, Tree)  # only losses on leaf logits ask for it
         require(
             tax.leaf_index[target] >= 0,
             lambda row: (
@@ -59,7 +71,7 @@ def check_target(target: Tensor, batch: int, tax: Tree | LabelGraph, leaf_only: 
 
 def require(holds: Tensor, message) -> None:
     """Raise ValueError(message(row)) for the first row that does not hold; on CUDA an assertion without a sync."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or holds.is_meta:
         return
     if holds.is_cuda:
         torch._assert_async(holds.all(), "an input value is out of its allowed range; run on the CPU for its row")

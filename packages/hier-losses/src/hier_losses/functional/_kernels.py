@@ -29,6 +29,11 @@ def log_above(peak: Tensor, total: Tensor) -> Tensor:
     return total.clamp(min=0.5).log() + peak
 
 
+def safe_logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """Log of the sum of two exponentials; the second derivative of torch's own is NaN where one of them is -inf."""
+    return safe_logsumexp(torch.stack(torch.broadcast_tensors(a, b), -1))
+
+
 def segment_max(values: Tensor, index: Int[Tensor, " rows"], initial: Tensor) -> Tensor:
     """Largest of `initial[s]` and the rows `values[i]` with `index[i] == s`."""
     return initial.scatter_reduce(0, index[:, None].expand_as(values), values, "amax")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hier_losses._tree import Tree
-from hier_losses.functional._kernels import safe_logsumexp
+from hier_losses.functional._kernels import safe_logaddexp, safe_logsumexp
 
 
 class LevelTerms(NamedTuple):
@@ -40,7 +40,7 @@ def level_terms(logits: Tensor, target: Tensor, tax: Tree, levels: str = "ragged
     if levels == "extended":
         repeats = (path < 0) & (tax.leaf_index[target] >= 0)[:, None]
         path = torch.where(repeats, target[:, None], path)
-        lse = torch.logaddexp(lse, shallow_logsumexp(logits, tax))
+        lse = safe_logaddexp(lse, shallow_logsumexp(logits, tax))
     valid = path >= 0
     path = path.clamp(min=0)
     return LevelTerms(logits, path, valid, lse, logits.gather(1, path))

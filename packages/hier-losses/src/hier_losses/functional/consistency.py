@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hier_losses._tree import Tree
 from hier_losses.functional._inputs import Reduction, check_choice, check_matrix, check_reduction, reduce_batch
+from hier_losses.functional._kernels import safe_logaddexp
 from hier_losses.functional._terms import shallow_logsumexp
 from hier_losses.functional.tree_ops import group_logsumexp
 
@@ -66,11 +67,11 @@ def _between_levels(logits: Tensor, tax: Tree, kind: str) -> Tensor:
     """Mean divergence over the pairs of neighbouring levels, (B,)."""
     scores = logits.split(tax.level_sizes, 1)
     shallow = shallow_logsumexp(logits, tax)
-    lse = torch.logaddexp(torch.stack([level.logsumexp(1) for level in scores], 1), shallow)
+    lse = safe_logaddexp(torch.stack([level.logsumexp(1) for level in scores], 1), shallow)
     below = torch.where(tax.leaf_index >= 0, logits, group_logsumexp(logits, tax)[:, 1:]).split(tax.level_sizes, 1)
     # All leaves above a level have one ratio p / s, so they count as a single class and the cost stays O(B N).
     pooled = shallow > -torch.inf
-    total = torch.zeros_like(lse[:, 0])
+    total = logits[:, :0].sum(1)  # 0 that carries the graph, for a tree of one level
     for level in range(tax.num_levels - 1):
         here, there = lse[:, level, None], lse[:, level + 1, None]
         total = total + _divergence(scores[level] - here, below[level] - there, kind).sum(1)

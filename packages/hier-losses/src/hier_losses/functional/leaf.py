@@ -66,7 +66,8 @@ def hxe(
     valid = level[1:] <= tax.depth[target][:, None]
     below = torch.where(valid, within[:, 1:], 0.0)
     odds = torch.where(valid, bins[:, :-1], -torch.inf) - below
-    loss = torch.logaddexp(odds, torch.zeros_like(odds))
+    # log(1 + e^x) to double precision; that of torch.logaddexp has a second derivative of NaN at -inf.
+    loss = torch.nn.functional.softplus(odds, threshold=40)
     loss = (loss * torch.exp(-alpha * level[1:].to(logits.dtype))).sum(1)
     if normalize == "tree":
         loss = loss / (1 + torch.exp(-alpha * tax.depth.to(logits.dtype)).sum())
@@ -137,6 +138,8 @@ class _BinLogSumExp(torch.autograd.Function):
     A function of its own because the gradient needs one exp of what is at hand, and because the backward pass of a
     gather would add by index.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(values: Tensor, index: Tensor, num_bins: int) -> Tensor:

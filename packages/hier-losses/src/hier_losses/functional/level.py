@@ -72,8 +72,8 @@ def level_cross_entropy(
     check_choice("levels", levels, ("ragged", "extended"))
     check_choice("level_reduction", level_reduction, ("sum", "mean"))
     check_reduction(reduction)
-    if not focal_gamma >= 0:
-        raise ValueError(f"focal_gamma must be at least 0, got {focal_gamma}")
+    if not 0 <= focal_gamma < float("inf"):
+        raise ValueError(f"focal_gamma must be at least 0 and finite, got {focal_gamma}")
     smooth = not (isinstance(label_smoothing, (int, float)) and label_smoothing == 0)
     if smooth and focal_gamma:
         raise ValueError(f"label_smoothing must be 0 with focal_gamma {focal_gamma}, got {label_smoothing}")

@@ -86,7 +86,7 @@ def mc_loss(
     right = mcm(torch.where(positive, logits, -torch.inf), graph)
     score = torch.where(positive, right, mcm(logits, graph))
     loss = torch.nn.functional.binary_cross_entropy_with_logits(score, label, reduction="none")
-    count = loss.numel()
+    count: int | Tensor = max(loss.numel(), 1)
     if mask is not None:
         if mask.dtype != torch.bool or mask.shape not in (logits.shape, logits.shape[1:]):
             raise ValueError(
@@ -98,7 +98,7 @@ def mc_loss(
         count = mask.sum().clamp(min=1)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / (count if mask is not None else max(count, 1))
+    return loss.sum() if reduction == "sum" else loss.sum() / count
 
 
 def _not_closed(lost: Tensor, row: int, graph: Tree | LabelGraph) -> str:

@@ -69,14 +69,16 @@ def tp_kl(
     check_choice("softmax_over", softmax_over, ("auto", "all", "valid"))
     check_reduction(reduction)
     check_temperature(temperature)
-    if (target is None) == (target_probs is None):
-        raise ValueError("give either target or target_probs, got " + ("neither" if target is None else "both"))
+    if target is not None and target_probs is not None:
+        raise ValueError("give either target or target_probs, got both")
     tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes) / temperature
     if target_probs is not None:
         if level_weights is not None:
             raise ValueError(f"level_weights must be None with target_probs, which holds them, got {level_weights}")
         return reduce_batch(_kl_to_probs(logits, target_probs, tax, softmax_over), reduction)
+    if target is None:
+        raise ValueError("give either target or target_probs, got neither")
     target = check_target(target, logits.shape[0], tax)
     terms = level_terms(logits, target, tax)
     return reduce_batch(path_kl(terms, target, tax, softmax_over, level_weights), reduction)
@@ -140,9 +142,9 @@ def path_probs(
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise a ValueError unless the temperature is positive."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    """Raise a ValueError unless the temperature is positive and finite."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
 def _kl_to_probs(logits: Tensor, probs: Tensor, tax: Tree, softmax_over: str) -> Tensor:

@@ -75,9 +75,10 @@ def hierarchy_aware_parts(
     if consistency_weight:
         parts["consistency"] = parent_child_consistency(logits, tax, reduction=reduction)
     # With all weights 0 the total must still carry the graph.
-    total = reduce_batch(0.0 * terms.nll[:, 0], reduction) if not parts else None
-    for name, part in parts.items():
-        total = weights[name] * part if total is None else total + weights[name] * part
+    weighted = [weights[name] * part for name, part in parts.items()]
+    total = reduce_batch(0.0 * terms.nll[:, 0], reduction) if not weighted else weighted[0]
+    for part in weighted[1:]:
+        total = total + part
     return {"total": total, **parts}
 
 

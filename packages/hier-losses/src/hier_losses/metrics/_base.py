@@ -13,8 +13,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from hier_losses._fingerprint import fingerprint
-from hier_losses.functional._inputs import check_choice, check_target, require
+from hier_losses.functional._inputs import check_choice, check_target, check_taxonomy, require
 from hier_losses.functional.tree_ops import path_lca_depth
+from hier_losses.graph import LabelGraph
 from hier_losses.path_ops import extend_paths, paths_of
 from hier_losses.taxonomy import Taxonomy
 
@@ -27,7 +28,7 @@ class HierarchicalMetric(Metric):
     Sums are exact under any split of the samples over processes, empty shares included.
 
     Args:
-        tax: the taxonomy.
+        tax: the taxonomy; the metrics of several labels per sample take a label graph as well.
         validate_args: check the values of the inputs, which costs a pass over them.
         **kwargs: options of `torchmetrics.Metric`.
     """
@@ -37,9 +38,12 @@ class HierarchicalMetric(Metric):
     higher_is_better = True
     plot_lower_bound: float | None = 0.0
     plot_upper_bound: float | None = 1.0
+    takes_graphs = False
+    tax: Any  # a Taxonomy, or a LabelGraph where `takes_graphs` says so
 
-    def __init__(self, tax: Taxonomy, *, validate_args: bool = True, **kwargs: Any):
+    def __init__(self, tax: Taxonomy | LabelGraph, *, validate_args: bool = True, **kwargs: Any):
         """Keep the taxonomy; subclasses then call `add_sums`."""
+        check_taxonomy(tax, self.takes_graphs)
         super().__init__(**kwargs)
         self.tax = tax
         self.validate_args = validate_args
@@ -93,6 +97,7 @@ class PathMetric(HierarchicalMetric):
 
     def __init__(self, tax: Taxonomy, *, validate_args: bool = True, metric_options: dict[str, Any], **settings: Any):
         """Check the settings and register the sums of an empty batch as initial states."""
+        check_taxonomy(tax)
         self._check(tax, **settings)
         super().__init__(tax, validate_args=validate_args, **metric_options)
         self.settings = settings
@@ -126,8 +131,10 @@ class PathMetric(HierarchicalMetric):
         return cls._value(cls._sums(paths, target, tax, **settings), tax, **settings)
 
     @staticmethod
-    def _check(tax: Taxonomy, **settings: Any) -> None:
+    def _check(tax: Taxonomy, *_: Any, **settings: Any) -> None:
         """Raise a ValueError for a setting out of range."""
+        if "k" in settings and not isinstance(settings["k"], int):
+            raise TypeError(f"k must be an integer, got {settings['k']!r}")
         if "k" in settings and not 1 <= settings["k"] <= tax.num_leaves:
             raise ValueError(f"k must lie in [1, {tax.num_leaves}], got {settings['k']}")
         if "average" in settings:
@@ -135,12 +142,12 @@ class PathMetric(HierarchicalMetric):
 
     @staticmethod
     @abstractmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, **settings: Any) -> dict[str, Tensor]:
+    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, *_: Any, **settings: Any) -> dict[str, Tensor]:
         """Count a batch of (B, k, D) paths."""
 
     @staticmethod
     @abstractmethod
-    def _value(sums: dict[str, Tensor], tax: Taxonomy, **settings: Any) -> Tensor | dict[str, Tensor]:
+    def _value(sums: dict[str, Tensor], tax: Taxonomy, *_: Any, **settings: Any) -> Tensor | dict[str, Tensor]:
         """Turn counts into the result."""
 
 

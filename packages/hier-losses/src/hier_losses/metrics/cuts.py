@@ -39,7 +39,8 @@ class HCA(HierarchicalMetric):
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the value over all samples so far; NaN without samples."""
-        return ratio(**_as_ratio(self.totals()))
+        sums = self.totals()
+        return ratio(sums["correct"], sums["total"])
 
 
 def hca(logits: Float[Tensor, "batch nodes"], target: Tensor, tax: Taxonomy) -> Float[Tensor, ""]:
@@ -60,7 +61,8 @@ def hca(logits: Float[Tensor, "batch nodes"], target: Tensor, tax: Taxonomy) -> 
     Raises:
         ValueError: wrong width, target out of range or not integers.
     """
-    return ratio(**_as_ratio(_hca_sums(*_checked(logits, target, tax, True), tax)))
+    sums = _hca_sums(*_checked(logits, target, tax, True), tax)
+    return ratio(sums["correct"], sums["total"])
 
 
 class MTA(HierarchicalMetric):
@@ -150,15 +152,13 @@ def _checked(logits: Tensor, target: Tensor, tax: Taxonomy, validate: bool) -> t
 
 
 def _checked_cuts(cuts: TreeCuts, tax: Taxonomy) -> TreeCuts:
+    if not isinstance(cuts, TreeCuts):
+        raise TypeError(f"cuts must be TreeCuts, got {type(cuts).__name__}; see sample_cuts")
     if cuts.tax != tax:
         raise ValueError(
             f"cuts must belong to tax of {tax.num_nodes} nodes, got cuts of another tree of {cuts.tax.num_nodes} nodes"
         )
     return cuts
-
-
-def _as_ratio(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"numerator": sums["correct"], "denominator": sums["total"]}
 
 
 def _hca_sums(logits: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:

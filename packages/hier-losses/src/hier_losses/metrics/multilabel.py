@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from hier_losses.functional._inputs import check_choice, check_matrix, require
+from hier_losses.graph import LabelGraph
 from hier_losses.metrics._base import HierarchicalMetric, ratio
 from hier_losses.taxonomy import Taxonomy
 
@@ -23,9 +24,13 @@ class NodeAUROC(HierarchicalMetric):
     computed from histograms of the sigmoid instead, whose size does not grow with the data.
     """
 
+    takes_graphs = True
+    auroc_scores: list[Tensor]
+    auroc_labels: list[Tensor]
+
     def __init__(
         self,
-        tax: Taxonomy,
+        tax: Taxonomy | LabelGraph,
         average: str = "macro",
         num_bins: int | None = None,
         *,
@@ -35,7 +40,7 @@ class NodeAUROC(HierarchicalMetric):
         """Register the states.
 
         Args:
-            tax: the taxonomy.
+            tax: the taxonomy or label graph.
             average: see `node_auroc`.
             num_bins: number of equal bins of the sigmoid of the logits, at least 2; None for the exact area.
             validate_args: see `HierarchicalMetric`.
@@ -65,7 +70,7 @@ class NodeAUROC(HierarchicalMetric):
             target: (B, N) 0/1 labels, closed upwards: an ancestor of a positive node is positive.
 
         Raises:
-            ValueError: wrong shapes, labels other than 0 and 1 or not closed upwards.
+            ValueError: wrong shapes, NaN, labels other than 0 and 1 or not closed upwards.
         """
         logits, labels = _checked(logits, target, self.tax, self.validate_args)
         if self.num_bins is None:
@@ -90,7 +95,7 @@ class NodeAUROC(HierarchicalMetric):
 
 
 def node_auroc(
-    logits: Float[Tensor, "batch nodes"], multi_hot: Tensor, tax: Taxonomy, average: str = "macro"
+    logits: Float[Tensor, "batch nodes"], multi_hot: Tensor, tax: Taxonomy | LabelGraph, average: str = "macro"
 ) -> Float[Tensor, "*nodes"]:
     r"""Probability that a positive sample of a node scores above a negative one, ties counting one half.
 
@@ -99,14 +104,14 @@ def node_auroc(
     Args:
         logits: one score per node; any increasing function of them gives the same.
         multi_hot: (B, N) 0/1 labels, closed upwards.
-        tax: the taxonomy.
+        tax: the taxonomy or label graph.
         average: "macro" (the mean of the nodes with both classes) or "none".
 
     Returns:
         A value in [0, 1], or (N,) of them; NaN where only one class occurs.
 
     Raises:
-        ValueError: wrong shapes, labels other than 0 and 1 or not closed upwards, unknown average.
+        ValueError: wrong shapes, NaN, labels other than 0 and 1 or not closed upwards, unknown average.
     """
     check_choice("average", average, ("macro", "none"))
     area = _exact_area(*_checked(logits, multi_hot, tax, True))
@@ -117,8 +122,9 @@ class ViolationRate(HierarchicalMetric):
     """Share of edges whose child outscores its parent, see `violation_rate`. `update` takes a target and ignores it."""
 
     higher_is_better = False
+    takes_graphs = True
 
-    def __init__(self, tax: Taxonomy, margin: float = 0.0, *, validate_args: bool = True, **kwargs: Any):
+    def __init__(self, tax: Taxonomy | LabelGraph, margin: float = 0.0, *, validate_args: bool = True, **kwargs: Any):
         """See `violation_rate` for `margin` and `HierarchicalMetric` for the rest."""
         super().__init__(tax, validate_args=validate_args, **kwargs)
         self.margin = margin
@@ -139,27 +145,31 @@ class ViolationRate(HierarchicalMetric):
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the value over all samples so far; NaN without samples or edges."""
-        return ratio(*self.totals().values())
+        sums = self.totals()
+        return ratio(sums["violations"], sums["edges"])
 
 
-def violation_rate(logits: Float[Tensor, "batch nodes"], tax: Taxonomy, margin: float = 0.0) -> Float[Tensor, ""]:
-    r"""Mean over samples and parent-child edges of $1[s_{child} > s_{parent} + margin]$.
+def violation_rate(
+    logits: Float[Tensor, "batch nodes"], tax: Taxonomy | LabelGraph, margin: float = 0.0
+) -> Float[Tensor, ""]:
+    r"""Mean over samples and parent-child edges of $1[s_{child} > s_{parent} + margin]$; an edge with NaN counts as 1.
 
     Args:
         logits: one score per node, compared as they are: for a margin in probability pass their sigmoid.
-        tax: the taxonomy.
+        tax: the taxonomy or label graph.
         margin: how far a child may outscore its parent.
 
     Returns:
-        A value in [0, 1]; NaN for an empty batch or a flat taxonomy.
+        A value in [0, 1]; NaN for an empty batch or where there is no edge.
 
     Raises:
         ValueError: wrong width.
     """
-    return ratio(*_violation_sums(logits, tax, margin).values())
+    sums = _violation_sums(logits, tax, margin)
+    return ratio(sums["violations"], sums["edges"])
 
 
-def _checked(logits: Tensor, multi_hot: Tensor, tax: Taxonomy, validate: bool) -> tuple[Tensor, Tensor]:
+def _checked(logits: Tensor, multi_hot: Tensor, tax: Taxonomy | LabelGraph, validate: bool) -> tuple[Tensor, Tensor]:
     logits = check_matrix("logits", logits, tax.num_nodes)
     if multi_hot.shape != logits.shape:
         raise ValueError(f"multi_hot must have shape {tuple(logits.shape)}, got {tuple(multi_hot.shape)}")
@@ -167,6 +177,8 @@ def _checked(logits: Tensor, multi_hot: Tensor, tax: Taxonomy, validate: bool) -
     if validate:
         binary = ((multi_hot == 0) | (multi_hot == 1)).all(1)
         require(binary, lambda row: f"multi_hot must hold 0 and 1, row {row} does not")
+        ranked = ~logits.isnan().any(1)
+        require(ranked, lambda row: f"logits must hold numbers to rank by, row {row} has NaN")
         tax = tax.to(labels.device)
         closed = (~labels[:, tax.edge_child] | labels[:, tax.edge_parent]).all(1)
         require(closed, lambda row: f"multi_hot row {row} is not closed upwards: a positive node has a negative parent")
@@ -195,8 +207,8 @@ def _binned_area(positive: Tensor, negative: Tensor) -> Tensor:
     return ratio(pairs, 2 * positive.sum(1) * negative.sum(1))
 
 
-def _violation_sums(logits: Tensor, tax: Taxonomy, margin: float) -> dict[str, Tensor]:
+def _violation_sums(logits: Tensor, tax: Taxonomy | LabelGraph, margin: float) -> dict[str, Tensor]:
     logits = check_matrix("logits", logits, tax.num_nodes)
     tax = tax.to(logits.device)
-    violated = logits.index_select(1, tax.edge_child) > logits.index_select(1, tax.edge_parent) + margin
+    violated = ~(logits.index_select(1, tax.edge_child) <= logits.index_select(1, tax.edge_parent) + margin)
     return {"violations": violated.sum(), "edges": torch.tensor(violated.numel(), device=logits.device)}
