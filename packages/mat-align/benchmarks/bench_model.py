@@ -39,13 +39,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    bench = Bench(1 if args.quick else 1)
+    bench = Bench(1)
     header()
-    name, batch, pixels = ("ViT-B-32", 1, 224) if args.quick else ("ViT-B-16", 8, 224)
+    name, batch = ("ViT-B-32", 1) if args.quick else ("ViT-B-16", 8)
     tax = Taxonomy.from_json(args.tree) if args.tree else Taxonomy.synthetic((2, 6, 14, 40, 100), seed=0)
     clip = open_clip.create_model(name).eval()
     model = MATModel(clip, MaPLePrompts(clip), EUCLIDEAN)
-    images = torch.randn(batch, 3, pixels, pixels)
+    images = torch.randn(batch, 3, 224, 224)
     target = tax.leaf[torch.randperm(tax.num_leaves)[:batch]]
     objective = MATObjective(tax)
     encodings = []
