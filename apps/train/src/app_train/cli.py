@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from app_data.errors import DataError, MissingAssetError
 from app_train.config import Frozen, explain, read_yaml
 from app_train.errors import Interrupted, RunError
+from app_train.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     if argv[0] not in RECIPES:
         return _fail(f"unknown recipe {argv[0]!r}; the recipes are {', '.join(RECIPES)}")
+    keep_freed_memory()
     try:
         kind, run = RECIPES[argv[0]].load()
         run(parse(argv[0], kind, argv[1:]))
