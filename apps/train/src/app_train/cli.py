@@ -34,11 +34,27 @@ def _lora() -> tuple[type[Frozen], Callable]:
     return lora.LoraConfig, lora.run
 
 
+def _mat() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import mat
+
+    return mat.MATConfig, mat.run
+
+
+def _mat_clip() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import mat_clip
+
+    return mat_clip.MATClipConfig, mat_clip.run
+
+
 RECIPES = {
     "emoji": Recipe(
         "compare losses on emoji: trained on two artists, tested on a third (the default of `nox -s train`)", _emoji
     ),
     "lora": Recipe("fine-tune on your own folder of pictures with your own taxonomy", _lora),
+    "mat": Recipe("Modality Alignment across Trees on cached features: its variants and open questions", _mat),
+    "mat-clip": Recipe(
+        "Modality Alignment across Trees on CLIP weights: the sixteen published configurations", _mat_clip
+    ),
 }
 
 
