@@ -7,6 +7,7 @@ from pathlib import Path
 
 from app_data.errors import DataError, MissingAssetError
 from app_data.pictures import load_picture
+from app_eval.mat_page import collect, write_mat_page
 from app_eval.page import write_first_light
 from hier_lora import DECODERS, HierLoraCLIP
 
@@ -22,10 +23,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = commands.add_parser("page", help="write a results page from the stored JSON of a run")
     page.add_argument("run", type=Path, help="the run folder of `nox -s train -- --seeds 3`")
     page.add_argument("page", type=Path, help="the Markdown file to write")
+    mat = commands.add_parser("mat-page", help="write the page of the recipe `mat` from its stored results")
+    mat.add_argument("json", type=Path, help="the JSON file that keeps the results")
+    mat.add_argument("page", type=Path, help="the Markdown file to write")
+    mat.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders whose results the file takes up")
     args = parser.parse_args(argv)
     try:
         if args.command == "predict":
             return print_predictions(args.run, args.pictures, args.decoder)
+        if args.command == "mat-page":
+            if args.runs:
+                collect(args.runs, args.json)
+            write_mat_page(args.json, args.page)
+            return 0
         write_first_light(args.run, args.page)
     except (DataError, MissingAssetError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
