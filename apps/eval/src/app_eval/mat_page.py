@@ -136,7 +136,19 @@ def _section(found: Mapping, key: tuple) -> str:
     ]
     if any("curvatures" in row for row in entry["rows"].values()):
         lines.append(_curvatures(entry))
+    if any("second" in row for row in entry["rows"].values()):
+        lines.append(_second(entry))
     return "\n\n".join(lines)
+
+
+def _second(entry: Mapping) -> str:
+    rows = {name: row["second"] for name, row in entry["rows"].items() if "second" in row}
+    scores = list(next(iter(rows.values()))[0])
+    lines = ["| mean over seeds | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
+    for name, by_seed in rows.items():
+        cells = [f"{sum(found[s] for found in by_seed) / len(by_seed):.3f}" for s in scores]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _table(entry: Mapping) -> str:

@@ -163,8 +163,10 @@ def node_names(tax: Taxonomy) -> list[str]:
     return [str(node) for node in range(tax.num_nodes)]
 
 
-def build_model(row: Row, features: Features, ridge: float, seed: int, **settings: float) -> FeatureMATModel:
-    """The model of a row before training: maps fitted in closed form, text as it is."""
+def build_model(
+    row: Row, features: Features, ridge: float, seed: int, more_text: dict[str, Tensor] | None = None, **settings: float
+) -> FeatureMATModel:
+    """The model of a row before training: maps fitted in closed form, text as it is, with further labels if given."""
     chosen = row_depths(row, features)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -173,7 +175,7 @@ def build_model(row: Row, features: Features, ridge: float, seed: int, **setting
         tokens.fit_(features.train[:, columns(features.widths, chosen)], features.target, ridge)
         if features.final is not None:
             tokens.maps[-1].load_state_dict(features.final.state_dict())
-        table = {str(node): value for node, value in enumerate(features.text)}
+        table = {str(node): value for node, value in enumerate(features.text)} | (more_text or {})
         return FeatureMATModel(tokens, table, row.variant, radius=row.radius, **settings)
 
 

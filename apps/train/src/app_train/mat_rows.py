@@ -7,7 +7,7 @@ from mat_align import EUCLIDEAN, HETEROGENEOUS, PROTECT, SEPARATE, SHARED, VANIL
 
 VariantName = Literal["VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS"]
 VARIANTS: dict[str, Variant] = {v.name: v for v in (VANILLA, PROTECT, EUCLIDEAN, SHARED, SEPARATE, HETEROGENEOUS)}
-Study = Literal["main", "radius", "intermediate", "layers", "defects"]
+Study = Literal["main", "radius", "intermediate", "layers", "defects", "flat", "cross"]
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,17 @@ class Row:
         variant: what is computed and trained.
         radius: "unit" or "feature".
         layers: which depths give tokens: "rule", "last two", "every" or "first three".
+        trees: which trees are trained on: "first", "second" or "both"; all but "first" need the study "cross".
     """
 
     variant: Variant
     radius: str = "unit"
     layers: str = "rule"
+    trees: str = "first"
 
     def facts(self) -> dict:
         """The row as JSON can hold it."""
-        return {"variant": vars(self.variant), "radius": self.radius, "layers": self.layers}
+        return {"variant": vars(self.variant), "radius": self.radius, "layers": self.layers, "trees": self.trees}
 
 
 def main_rows(names: tuple[str, ...]) -> dict[str, Row]:
@@ -40,7 +42,7 @@ def study_rows(study: Study, names: tuple[str, ...]) -> dict[str, Row]:
     main: the chosen variants. radius: the published unit features against the features themselves, under the three
     variants with curvatures. intermediate: how c_mid is found, with the controls. layers: which depths give tokens, and
     their plain mean in place of the text-queried attention. defects: the released computation, and each of its defects
-    alone.
+    alone. flat: no tree. cross: one tree, the other, or both.
     """
     if study == "main":
         return main_rows(names)
@@ -59,6 +61,13 @@ def study_rows(study: Study, names: tuple[str, ...]) -> dict[str, Row]:
         }
         rows["tokens: mean, no text query"] = Row(replace(EUCLIDEAN, feature="mean"))
         rows["tokens: last only"] = Row(PROTECT)
+        return rows
+    if study == "flat":
+        return main_rows(("VANILLA", "EUCLIDEAN", "HETEROGENEOUS"))
+    if study == "cross":
+        rows = {f"HETEROGENEOUS, {trees} tree": Row(HETEROGENEOUS, trees=trees) for trees in ("first", "second")}
+        for variant in (PROTECT, EUCLIDEAN, HETEROGENEOUS):
+            rows[f"{variant.name}, both trees"] = Row(variant, trees="both")
         return rows
     whole = released(HETEROGENEOUS)
     rows = {"all fixed": Row(HETEROGENEOUS), "all released": Row(whole)}

@@ -13,6 +13,8 @@ cut. With --seeds 3 on one core: emoji about 8 minutes, CIFAR-100 about 3 (1 sho
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,8 +45,10 @@ from app_train.mat_data import (
 )
 from app_train.mat_fit import MATFitConfig, fit_row
 from app_train.mat_rows import VARIANTS, Row, Study, VariantName, study_rows
+from app_train.mat_second import SecondTree, second_scores, second_tree, without_tree
 from app_train.records import read_records
 from app_train.runs import finished
+from hier_losses import Taxonomy
 from hier_losses.metrics import mta_majority_baseline
 from mat_align import VANILLA, FeatureMATModel, MATObjective, fraction_met
 
@@ -96,6 +100,8 @@ def run(config: MATConfig) -> dict:
         )
         if config.limit is not None:
             pictures = _limited(pictures, config.limit)
+        if config.study == "flat":
+            pictures = without_tree(pictures)
         data = f"{pictures.train.fingerprint}-{pictures.test.fingerprint}"
         claim_folder(config.out, config, data, ignored=("seeds", "variant", "study"))
         features = centred(compute_features(pictures, config.tower, config.cache_dir, check), pictures)
@@ -105,8 +111,6 @@ def run(config: MATConfig) -> dict:
 
 
 def _limited(pictures: Pictures, limit: int) -> Pictures:
-    from dataclasses import replace
-
     parts = {}
     for name in ("train", "test"):
         part = getattr(pictures, name)
@@ -116,6 +120,7 @@ def _limited(pictures: Pictures, limit: int) -> Pictures:
 
 def _compare(config: MATConfig, pictures: Pictures, features: Features, data: str, stop: StopFlag) -> dict:
     rows = study_rows(config.study, config.variant)
+    tree = second_tree(pictures) if config.study == "cross" else None
     folders = {
         name: [config.out / _folder_name(name) / f"seed-{seed}" for seed in range(config.seeds)]
         for name in (*CONTROLS, *rows)
@@ -127,7 +132,9 @@ def _compare(config: MATConfig, pictures: Pictures, features: Features, data: st
             if name in CONTROLS:
                 results[name].append(_control(config, pictures, features, data, name, folder))
             else:
-                results[name].append(train_row(config, rows[name], pictures, features, data, folder, seed, stop, name))
+                results[name].append(
+                    train_row(config, rows[name], pictures, features, data, folder, seed, stop, name, tree)
+                )
     scores = {name: [load_file(folder / "scores.safetensors") for folder in places] for name, places in folders.items()}
     content = {
         "format": 1,
@@ -163,7 +170,7 @@ def _summary(results: list[dict], own: list[dict], every: dict[str, list[dict]])
     }
     if "EUCLIDEAN" in every:
         summary["against EUCLIDEAN"] = {s: v.as_json() for s, v in differences(own, every["EUCLIDEAN"]).items()}
-    kept = ("num_trained", "curvatures", "met", "c_mid_between", "final_losses")
+    kept = ("num_trained", "curvatures", "met", "c_mid_between", "final_losses", "second")
     return summary | {name: [r[name] for r in results] for name in kept if name in results[0]}
 
 
@@ -185,7 +192,7 @@ def _control(config: MATConfig, pictures: Pictures, features: Features, data: st
     tax = pictures.test.taxonomy
     if name == "zero-shot":
         model = build_model(Row(VANILLA), features, config.fit.ridge, 0, **config.fit.head())
-        logits = _logits(model, Row(VANILLA), features, features.test, tax.num_nodes)
+        logits = _logits(model, Row(VANILLA), features, node_names(tax))
     else:
         train = torch.from_numpy(pictures.train.targets)
         logits = neighbour_logits(features.neighbour_train, train, features.neighbour_test, tax)
@@ -201,12 +208,11 @@ def _store(folder: Path, logits: Tensor, pictures: Pictures, facts: dict) -> dic
 
 
 @torch.no_grad()
-def _logits(model: FeatureMATModel, row: Row, features: Features, inputs: Tensor, num_nodes: int) -> Tensor:
+def _logits(model: FeatureMATModel, row: Row, features: Features, names: Sequence[str]) -> Tensor:
     model.eval()
-    names = [str(node) for node in range(num_nodes)]
     text = model.encode_text(names)
     chosen = columns(features.widths, row_depths(row, features))
-    return torch.cat([model.score(model.encode_image(part[:, chosen]), text) for part in inputs.split(512)])
+    return torch.cat([model.score(model.encode_image(part[:, chosen]), text) for part in features.test.split(512)])
 
 
 def train_row(
@@ -219,6 +225,7 @@ def train_row(
     seed: int,
     stop: StopFlag,
     name: str,
+    tree: SecondTree | None = None,
 ) -> dict:
     """Train, save and score one row; a finished row is read back instead.
 
@@ -231,16 +238,27 @@ def train_row(
         return known
     tax = pictures.train.taxonomy
     fit = config.fit
-    model = build_model(row, features, fit.ridge, seed, **fit.head())
-    objective = MATObjective(tax, 1.0, fit.node_weight, fit.entail_weight, fit.treecut_dropout, node_names(tax))
+    model = build_model(row, features, fit.ridge, seed, None if tree is None else tree.text, **fit.head())
+
+    def objective_of(taxonomy: Taxonomy, names: list[str]) -> MATObjective:
+        return MATObjective(taxonomy, 1.0, fit.node_weight, fit.entail_weight, fit.treecut_dropout, names)
+
+    objective = objective_of(tax, node_names(tax))
     inputs = features.train[:, columns(features.widths, row_depths(row, features))]
-    target = torch.from_numpy(pictures.train.targets)
-    fit_row(model, (objective,), inputs, (target,), fit, folder, seed=seed, stop=stop, label=f"{name}, seed {seed}")
+    sides = [(objective, torch.from_numpy(pictures.train.targets))]
+    if tree is not None:
+        sides.append((objective_of(tree.taxonomy, tree.names), tree.train_target))
+        sides = {"first": sides[:1], "second": sides[1:], "both": sides}[row.trees]
+    objectives, targets = zip(*sides, strict=True)
+    fit_row(model, objectives, inputs, targets, fit, folder, seed=seed, stop=stop, label=f"{name}, seed {seed}")
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     save_tensors(trained, folder / "model.safetensors")
     facts["num_trained"] = sum(p.numel() for p in trained.values())
     facts |= _geometry(model, objective, row, features, pictures, read_records(folder / "metrics.jsonl"))
-    result = _store(folder, _logits(model, row, features, features.test, tax.num_nodes), pictures, facts)
+    logits = _logits(model, row, features, objective.names)
+    if tree is not None:
+        facts["second"] = second_scores(logits, _logits(model, row, features, tree.names), pictures, tree)
+    result = _store(folder, logits, pictures, facts)
     remove_checkpoints(folder)
     return result
 
