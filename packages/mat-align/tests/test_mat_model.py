@@ -280,6 +280,11 @@ def test_feature_model(tax, variant, radius):
     for names in ([], ["unicorn"]):
         with pytest.raises(ValueError, match="names"):
             model.encode_text(names)
+    with pytest.raises(ValueError, match="dropout"):
+        FeatureMATModel(tokens, text, variant, dropout=1.0)
+    dropped = FeatureMATModel(tokens, text, variant, radius=radius, dropout=0.5)
+    assert not torch.equal(dropped.encode_image(x), dropped.encode_image(x))
+    assert torch.equal(dropped.eval().encode_image(x), model.encode_image(x))
     with pytest.raises(ValueError, match="text must hold features of width 8"):
         FeatureMATModel(tokens, {"cat": torch.zeros(3)})
 

@@ -36,6 +36,8 @@ class MATFitConfig(Frozen):
     curv_init: float = Field(0.05, gt=0)
     c_img: float = Field(0.05, gt=0)
     c_txt: float = Field(0.025, gt=0)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    """Share of the pooled features that a step does not see: without it the maps learn few pictures by heart."""
     ridge: float = Field(0.1, gt=0)
     """Penalty of the closed-form maps of the stages."""
 
@@ -107,7 +109,11 @@ def fit_row(
                 group["lr"] = rate * _share(number, total, config.warmup)
             optimizer.zero_grad()
             generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-            losses = [o(model, features[rows], y[rows], generator) for o, y in zip(objectives, targets, strict=True)]
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1_000_003 * seed + number)  # dropout depends on the step alone
+                losses = [
+                    o(model, features[rows], y[rows], generator) for o, y in zip(objectives, targets, strict=True)
+                ]
             loss = torch.stack([part.total for part in losses]).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip_grad)

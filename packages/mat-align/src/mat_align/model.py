@@ -239,10 +239,11 @@ class FeatureMATModel(_Model):
         variant: what is computed.
         logit_scale: initial logarithm of the factor on the cosines, learned.
         train_text: learn the map of the text.
+        dropout: share of the pooled features that the maps do not see in training mode, in [0, 1).
         **settings: settings of `MATHead`.
 
     Raises:
-        ValueError: no text, or widths that differ.
+        ValueError: no text, widths that differ, or dropout out of range.
     """
 
     def __init__(
@@ -252,6 +253,7 @@ class FeatureMATModel(_Model):
         variant: Variant = HETEROGENEOUS,
         logit_scale: float = 2.6593,
         train_text: bool = True,
+        dropout: float = 0.0,
         **settings: Any,
     ) -> None:
         """Add the trained parts."""
@@ -259,7 +261,10 @@ class FeatureMATModel(_Model):
         widths = {len(value) for value in text.values()}
         if widths != {tokens.dim}:
             raise ValueError(f"text must hold features of width {tokens.dim}, got widths {sorted(widths)}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         self.tokens = tokens
+        self.dropout = nn.Dropout(dropout)
         self.text_map = nn.Linear(tokens.dim, tokens.dim)
         nn.init.eye_(self.text_map.weight)
         nn.init.zeros_(self.text_map.bias)
@@ -273,7 +278,7 @@ class FeatureMATModel(_Model):
 
     def encode_image(self, images: Float[Tensor, "B features"]) -> Float[Tensor, "B M d"]:
         """Tokens of pooled features; see `StageTokens`."""
-        return self.tokens(images)
+        return self.tokens(self.dropout(images))
 
     def encode_text(self, names: Sequence[str]) -> Float[Tensor, "n d"]:
         """Mapped text features of labels.

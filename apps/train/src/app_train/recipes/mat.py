@@ -238,7 +238,9 @@ def train_row(
         return known
     tax = pictures.train.taxonomy
     fit = config.fit
-    model = build_model(row, features, fit.ridge, seed, None if tree is None else tree.text, **fit.head())
+    model = build_model(
+        row, features, fit.ridge, seed, None if tree is None else tree.text, dropout=fit.dropout, **fit.head()
+    )
 
     def objective_of(taxonomy: Taxonomy, names: list[str]) -> MATObjective:
         return MATObjective(taxonomy, 1.0, fit.node_weight, fit.entail_weight, fit.treecut_dropout, names)
