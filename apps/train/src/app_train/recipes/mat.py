@@ -253,6 +253,7 @@ def train_row(
         sides = {"first": sides[:1], "second": sides[1:], "both": sides}[row.trees]
     objectives, targets = zip(*sides, strict=True)
     fit_row(model, objectives, inputs, targets, fit, folder, seed=seed, stop=stop, label=f"{name}, seed {seed}")
+    model.eval()
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     save_tensors(trained, folder / "model.safetensors")
     facts["num_trained"] = sum(p.numel() for p in trained.values())
