@@ -10,6 +10,9 @@ from app_eval.cli import main
 from app_eval.mat_page import collect, render
 
 SCORES = ("la", "hca", "mta")
+SETTINGS = {
+    "epochs": 7, "batch_size": 8, "lr": 0.002, "curvature_lr": 0.01, "dropout": 0.5, "c_img": 0.05, "c_txt": 0.025, "scale": 1.0,
+}  # fmt: skip
 
 
 def row(value, against, plain=0.1, **more):
@@ -33,7 +36,7 @@ def entry(plain=0.1):
     }
     return {
         "format": 1, "recipe": "mat", "study": "main", "data": "emoji", "shots": 3, "tower": "lite0", "num_train": 10,
-        "num_test": 20, "num_nodes": 30, "seeds": 2, "mta_majority": 0.4,
+        "num_test": 20, "num_nodes": 30, "seeds": 2, "mta_majority": 0.4, "settings": SETTINGS,
         "rows": {
             "zero-shot": row(0.1, -0.2), "nearest picture": row(0.2, 0.0), "VANILLA": row(0.3, -0.1, plain),
             "PROTECT": row(0.4, 0.0), "HETEROGENEOUS": row(0.5, 0.1, **curved),
@@ -49,6 +52,7 @@ def test_verdicts():
     assert "0.0600, 0.0200, 0.0400" in text
     assert "0.0 %/25.0 %/-" in text
     assert "1,234" in text
+    assert "7 epochs of batches of 8, rate 0.002" in text
     assert text.count("Not run.") == 11
     assert "the paper's, not ours" in text
     assert "77.92/69.38/90.89" in text

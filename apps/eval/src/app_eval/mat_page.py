@@ -116,7 +116,7 @@ def _tuning(found: Mapping) -> str:
             )
             lines.append(f"{key[0]}, {TOWERS[key[2]]}: chosen {entry['chosen']} (LA/HCA/MTA by rate: {trials})")
     if not lines:
-        return "Learning rates were not tuned."
+        return "Learning rates were not tuned: one rate, set beforehand, serves every row."
     return (
         "Learning rates were compared on pictures cut out of the training set; one rate serves every row:\n\n"
         + "\n".join(f"- {line}" for line in lines)
@@ -131,7 +131,7 @@ def _section(found: Mapping, key: tuple) -> str:
     lines = [
         head,
         f"{entry['num_train']} training and {entry['num_test']} test pictures, {entry['num_nodes']} nodes, {entry['seeds']} seeds. "
-        f"MTA of always naming the majority member of each cut: {entry['mta_majority']:.3f}.",
+        f"MTA of always naming the majority member of each cut: {entry['mta_majority']:.3f}. {_settings(entry['settings'])}",
         _table(entry),
     ]
     if any("curvatures" in row for row in entry["rows"].values()):
@@ -139,6 +139,14 @@ def _section(found: Mapping, key: tuple) -> str:
     if any("second" in row for row in entry["rows"].values()):
         lines.append(_second(entry))
     return "\n\n".join(lines)
+
+
+def _settings(fit: Mapping) -> str:
+    return (
+        f"AdamW, {fit['epochs']} epochs of batches of {fit['batch_size']}, rate {fit['lr']:g} (curvatures and logit scale "
+        f"{fit['curvature_lr']:g}), dropout {fit['dropout']:g}, c_img {fit['c_img']:g}, c_txt {fit['c_txt']:g}, scale {fit['scale']:g} "
+        "at the start."
+    )
 
 
 def _second(entry: Mapping) -> str:
