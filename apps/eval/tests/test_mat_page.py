@@ -74,6 +74,8 @@ def test_the_file_keeps_what_it_holds(tmp_path):
     (run / "result-other.json").write_text(json.dumps(other))
     assert main(["mat-page", str(path), str(page), str(run)]) == 0
     assert [e["tower"] for e in json.loads(path.read_text())] == ["lite0", "vit"]
+    assert (tmp_path / "page-curvatures.png").stat().st_size > 1000
+    assert "(page-curvatures.png)" in page.read_text()
     before = page.read_text()
     assert main(["mat-page", str(path), str(page)]) == 0
     assert page.read_text() == before

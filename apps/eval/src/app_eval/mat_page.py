@@ -69,15 +69,49 @@ def write_mat_page(path: Path, page: Path) -> None:
     if not path.exists():
         raise DataError(f"{path} does not exist: collect finished runs first")
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    curves = {_key(entry): entry["rows"]["HETEROGENEOUS"]["curvatures"] for entry in content if _has_curves(entry)}
+    picture = page.with_name(f"{page.stem}-curvatures.png")
+    if curves:
+        draw_curvatures({_name(key).rpartition(":")[0]: value for key, value in curves.items()}, picture)
+    page.write_text(render(content, picture.name if curves else None), encoding="utf-8")
+
+
+def _has_curves(entry: Mapping) -> bool:
+    return entry["study"] == "main" and "curvatures" in entry["rows"].get("HETEROGENEOUS", {})
+
+
+def draw_curvatures(curves: Mapping[str, Sequence], picture: Path) -> None:
+    """One panel for each run: the two learned curvatures and the one between, a line for each seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4 * len(curves), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (title, by_seed) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for number, lines in enumerate(by_seed):
+            for place, (name, colour) in enumerate(
+                (("c_img", "#2b6cb0"), ("c_txt", "#c05621"), ("c_mid", "#2f855a")), 1
+            ):
+                axis.plot(
+                    [line[0] for line in lines],
+                    [line[place] for line in lines],
+                    color=colour,
+                    linewidth=1.2,
+                    label=name if number == 0 else None,
+                )
+        axis.set_title(title, fontsize=8)
+        axis.set(xlabel="step", yscale="log")
+        axis.legend(fontsize=7, frameon=False)
+    figure.savefig(picture, dpi=110, metadata={"Software": None})
 
 
 def _key(entry: Mapping) -> tuple:
     return entry["data"], entry["shots"], entry["tower"], entry["study"]
 
 
-def render(content: Sequence[Mapping]) -> str:
-    """The page as Markdown."""
+def render(content: Sequence[Mapping], picture: str | None = None) -> str:
+    """The page as Markdown, with the picture of the curvatures if there is one."""
     found = {_key(entry): entry for entry in content}
     parts = [
         "# Modality Alignment across Trees on towers that are reachable",
@@ -92,6 +126,7 @@ def render(content: Sequence[Mapping]) -> str:
         "pictures, the same resamples for all rows and seeds; sd is the standard deviation over seeds.",
         _tuning(found),
         *[_section(found, key) for key in PLANNED],
+        "" if picture is None else f"## Curvatures over the steps (HETEROGENEOUS)\n\n![Learned curvatures]({picture})",
         _in_words(found),
         _published(),
         "Twemoji graphics are licensed under CC BY 4.0, OpenMoji under CC BY-SA 4.0, Noto Emoji under OFL 1.1; no picture is part of "
