@@ -32,6 +32,7 @@ def entry(plain=0.1):
         "num_trained": [1234] * 2,
         "curvatures": [[[1, 0.05, 0.025, 0.03], [99, 0.06, 0.02, 0.04]]] * 2,
         "c_mid_between": [1.0, 1.0],
+        "attention": [[0.1, 0.9], [0.3, 0.7]],
         "met": [{"visual": 0.0, "textual": 0.25, "cross": float("nan")}] * 2,
     }
     return {
@@ -52,6 +53,8 @@ def test_verdicts():
     assert "0.0600, 0.0200, 0.0400" in text
     assert "0.0 %/25.0 %/-" in text
     assert "1,234" in text
+    assert "HETEROGENEOUS 0.20 / 0.80" in text
+    assert "nearest picture against PROTECT: no difference shown" in text
     assert "7 epochs of batches of 8, rate 0.002" in text
     assert text.count("Not run.") == 11
     assert "the paper's, not ours" in text

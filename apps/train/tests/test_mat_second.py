@@ -131,6 +131,11 @@ def test_the_recipe_on_a_few_pictures(few_shot, tmp_path):
     before = (tmp_path / "run" / "VANILLA" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns
     assert mat.run(config("main", "run")) == first
     assert (tmp_path / "run" / "VANILLA" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == before
+    (tmp_path / "run" / "VANILLA" / "seed-0" / "result.json").unlink()
+    assert mat.run(config("main", "run")) == first  # scored again from the saved model
+    assert (tmp_path / "run" / "VANILLA" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == before
+    # Unit features of one scale never meet a cone.
+    assert first["rows"]["HETEROGENEOUS"]["met"] == [{"visual": 0.0, "textual": 0.0, "cross": 0.0}]
     crossed = mat.run(config("cross", "run"))
     second = crossed["rows"]["HETEROGENEOUS, both trees"]["second"][0]
     assert set(second) == {"second hca", "second mta", "violation", "auroc", "second auroc"}

@@ -260,6 +260,8 @@ def test_regularizer_in_the_objective(clip, tax, images):
     expected = PromptSRCRegularizer()(out.text, frozen_text, out.tokens[:, -1], frozen_image, out.logits, frozen)
     torch.testing.assert_close(got.regularizer, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got.total, plain.total + got.regularizer, atol=1e-5, rtol=1e-5)
+    twice = MATObjective(tax, 2.0, regularizer=PromptSRCRegularizer())(model, images, TARGET, seeded(2))
+    torch.testing.assert_close(twice.total, got.total + got.cut + got.regularizer, atol=1e-5, rtol=1e-5)
     assert not model.frozen_text(names).requires_grad
 
 

@@ -134,6 +134,9 @@ def fraction_met(
 ) -> tuple[float, float, float]:
     """Share of valid pairs that lie in their cone: visual, textual, cross; NaN where there is no pair.
 
+    Give features in fp64: where those of parent and child are closer than about 1e-3, the rounding of unit norms in fp32
+    decides the angle.
+
     Args:
         features: what `MATHead.path_features` returns.
         length: number of nodes on each path.

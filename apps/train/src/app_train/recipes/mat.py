@@ -12,7 +12,9 @@ the last map alone. Controls: zero-shot (the maps before training), the nearest 
 cut. With --seeds 3 on one core: emoji about 8 minutes, CIFAR-100 about 3 (1 shot) and 6 (16 shots).
 """
 
+import copy
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
@@ -170,7 +173,7 @@ def _summary(results: list[dict], own: list[dict], every: dict[str, list[dict]])
     }
     if "EUCLIDEAN" in every:
         summary["against EUCLIDEAN"] = {s: v.as_json() for s, v in differences(own, every["EUCLIDEAN"]).items()}
-    kept = ("num_trained", "curvatures", "met", "c_mid_between", "final_losses", "second")
+    kept = ("num_trained", "curvatures", "met", "c_mid_between", "final_losses", "second", "attention")
     return summary | {name: [r[name] for r in results] for name in kept if name in results[0]}
 
 
@@ -251,12 +254,17 @@ def train_row(
     if tree is not None:
         sides.append((objective_of(tree.taxonomy, tree.names), tree.train_target))
         sides = {"first": sides[:1], "second": sides[1:], "both": sides}[row.trees]
-    objectives, targets = zip(*sides, strict=True)
-    fit_row(model, objectives, inputs, targets, fit, folder, seed=seed, stop=stop, label=f"{name}, seed {seed}")
+    saved = folder / "model.safetensors"
+    if saved.exists():  # killed while scoring: the trained model is there, whole
+        model.load_state_dict(load_tensors(saved), strict=False)
+    else:
+        objectives, targets = zip(*sides, strict=True)
+        fit_row(model, objectives, inputs, targets, fit, folder, seed=seed, stop=stop, label=f"{name}, seed {seed}")
+        unfinished = saved.with_suffix(".unfinished")
+        save_tensors({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, unfinished)
+        os.replace(unfinished, saved)
     model.eval()
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    save_tensors(trained, folder / "model.safetensors")
-    facts["num_trained"] = sum(p.numel() for p in trained.values())
+    facts["num_trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts |= _geometry(model, objective, row, features, pictures, read_records(folder / "metrics.jsonl"))
     logits = _logits(model, row, features, objective.names)
     if tree is not None:
@@ -275,10 +283,21 @@ def _geometry(
     pictures: Pictures,
     records: list[dict],
 ) -> dict:
-    """Curvatures over the steps, whether c_mid stayed between, and the share of cone constraints met on test pictures."""
+    """What the attention looks at, curvatures over the steps, and the share of cone constraints met, on the test pictures."""
     last = records[-max(1, len(records) // 10) :]
     parts = ("leaf", "cut", "node", "visual", "textual", "cross")
     facts = {"final_losses": {p: float(np.mean([line[p] for line in last])) for p in parts}}
+    # In fp64: on nearly parallel unit features the rounding of their norms in fp32 would decide whether a cone is met.
+    exact = copy.deepcopy(model).double()
+    inputs = features.test[:, columns(features.widths, row_depths(row, features))].double()
+    target = torch.from_numpy(pictures.test.targets)
+    tokens, text = exact.encode_image(inputs), exact.encode_text(objective.names)
+    if exact.head.attention is not None:
+        path = objective.taxonomy.paths[target]
+        asked = exact.head.attention.weights(tokens, text).gather(
+            1, path.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[1])
+        )
+        facts["attention"] = asked[path >= 0].mean(0).tolist()
     if row.variant.curvature == "none":
         return facts
     curves = [[line[c] for c in ("c_img", "c_txt", "c_mid")] for line in records]
@@ -286,11 +305,8 @@ def _geometry(
     picked = np.linspace(0, len(records) - 1, min(25, len(records))).round().astype(int)
     facts["curvatures"] = [[records[i]["step"], *(round(c, 6) for c in curves[i])] for i in picked]
     facts["c_mid_between"] = float(np.mean(inside))
-    inputs = features.test[:, columns(features.widths, row_depths(row, features))]
-    target = torch.from_numpy(pictures.test.targets)
-    text = model.encode_text(objective.names)
-    found, length = objective.path_features(model, model.encode_image(inputs), text, target)
-    shares = fraction_met(found, length, *objective.curvatures(model, found, length), model.head.min_radius)
+    found, length = objective.path_features(exact, tokens, text, target)
+    shares = fraction_met(found, length, *objective.curvatures(exact, found, length), exact.head.min_radius)
     facts["met"] = dict(zip(("visual", "textual", "cross"), shares, strict=True))
     return facts
 
