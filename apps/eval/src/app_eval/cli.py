@@ -7,6 +7,7 @@ from pathlib import Path
 
 from app_data.errors import DataError, MissingAssetError
 from app_data.pictures import load_picture
+from app_eval.mat_page import collect, write_mat_page
 from app_eval.page import write_first_light
 from app_eval.study_page import write_study_page
 from hier_lora import DECODERS, HierLoraCLIP
@@ -26,12 +27,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = commands.add_parser("lora-page", help="write the hier-lora results page from a study, or from its JSON")
     study.add_argument("source", type=Path, help="the folder of `python apps/train lora-study`, or the page's JSON")
     study.add_argument("page", type=Path, help="the Markdown file to write")
+    mat = commands.add_parser("mat-page", help="write the page of the recipe `mat` from its stored results")
+    mat.add_argument("json", type=Path, help="the JSON file that keeps the results")
+    mat.add_argument("page", type=Path, help="the Markdown file to write")
+    mat.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders whose results the file takes up")
     args = parser.parse_args(argv)
     try:
         if args.command == "predict":
             return print_predictions(args.run, args.pictures, args.decoder)
         if args.command == "lora-page":
             write_study_page(args.source, args.page)
+        if args.command == "mat-page":
+            if args.runs:
+                collect(args.runs, args.json)
+            write_mat_page(args.json, args.page)
             return 0
         write_first_light(args.run, args.page)
     except (DataError, MissingAssetError) as error:

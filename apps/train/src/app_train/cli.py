@@ -74,6 +74,16 @@ def _lora_study() -> tuple[type[Frozen], Callable]:
     from app_train.recipes import lora_study
 
     return lora_study.StudyConfig, lora_study.run
+def _mat() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import mat
+
+    return mat.MATConfig, mat.run
+
+
+def _mat_clip() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import mat_clip
+
+    return mat_clip.MATClipConfig, mat_clip.run
 
 
 RECIPES = {
@@ -88,6 +98,10 @@ RECIPES = {
     "inaturalist": Recipe("iNaturalist 2021 with CLIP, 16,343 nodes", _inaturalist),
     "chest": Recipe("ChestX-ray14 with CLIP, several findings a picture", _chest),
     "lora-study": Recipe("the experiments of docs/results/hier-lora.md", _lora_study),
+    "mat": Recipe("Modality Alignment across Trees on cached features: its variants and open questions", _mat),
+    "mat-clip": Recipe(
+        "Modality Alignment across Trees on CLIP weights: the sixteen published configurations", _mat_clip
+    ),
 }
 
 

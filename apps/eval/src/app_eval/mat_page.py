@@ -1,0 +1,308 @@
+"""Turn stored results of the recipe `mat` into one JSON file and `docs/results/mat-align.md`.
+
+The text that judges is decided by numbers: a row is better or worse only where the interval of its paired difference
+excludes 0; where the plain row does not beat zero-shot the page says so and ranks nothing; what is missing is 'not run'.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from app_data.errors import DataError
+from app_eval.mat_published import ABLATION, DATA, MAJORITY_MTA, TARGETS
+from app_eval.mat_scores import SCORES, TITLES
+from app_eval.results import write_json
+
+PLAIN = ("VANILLA", "zero-shot")
+# The runs of the evidence: data, shots or training styles, tower, study.
+PLANNED = [
+    *[("emoji", 3, tower, "main") for tower in ("lite0", "vit")],
+    *[("cifar100-fewshot", shots, tower, "main") for tower in ("lite0", "vit") for shots in (1, 16)],
+    *[
+        ("cifar100-fewshot", 16, "lite0", study)
+        for study in ("radius", "intermediate", "layers", "defects", "flat", "cross")
+    ],
+]
+TOWERS = {"lite0": "EfficientNet-Lite0 stages", "vit": "DINOv2 ViT-S/14 class tokens"}
+STUDIES = {
+    "main": "the variants",
+    "radius": "unit features against the features' own radius",
+    "intermediate": "how c_mid is found: the chord objective (Taylor), the exact divergences, the means",
+    "layers": "which depths give tokens",
+    "defects": "the released computation, and its defects one by one",
+    "flat": "a data set with no tree",
+    "cross": "a second tree with cross-cutting labels",
+}
+
+
+def collect(runs: Sequence[Path], path: Path) -> list[dict]:
+    """Add the results in run folders to the JSON file and return its content; one entry for each planned run.
+
+    Args:
+        runs: run folders of the recipe.
+        path: the file; what it holds already stays unless a run replaces it.
+
+    Raises:
+        DataError: a folder without results.
+    """
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    found = {_key(entry): entry for entry in known}
+    for run in runs:
+        files = sorted(run.glob("result-*.json"))
+        if not files:
+            raise DataError(f"{run} holds no finished result: finish the run first with python apps/train mat")
+        for file in files:
+            entry = json.loads(file.read_text(encoding="utf-8"))
+            found[_key(entry)] = entry
+    content = [found[key] for key in sorted(found)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+    return content
+
+
+def write_mat_page(path: Path, page: Path) -> None:
+    """Write the page from the JSON file.
+
+    Raises:
+        DataError: no such file.
+    """
+    if not path.exists():
+        raise DataError(f"{path} does not exist: collect finished runs first")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    curves = {_key(entry): entry["rows"]["HETEROGENEOUS"]["curvatures"] for entry in content if _has_curves(entry)}
+    picture = page.with_name(f"{page.stem}-curvatures.png")
+    if curves:
+        draw_curvatures({_name(key).rpartition(":")[0]: value for key, value in curves.items()}, picture)
+    page.write_text(render(content, picture.name if curves else None), encoding="utf-8")
+
+
+def _has_curves(entry: Mapping) -> bool:
+    return entry["study"] == "main" and "curvatures" in entry["rows"].get("HETEROGENEOUS", {})
+
+
+def draw_curvatures(curves: Mapping[str, Sequence], picture: Path) -> None:
+    """One panel for each run: the two learned curvatures and the one between, a line for each seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4 * len(curves), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (title, by_seed) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for number, lines in enumerate(by_seed):
+            for place, (name, colour) in enumerate(
+                (("c_img", "#2b6cb0"), ("c_txt", "#c05621"), ("c_mid", "#2f855a")), 1
+            ):
+                axis.plot(
+                    [line[0] for line in lines],
+                    [line[place] for line in lines],
+                    color=colour,
+                    linewidth=1.2,
+                    label=name if number == 0 else None,
+                )
+        axis.set_title(title, fontsize=8)
+        axis.set(xlabel="step", yscale="log")
+        axis.legend(fontsize=7, frameon=False)
+    figure.savefig(picture, dpi=110, metadata={"Software": None})
+
+
+def _key(entry: Mapping) -> tuple:
+    return entry["data"], entry["shots"], entry["tower"], entry["study"]
+
+
+def render(content: Sequence[Mapping], picture: str | None = None) -> str:
+    """The page as Markdown, with the picture of the curvatures if there is one."""
+    found = {_key(entry): entry for entry in content}
+    parts = [
+        "# Modality Alignment across Trees on towers that are reachable",
+        "Generated from [mat-align.json](mat-align.json); no number was typed by hand:\n\n"
+        "```\npython apps/train mat --data emoji --seeds 3 --out runs/mat/emoji-lite0\n"
+        "python apps/train mat --data cifar100-fewshot --source DIR --size 96 --shots 16 --seeds 3 --out runs/mat/cifar-16-lite0\n"
+        "python apps/eval mat-page docs/results/mat-align.json docs/results/mat-align.md runs/mat/*\n```",
+        "**These are not the paper's experiments.** The paper tunes the prompts of CLIP; no CLIP weights can be had here. The towers "
+        "are frozen, their outputs cached; trained are one linear map for each depth, one of the text, the attention, the curvatures "
+        "and the logit scale. VANILLA and PROTECT train the map of the last depth alone. So rows with several tokens have more "
+        "trainable numbers, which is printed. Values are means over seeds; brackets are 95 % percentile bootstraps over the test "
+        "pictures, the same resamples for all rows and seeds; sd is the standard deviation over seeds.",
+        _tuning(found),
+        *[_section(found, key) for key in PLANNED],
+        "" if picture is None else f"## Curvatures over the steps (HETEROGENEOUS)\n\n![Learned curvatures]({picture})",
+        _in_words(found),
+        _published(),
+        "Twemoji graphics are licensed under CC BY 4.0, OpenMoji under CC BY-SA 4.0, Noto Emoji under OFL 1.1; no picture is part of "
+        "this repository.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _name(key: tuple) -> str:
+    data, shots, tower, study = key
+    what = f"emoji, {shots} training styles, an unseen artist" if data == "emoji" else f"CIFAR-100, {shots} shots"
+    return f"{what}, {TOWERS[tower]}: {STUDIES[study]}"
+
+
+def _tuning(found: Mapping) -> str:
+    lines = []
+    for key, entry in found.items():
+        if key[3] == "tuning":
+            trials = "; ".join(
+                f"{lr}: " + ", ".join(f"{row} " + "/".join(f"{v[s]:.3f}" for s in SCORES) for row, v in rows.items())
+                for lr, rows in entry["trials"].items()
+            )
+            lines.append(f"{key[0]}, {TOWERS[key[2]]}: chosen {entry['chosen']} (LA/HCA/MTA by rate: {trials})")
+    if not lines:
+        return "Learning rates were not tuned: one rate, set beforehand, serves every row."
+    return (
+        "Learning rates were compared on pictures cut out of the training set; one rate serves every row:\n\n"
+        + "\n".join(f"- {line}" for line in lines)
+    )
+
+
+def _section(found: Mapping, key: tuple) -> str:
+    head = f"## {_name(key)}"
+    entry = found.get(key)
+    if entry is None:
+        return f"{head}\n\nNot run."
+    lines = [
+        head,
+        f"{entry['num_train']} training and {entry['num_test']} test pictures, {entry['num_nodes']} nodes, {entry['seeds']} seeds. "
+        f"MTA of always naming the majority member of each cut: {entry['mta_majority']:.3f}. {_settings(entry['settings'])}",
+        _table(entry),
+    ]
+    if any("curvatures" in row for row in entry["rows"].values()):
+        lines.append(_curvatures(entry))
+    if any("attention" in row for row in entry["rows"].values()):
+        lines.append(_attention(entry))
+    if any("second" in row for row in entry["rows"].values()):
+        lines.append(_second(entry))
+    return "\n\n".join(lines)
+
+
+def _settings(fit: Mapping) -> str:
+    return (
+        f"AdamW, {fit['epochs']} epochs of batches of {fit['batch_size']}, rate {fit['lr']:g} (curvatures and logit scale "
+        f"{fit['curvature_lr']:g}), dropout {fit['dropout']:g}, c_img {fit['c_img']:g}, c_txt {fit['c_txt']:g}, scale {fit['scale']:g} "
+        "at the start."
+    )
+
+
+def _second(entry: Mapping) -> str:
+    rows = {name: row["second"] for name, row in entry["rows"].items() if "second" in row}
+    scores = list(next(iter(rows.values()))[0])
+    lines = ["| mean over seeds | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
+    for name, by_seed in rows.items():
+        cells = [f"{sum(found[s] for found in by_seed) / len(by_seed):.3f}" for s in scores]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _table(entry: Mapping) -> str:
+    trained = {name: row["num_trained"][0] for name, row in entry["rows"].items() if "num_trained" in row}
+    lines = [
+        "| | "
+        + " | ".join(f"{TITLES[s]}" for s in SCORES)
+        + " | against "
+        + _baseline(entry)
+        + ": HCA | trained numbers |",
+        "|---" * (len(SCORES) + 3) + "|",
+    ]
+    for name, row in entry["rows"].items():
+        cells = []
+        for score in SCORES:
+            value, low, high = row["scores"][score]
+            spread = row["deviation"][score]
+            cells.append(f"{value:.3f} [{low:.3f}, {high:.3f}]" + ("" if not spread else f" sd {spread:.3f}"))
+        value, low, high = row["against baseline"]["hca"]
+        difference = "" if name == row["baseline"] else f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+        cells += [difference, f"{trained[name]:,}" if name in trained else ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _baseline(entry: Mapping) -> str:
+    return next(iter(entry["rows"].values()))["baseline"]
+
+
+def _curvatures(entry: Mapping) -> str:
+    lines = [
+        "| | c_img, c_txt, c_mid: first step | last step (by seed) | steps with c_mid between | cone constraints met on test pictures: "
+        "visual / textual / cross |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in entry["rows"].items():
+        if "curvatures" not in row:
+            continue
+        first = ", ".join(f"{c:.4f}" for c in row["curvatures"][0][0][1:])
+        last = "; ".join(", ".join(f"{c:.4f}" for c in curve[-1][1:]) for curve in row["curvatures"])
+        between = "; ".join(f"{100 * x:.0f} %" for x in row["c_mid_between"])
+        met = "; ".join("/".join("-" if x != x else f"{100 * x:.1f} %" for x in m.values()) for m in row["met"])
+        lines.append(f"| {name} | {first} | {last} | {between} | {met} |")
+    note = (
+        "Cones are counted in fp64. With unit features of one scale no pair of different directions lies in its cone, so there only "
+        "the features' own radius can meet a constraint."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _attention(entry: Mapping) -> str:
+    shares = {
+        name: [
+            sum(seed[i] for seed in row["attention"]) / len(row["attention"]) for i in range(len(row["attention"][0]))
+        ]
+        for name, row in entry["rows"].items()
+        if "attention" in row
+    }
+    listed = "; ".join(f"{name} {' / '.join(f'{x:.2f}' for x in values)}" for name, values in shares.items())
+    return f"Mean attention on the tokens, shallow to deep, over the nodes on the paths of the test pictures: {listed}."
+
+
+def _in_words(found: Mapping) -> str:
+    lines = ["## In words", "*better* and *worse* mean that the interval of the paired difference excludes 0."]
+    for key in PLANNED:
+        if key[3] != "main" or key not in found:
+            continue
+        lines.append(f"**{_name(key)}**")
+        rows = found[key]["rows"]
+        if "VANILLA" not in rows or rows["VANILLA"]["against zero-shot"]["la"][1] <= 0:
+            lines.append("Inconclusive: the plain row does not beat zero-shot on LA, so nothing is ranked.")
+            continue
+        said = [_verdict(name, "PROTECT", row["against baseline"]) for name, row in rows.items() if name not in PLAIN]
+        said += [
+            _verdict(name, "EUCLIDEAN", row["against EUCLIDEAN"])
+            for name, row in rows.items()
+            if name in ("SHARED", "SEPARATE", "HETEROGENEOUS") and "against EUCLIDEAN" in row
+        ]
+        lines.append("\n".join(f"- {line}" for line in said if line))
+    if len(lines) == 2:
+        lines.append("Nothing has been run.")
+    return "\n\n".join(lines)
+
+
+def _verdict(name: str, other: str, differences: Mapping) -> str:
+    if name == other:
+        return ""
+    words = {}
+    for score in SCORES:
+        _, low, high = differences[score]
+        word = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        words.setdefault(word, []).append(TITLES[score])
+    return f"{name} against {other}: " + "; ".join(f"{word}: {', '.join(which)}" for word, which in words.items()) + "."
+
+
+def _published() -> str:
+    lines = [
+        "## Published numbers (the paper's, not ours)",
+        "LA / HCA / MTA in percent with CLIP ViT-B/16 (BioCLIP for Rare Species), from the released README of arXiv 2510.27391; no "
+        "standard deviations are published. They are other models on other test sets: compare nothing across.",
+        "| shots | method | " + " | ".join(DATA) + " |",
+        "|---|---|" + "---|" * len(DATA),
+    ]
+    table = [
+        f"| {shots} | {method} {row} | " + " | ".join("/".join(f"{x:.2f}" for x in cell) for cell in cells) + " |"
+        for (shots, method, row), cells in TARGETS.items()
+    ]
+    table.append("| | majority MTA | " + " | ".join(f"{x:.1f}" for x in MAJORITY_MTA) + " |")
+    lines[2:] = ["\n".join([*lines[2:], *table])]
+    ablation = ["| 16-shot MaPLe, HCA | CIFAR-100 | SUN | Rare Species |", "|---|---|---|---|"]
+    ablation += [f"| {name} | " + " | ".join(f"{x:.2f}" for x in values) + " |" for name, values in ABLATION.items()]
+    return "\n\n".join([*lines, "\n".join(ablation)])

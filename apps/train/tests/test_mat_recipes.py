@@ -1,0 +1,166 @@
+"""The recipes of Modality Alignment across Trees: published configurations on a small random CLIP, and the cached recipe."""
+
+import json
+import math
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from app_train.errors import Interrupted, RunError
+from app_train.interrupt import StopFlag
+from app_train.mat_rows import VARIANTS, depths, study_rows
+from app_train.recipes import mat_clip
+from app_train.recipes.mat_published import PUBLISHED, published
+
+LEAVES = {"cat": (200, 40, 40), "dog": (40, 200, 40), "oak_tree": (40, 40, 200)}
+NODES = [("root", None), ("animal", 0), ("plant_1", 0), ("cat", 1), ("dog", 1), ("oak_tree", 2)]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A random CLIP with as many blocks as the published prompts need."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vision = {"layers": 9, "width": 16, "head_width": 8, "patch_size": 16, "image_size": 32}
+        return open_clip.model.CLIP(12, vision, {"width": 8, "heads": 2, "layers": 9}).eval()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mat")
+    draw = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for leaf, colour in LEAVES.items():
+            folder = root / "images" / part / leaf
+            folder.mkdir(parents=True)
+            for index in range(2):
+                noisy = np.clip(np.array(colour) + draw.normal(0, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(noisy).save(folder / f"{index}.png")
+    children = [[j for j, (_, up) in enumerate(NODES) if up == i] for i in range(len(NODES))]
+    nodes = [
+        {"id": i, "name": name, "text": name.replace("_", " "), "parent": up, "children": children[i]}
+        for i, (name, up) in enumerate(NODES)
+    ]
+    cuts = [
+        {"text": ["animal", "plant 1"], "leaf_to_label": [0, 0, 1]},
+        {"text": ["cat", "dog", "oak tree"], "leaf_to_label": [0, 1, 2]},
+    ]
+    (root / "tree.json").write_text(json.dumps({"nodes": nodes, "leaves": [3, 4, 5], "treecuts": cuts}))
+    return root
+
+
+def run_config(data, tmp_path, **changes):
+    return mat_clip.MATClipConfig(
+        images=data / "images", tree=data / "tree.json", out=tmp_path / "run", cache_dir=data / "cache", **changes
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_configuration_trains_and_scores(name, small, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(mat_clip, "load_clip", lambda settings, weights: small)
+    config = run_config(data, tmp_path, published=name, epochs=1)
+    result = mat_clip.run(config)
+    assert set(result["scores"]) == {"la", "hca", "mta"}
+    assert result["n"] == 6
+    assert all(0 <= value <= 1 for value in result["scores"].values())
+    assert (config.out / "model" / "mat_align.safetensors").exists()
+    lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    settings = PUBLISHED[name]()
+    # The configured curvatures are there at the first step.
+    assert lines[0]["c_img"] == pytest.approx(settings.c_img)
+    assert lines[0]["c_txt"] == pytest.approx(settings.c_txt)
+    assert math.isfinite(lines[-1]["total"])
+    assert (lines[0]["regularizer"] > 0) is (settings.method == "promptsrc")
+
+
+def test_published_table():
+    assert len(PUBLISHED) == 16
+    assert PUBLISHED["cifar100-1-maple"]().model_dump(include={"lr", "curv_init", "c_img", "c_txt", "scale"}) == {
+        "lr": 0.02, "curv_init": 0.5, "c_img": 0.5, "c_txt": 0.5, "scale": 10,
+    }  # fmt: skip
+    rare = published("rare", 16, "promptsrc")
+    assert (rare.model, rare.pretrained, rare.epochs, rare.batch_size, rare.seed) == (
+        "hf-hub:imageomics/bioclip", None, 10, 8, 2,
+    )  # fmt: skip
+    sun = published("sun", 1, "promptsrc")
+    assert (sun.model, sun.pretrained, sun.epochs, sun.lr, sun.c_txt, sun.scale, sun.seed) == (
+        "ViT-B-16-quickgelu", "openai", 200, 0.01, 0.025, 10, 1,
+    )  # fmt: skip
+    assert published("imagenet", 16, "maple").batch_size == 2
+    for config in (PUBLISHED[name]() for name in PUBLISHED):
+        assert config.curv_init / 10 < min(config.c_img, config.c_txt)
+        assert max(config.c_img, config.c_txt) < 10 * config.curv_init
+    with pytest.raises(ValueError, match="must be one of"):
+        published("cifar100", 4, "maple")
+
+
+def test_schedule_and_order():
+    settings = published("cifar100", 16, "maple")
+    rates = [mat_clip.learning_rate(settings, epoch, 99, False) for epoch in range(200)]
+    assert rates[0] == 1e-3
+    assert rates[1] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi / 200)))
+    assert rates[-1] < 1e-6
+    swings = [mat_clip.learning_rate(settings, 0, step, True) for step in range(801)]
+    assert swings[0] == 1e-3
+    assert swings[200] == pytest.approx(0)
+    assert swings[400] == swings[800] == pytest.approx(0.01)
+    orders = [mat_clip.epoch_order(settings, 10, epoch).tolist() for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    again = [mat_clip.epoch_order(settings, 10, epoch, True).tolist() for epoch in (0, 1)]
+    assert again[0] == again[1] == orders[0]
+
+
+@pytest.mark.parametrize("method", ["maple", "promptsrc"])
+def test_a_stopped_run_goes_on_bit_for_bit(method, small, data, tmp_path):
+    settings = published("cifar100", 16, method).model_copy(update={"epochs": 2, "batch_size": 2, "warmup_epochs": 0})
+    stored = mat_clip.read_stored_tree(data / "tree.json")
+    train = mat_clip.load_folder(data / "images", stored.taxonomy, size=32, cache_dir=data / "cache")["train"]
+    whole = mat_clip.build_model(settings, small, "HETEROGENEOUS")
+    mat_clip.fit(whole, settings, train, stored, tmp_path / "whole", StopFlag())
+
+    class AfterFour(StopFlag):
+        count = 0
+
+        @property
+        def exit_status(self):
+            type(self).count += 1
+            return 143 if type(self).count > 8 else None
+
+        @exit_status.setter
+        def exit_status(self, value):
+            pass
+
+    parted = mat_clip.build_model(settings, small, "HETEROGENEOUS")
+    with pytest.raises(Interrupted):
+        mat_clip.fit(parted, settings, train, stored, tmp_path / "parted", AfterFour())
+    fresh = mat_clip.build_model(settings, small, "HETEROGENEOUS")
+    mat_clip.fit(fresh, settings, train, stored, tmp_path / "parted", StopFlag())
+    for name, value in whole.trained_state().items():
+        assert torch.equal(value, fresh.trained_state()[name]), name
+    assert (tmp_path / "parted" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_released_run(small, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(mat_clip, "load_clip", lambda settings, weights: small)
+    result = mat_clip.run(run_config(data, tmp_path, epochs=1, released=True))
+    assert "released" in result["variant"]
+
+
+def test_user_errors(data, tmp_path):
+    with pytest.raises(RunError, match="--images and --tree"):
+        mat_clip.run(mat_clip.MATClipConfig())
+    with pytest.raises(RunError, match="cannot be loaded"):
+        mat_clip.load_clip(published("cifar100", 1, "maple"), data / "no-such-file.pt")
+
+
+def test_rows_of_the_studies():
+    assert list(study_rows("main", tuple(VARIANTS))) == list(VARIANTS)
+    assert len(study_rows("radius", ())) == 6
+    assert study_rows("defects", ())["released: padding"].variant.padding == "released"
+    assert {row.variant.intermediate for row in study_rows("intermediate", ()).values()} >= {"chord", "exact-forward"}
+    assert depths("rule", 12) == (4, 7, 11)
+    assert [depths(name, 5)[-1] for name in ("rule", "last two", "every", "first three")] == [4] * 4
+    assert {row.variant.feature for row in study_rows("layers", ()).values()} == {"tokens", "mean", "last"}

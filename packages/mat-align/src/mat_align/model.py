@@ -1,0 +1,311 @@
+"""The models: a frozen CLIP with learned prompts, or precomputed features with trained maps, under one head.
+
+Reference: Modality Alignment across Trees (arXiv 2510.27391).
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mat_align.head import MATHead
+from mat_align.prompts import PromptLearner, encode_text, label_text, template_features
+from mat_align.prompts._learners import LEARNERS
+from mat_align.prompts._text import context_length, text_tower, token_ids
+from mat_align.variants import HETEROGENEOUS, Variant
+from mat_align.visual_tree import LayerTokens, StageTokens, VisualPrompts
+
+_FORMAT = 1
+_CONFIG, _WEIGHTS = "mat_align.json", "mat_align.safetensors"
+
+
+class MATOutput(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+        logits: (B, n), one per picture and name.
+        tokens: (B, M, d) layer tokens.
+        text: (n, d) text features, not normalised.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    text: Tensor
+
+
+class _Model(nn.Module):
+    """What both models have: a head, and the names of its curvatures at the top."""
+
+    head: MATHead
+
+    @property
+    def variant(self) -> Variant:
+        """What is computed."""
+        return self.head.variant
+
+    @property
+    def c_img(self) -> nn.Module | None:
+        """Curvature of the image manifold, a `hyper_geom.Curvature`; None if the variant has none."""
+        return self.head.c_img
+
+    @property
+    def c_txt(self) -> nn.Module | None:
+        """Curvature of the text manifold, a `hyper_geom.Curvature`; None if the variant has none."""
+        return self.head.c_txt
+
+    def c_mid(self, norm_img: float | Tensor = 1.0, norm_txt: float | Tensor = 1.0) -> Float[Tensor, ""]:
+        """See `MATHead.c_mid`."""
+        return self.head.c_mid(norm_img, norm_txt)
+
+    def score(self, tokens: Float[Tensor, "B M d"], text: Float[Tensor, "n d"]) -> Float[Tensor, "B n"]:
+        """Logits of labels for pictures that are encoded already."""
+        return self.head.logits(tokens, text, self.logit_scale)
+
+    def forward(self, images: Tensor, names: Sequence[str]) -> MATOutput:
+        """Encode pictures and labels once and score all pairs.
+
+        Args:
+            images: what `encode_image` takes.
+            names: texts of the labels.
+        """
+        tokens, text = self.encode_image(images), self.encode_text(names)
+        return MATOutput(self.score(tokens, text), tokens, text)
+
+
+class MATModel(_Model):
+    """A frozen open_clip model with learned prompts under the head of a variant.
+
+    Only prompts, attention, curvatures and radii (and a learned mix of layers) train; they are fp32.
+
+    Args:
+        clip: open_clip model with a vision transformer with class token and a text transformer. Its parameters stop
+            asking for gradients. For OpenAI's weights build `ViT-B-16-quickgelu`: the state dict does not record it.
+        prompts: `MaPLePrompts` or `PromptSRCPrompts` of this model; None for the frozen model's own features.
+        variant: what is computed.
+        layers: 0-based blocks, see `LayerTokens`; the last one alone for a variant of the last token.
+        radius: see `MATHead`.
+        **settings: further settings of `MATHead`.
+
+    Raises:
+        ValueError: from the parts, see there.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        prompts: PromptLearner | None,
+        variant: Variant = HETEROGENEOUS,
+        layers: Sequence[int] | None = None,
+        radius: str = "unit",
+        **settings: Any,
+    ) -> None:
+        """Freeze the model and add the trained parts."""
+        super().__init__()
+        self.clip = clip.requires_grad_(False)
+        self.prompts = prompts
+        num_blocks = len(clip.visual.transformer.resblocks) if hasattr(clip.visual, "transformer") else 0
+        if layers is None and variant.feature == "last" and num_blocks:
+            layers = (num_blocks - 1,)
+        self.layers = LayerTokens(clip.visual, layers, variant.pass_through, variant.mix)
+        projection = text_tower(clip).text_projection
+        dim = clip.visual.output_dim if projection is None else _out_features(projection)
+        self.head = MATHead(dim, variant, radius=radius, **settings)
+        self._ids: dict[str, Tensor] = {}
+        self._frozen_text: dict[str, Tensor] = {}
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Logarithm of the factor on the cosines, frozen."""
+        return self.clip.logit_scale
+
+    def encode_image(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B M d"]:
+        """Layer tokens of preprocessed pictures, one pass for each.
+
+        Args:
+            images: pictures as the model's preprocessing returns them.
+
+        Returns:
+            Tokens `(B M d)`, not normalised; the last is the prompted CLIP feature.
+        """
+        return self.layers(images, self._visual_prompts())
+
+    def encode_text(self, names: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Features of labels in the learned prompt.
+
+        Args:
+            names: node names; digits and underscores are cleaned by `label_text`.
+
+        Returns:
+            Features `(n d)`, not normalised.
+
+        Raises:
+            ValueError: no name, or a prompt that does not fit into the text tower.
+        """
+        learner = self.prompts
+        sentence = "a photo of a {}.".format if learner is None else learner.prompt
+        new = [name for name in dict.fromkeys(names) if name not in self._ids]
+        if new:
+            rows = token_ids([sentence(label_text(name)) for name in new], context_length(self.clip))
+            self._ids.update(zip(new, rows, strict=True))
+        if not len(names):
+            raise ValueError("names must hold at least one label, got n = 0")
+        ids = torch.stack([self._ids[name] for name in names]).to(text_tower(self.clip).token_embedding.weight.device)
+        first, deeper = (None, ()) if learner is None else learner.text_prompts()
+        return encode_text(self.clip, ids, first, deeper)
+
+    @torch.no_grad()
+    def frozen_image(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B d"]:
+        """CLIP features of the frozen model, for `PromptSRCRegularizer`."""
+        return self.clip.encode_image(images)
+
+    def frozen_text(self, names: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Unit text features of the frozen model over 60 templates, computed once for each name."""
+        new = [name for name in dict.fromkeys(names) if name not in self._frozen_text]
+        if new:
+            rows = template_features(self.clip, [label_text(name) for name in new])
+            self._frozen_text.update(zip(new, rows, strict=True))
+        return torch.stack([self._frozen_text[name] for name in names]).to(self.logit_scale.device)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Everything but the frozen model: what `save_pretrained` writes."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("clip.")}
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `mat_align.json` and `mat_align.safetensors`; the frozen model is not part of them.
+
+        Args:
+            folder: made if it does not exist.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "format": _FORMAT,
+            "variant": asdict(self.variant),
+            "layers": list(self.layers.layers),
+            "head": self.head.settings,
+            "prompts": None if self.prompts is None else {"kind": self.prompts.kind, **self.prompts.settings},
+        }
+        # One curvature under two names is one tensor: safetensors refuses to write it twice.
+        state = _without_aliases(self.trained_state())
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / _WEIGHTS)
+        (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, clip: nn.Module) -> "MATModel":
+        """Rebuild what `save_pretrained` wrote, around the same frozen model.
+
+        Args:
+            folder: the folder.
+            clip: the open_clip model with the weights used in training.
+
+        Raises:
+            ValueError: a folder of another format, or weights that do not fit.
+        """
+        folder = Path(folder)
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        if config.get("format") != _FORMAT:
+            raise ValueError(f"folder must hold format {_FORMAT}, got {config.get('format')} in {folder / _CONFIG}")
+        prompts = None
+        if config["prompts"] is not None:
+            chosen = dict(config["prompts"])
+            prompts = LEARNERS[chosen.pop("kind")](clip, **chosen)
+        model = cls(clip, prompts, Variant(**config["variant"]), config["layers"], **config["head"])
+        stored, expected = load_file(folder / _WEIGHTS), set(_without_aliases(model.trained_state()))
+        if set(stored) != expected:
+            raise ValueError(f"{folder / _WEIGHTS} must hold {sorted(expected)}, got {sorted(stored)}")
+        model.load_state_dict(stored, strict=False)
+        return model
+
+    def _visual_prompts(self) -> VisualPrompts | None:
+        return None if self.prompts is None else self.prompts.visual_prompts()
+
+
+class FeatureMATModel(_Model):
+    """The head of a variant over frozen towers whose outputs were computed once (ours).
+
+    Pictures come as pooled stage features, labels as a table of text features. The stage maps and one linear map of the
+    text, the identity at first, train; a variant of the last token trains the last map alone.
+
+    Args:
+        tokens: maps of the stages, fitted beforehand.
+        text: text feature of each label by name.
+        variant: what is computed.
+        logit_scale: initial logarithm of the factor on the cosines, learned.
+        train_text: learn the map of the text.
+        dropout: share of the pooled features that the maps do not see in training mode, in [0, 1).
+        **settings: settings of `MATHead`.
+
+    Raises:
+        ValueError: no text, widths that differ, or dropout out of range.
+    """
+
+    def __init__(
+        self,
+        tokens: StageTokens,
+        text: Mapping[str, Tensor],
+        variant: Variant = HETEROGENEOUS,
+        logit_scale: float = 2.6593,
+        train_text: bool = True,
+        dropout: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        """Add the trained parts."""
+        super().__init__()
+        widths = {len(value) for value in text.values()}
+        if widths != {tokens.dim}:
+            raise ValueError(f"text must hold features of width {tokens.dim}, got widths {sorted(widths)}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        self.tokens = tokens
+        self.dropout = nn.Dropout(dropout)
+        self.text_map = nn.Linear(tokens.dim, tokens.dim)
+        nn.init.eye_(self.text_map.weight)
+        nn.init.zeros_(self.text_map.bias)
+        self.text_map.requires_grad_(train_text)
+        if variant.feature == "last":
+            self.tokens.maps[:-1].requires_grad_(False)
+        self._row = {name: row for row, name in enumerate(text)}
+        self.register_buffer("table", torch.stack(tuple(text.values())), persistent=False)
+        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
+        self.head = MATHead(tokens.dim, variant, **settings)
+
+    def encode_image(self, images: Float[Tensor, "B features"]) -> Float[Tensor, "B M d"]:
+        """Tokens of pooled features; see `StageTokens`."""
+        return self.tokens(self.dropout(images))
+
+    def encode_text(self, names: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Mapped text features of labels.
+
+        Args:
+            names: keys of the table.
+
+        Raises:
+            ValueError: no name, or one that the table lacks.
+        """
+        missing = [name for name in names if name not in self._row]
+        if missing or not len(names):
+            raise ValueError(f"names must be known labels, at least one, got {missing[:3] or 'none'}")
+        rows = torch.tensor([self._row[name] for name in names], device=self.table.device)
+        return self.text_map(self.table[rows])
+
+
+def _out_features(projection: nn.Linear | Tensor) -> int:
+    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the first of their names; a curvature that is shared has two."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        if value.data_ptr() not in seen:
+            seen.add(value.data_ptr())
+            found[name] = value
+    return found
