@@ -51,9 +51,19 @@ def in_order(
 
 
 def best_first(scores: Float[Tensor, "b m"], ids: Int64[Tensor, "b m"]) -> Tensor:
-    """Positions that sort each row by score from high to low, ties by the smaller id."""
-    by_id = ids.argsort(-1)
-    return by_id.gather(-1, scores.gather(-1, by_id).argsort(dim=-1, descending=True, stable=True))
+    """Positions that sort each row by score from high to low, ties by the smaller id.
+
+    Equal items may differ in the last bit, because vectorised and left-over elements of one tensor go through different
+    code; scores closer than 1e-14 therefore count as equal.
+    """
+    order = scores.argsort(dim=-1, descending=True)
+    ranked = scores.gather(-1, order)
+    step = ranked[:, :-1] - ranked[:, 1:]
+    # -inf - -inf is NaN, and such items are equal too.
+    apart = (step > 1e-14 * (1 + ranked[:, :-1].abs())) | torch.isposinf(step)
+    tie = torch.cat((torch.zeros_like(order[:, :1]), apart.cumsum(-1)), -1)
+    by_id = ids.gather(-1, order).argsort(-1)
+    return order.gather(-1, by_id.gather(-1, tie.gather(-1, by_id).argsort(dim=-1, stable=True)))
 
 
 def check_available(k: int, num: int, groups: Tensor | None, exclude: Tensor | None, batch: int) -> None:
