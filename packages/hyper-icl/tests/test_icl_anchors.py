@@ -128,8 +128,8 @@ def test_lift():
 
 def test_lift_learns_to_vary_depth():
     torch.manual_seed(0)
-    features = torch.nn.functional.normalize(torch.randn(24, 8), dim=-1)
     group = torch.arange(24) // 4
+    features = torch.nn.functional.normalize(torch.randn(6, 8)[group] + 0.5 * torch.randn(24, 8), dim=-1)
     lift, loss = HyperbolicLift(8, 8), AnchorLoss(tau=0.3)
     optimizer = torch.optim.Adam(lift.parameters(), 0.05)
     first = None

@@ -299,12 +299,12 @@ def test_bf16_and_checkpointing(families):
         expected = model.model.text_model.layers[0].self_attn.q_proj.weight.grad.clone()
         model.zero_grad()
         model.train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
         model(**prompt.inputs, use_cache=False).logits.square().mean().backward()
         torch.testing.assert_close(
             model.model.text_model.layers[0].self_attn.q_proj.weight.grad, expected, rtol=1e-4, atol=1e-6
         )
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model.eval().bfloat16()
     prompt.inputs["pixel_values"] = prompt.inputs["pixel_values"].bfloat16()
     with calibrate(model, plan_of(prompt)):

@@ -284,7 +284,7 @@ def lora_config(model: nn.Module, r: int = 4, **settings: object) -> LoraConfig:
     names = [name for name, module in model.named_modules() if id(module) in ours]
     stem = names[0].rsplit(".layers.", 1)[0].replace(".", r"\.")
     pattern = rf"{stem}\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"
-    return LoraConfig(r=check_count("r", r), target_modules=pattern, **{"lora_alpha": r, **settings})
+    return LoraConfig(r=check_count("r", r), target_modules=pattern, **settings)
 
 
 @contextlib.contextmanager
