@@ -170,7 +170,7 @@ def test_closed_form_teacher(families, pad):
     torch.testing.assert_close(tilt(base[0], per_head).exp(), calibrated[0].exp(), atol=1e-6, rtol=0)
 
 
-def test_collecting_changes_nothing(families):
+def test_collecting_changes_nothing(families, refused):
     model, prompt = families.model("idefics3"), families.make_prompt("idefics3")
     use_calibrated_attention(model)
     segments = plan_of(prompt).segments
@@ -185,7 +185,7 @@ def test_collecting_changes_nothing(families):
     with pytest.raises(ValueError, match="layers must"):
         SegmentMassCollector(model, segments, segments.query_rows(), [5])
     short = SegmentMap.from_lengths([1], [[1, 1]], [1])
-    with pytest.raises(ValueError, match="keys' length"), SegmentMassCollector(model, short, short.query_rows(), [0]):
+    with refused("keys' length"), SegmentMassCollector(model, short, short.query_rows(), [0]):
         model(**prompt.inputs, use_cache=False)
 
 
@@ -405,8 +405,8 @@ def test_lorentz_anchor_loss_at_full_width():
         (lambda: insert_demos([{"role": "system", "content": "s"}], []), "user message"),
     ],
 )
-def test_bad_input(make, word):
-    with pytest.raises(ValueError, match=word):
+def test_bad_input(make, word, refused):
+    with refused(word):
         make()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyper_geom import lorentz
 
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 1 << 20
 
 
 def gamma(dim: int) -> float:
@@ -40,17 +40,18 @@ def products_are_rounded(device: torch.device) -> bool:
     return legacy != "highest" or getattr(backend, "fp32_precision", "none") not in ("none", "ieee")
 
 
-def upper_scores(
+def upper_keys(
     tangent: Float[Tensor, "n d"],
     depth: Float64[Tensor, " n"],
     query: Float64[Tensor, "b d"],
     c: float,
     mu: float,
 ) -> Float64[Tensor, "b n"]:
-    """Upper scores s+ >= s of every item, from one fp32 matmul.
+    """Keys y = exp(-k s+) with s+ >= s for every item, from one fp32 matmul; small keys are good.
 
     The computed p = -<x,q>_L = x_t q_t - (sinh(k h)/(k h)) w.q_s is off by at most eps = gamma |x| |q|, |x| the
-    Euclidean norm of (x_s, x_t). arcosh increases, so s+ = -arcosh(max(1, c (p - eps)))/k + mu h >= s.
+    Euclidean norm of (x_s, x_t). arcosh increases, so with z = max(1, c (p - eps)), s+ = -arcosh(z)/k + mu h >= s, and
+    y = (z + sqrt(z^2 - 1)) exp(-k mu h): no logarithm of every pair.
 
     The product uses the direction of q, so that nothing overflows in fp32.
     """
@@ -60,9 +61,9 @@ def upper_scores(
     wide = tangent.dtype == torch.float64 or products_are_rounded(tangent.device)
     direction = direction.double() if wide else direction.float()
     q_s, q_t = (k * q_depth).sinh() / k, (k * q_depth).cosh() / k
-    q_norm = torch.hypot(q_s, q_t)
+    of_query = c * torch.stack((q_t, -torch.hypot(q_s, q_t)), dim=-1)
     num, batch = tangent.shape[0], query.shape[0]
-    found = torch.empty(batch, num, dtype=torch.float64, device=tangent.device)
+    keys = torch.empty(batch, num, dtype=torch.float64, device=tangent.device)
     step = max(256, _CHUNK_BYTES // (8 * max(batch, 1)))
     for start in range(0, num, step):
         rows = slice(start, start + step)
@@ -71,12 +72,19 @@ def upper_scores(
         per_length = torch.where(h == 0, 1.0, sinh / torch.where(h == 0, 1.0, h))
         slack = gamma(tangent.shape[1]) * torch.hypot(sinh, x_t)
         with torch.autocast(tangent.device.type, enabled=False):
-            product = direction @ tangent[rows].to(direction.dtype).mT
-        # c (p - eps), in place: at full size each pass over this block is as dear as the matmul.
-        p = product.double().mul_(per_length).mul_(q_s.unsqueeze(-1)).neg_()
-        p.add_(q_t.unsqueeze(-1) * x_t).sub_(q_norm.unsqueeze(-1) * slack).mul_(c)
-        found[:, rows] = p.clamp_(min=1.0).acosh_().div_(-k).add_(mu * h)
-    return found
+            product = (direction @ tangent[rows].to(direction.dtype).mT).double()
+            z = of_query @ torch.stack((x_t, slack))
+        # In place: at full size each pass over this block is as dear as the matmul.
+        z.addcmul_(product.mul_(per_length), q_s.unsqueeze(-1), value=-c).clamp_(min=1.0)
+        # z (1 + sqrt(1 - 1/z^2)) does not overflow where z^2 would.
+        root = torch.reciprocal(z, out=product).square_().neg_().add_(1.0).sqrt_().add_(1.0)
+        torch.mul(root, z, out=keys[:, rows]).mul_((-k * mu * h).exp())
+    return keys
+
+
+def upper_scores(keys: Float64[Tensor, "*b"], c: float) -> Float64[Tensor, "*b"]:
+    """Upper scores s+ of keys."""
+    return -keys.log() / math.sqrt(c)
 
 
 def tilted_rows(tangent: Float[Tensor, "n d"], c: float, mu: float) -> Float64[Tensor, "n d1"]:

@@ -168,19 +168,23 @@ class HyperbolicDemoIndex:
         return ids.gather(-1, kept), scores.gather(-1, kept)
 
     def _search_torch(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, ...]:
-        upper = _bounds.upper_scores(self.tangent, self.depth, query, self.c, self.mu)
+        keys = _bounds.upper_keys(self.tangent, self.depth, query, self.c, self.mu)
         if exclude is not None:
-            upper.masked_fill_(self.groups == exclude.unsqueeze(-1), -torch.inf)
+            keys.masked_fill_(self.groups == exclude.unsqueeze(-1), torch.inf)
         result = _Results(query, k)
         m = min(4 * k, len(self))
         while len(result.open):
             rows = result.open
             # One more than is scored: its bound covers everything that is not.
-            top = upper[rows].topk(min(m + 1, len(self)), dim=-1)
+            some_keys = keys if len(rows) == len(keys) else keys[rows]
+            top = some_keys.topk(min(m + 1, len(self)), dim=-1, largest=False)
             some = None if exclude is None else exclude[rows]
             ids, scores = self._best(query[rows], top.indices[:, :m], k, some)
-            rest = top.values[:, m] if m < len(self) else torch.full_like(scores[:, -1], -torch.inf)
-            result.take(ids, scores, _below(rest, scores[:, -1]) | (m == len(self)), m)
+            if m == len(self):
+                done = torch.ones(len(rows), dtype=torch.bool, device=query.device)
+            else:
+                done = _below(_bounds.upper_scores(top.values[:, m], self.c), scores[:, -1])
+            result.take(ids, scores, done, m)
             m = min(2 * m, len(self))
         return result.parts()
 
