@@ -7,6 +7,7 @@ from pathlib import Path
 
 from app_data.errors import DataError, MissingAssetError
 from app_data.pictures import load_picture
+from app_eval import select_demos, selection_study
 from app_eval.page import write_first_light
 from hier_lora import DECODERS, HierLoraCLIP
 
@@ -22,8 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = commands.add_parser("page", help="write a results page from the stored JSON of a run")
     page.add_argument("run", type=Path, help="the run folder of `nox -s train -- --seeds 3`")
     page.add_argument("page", type=Path, help="the Markdown file to write")
+    select_demos.add_arguments(commands)
+    selection_study.add_arguments(commands)
     args = parser.parse_args(argv)
     try:
+        if hasattr(args, "run_command"):
+            return args.run_command(args)
         if args.command == "predict":
             return print_predictions(args.run, args.pictures, args.decoder)
         write_first_light(args.run, args.page)
