@@ -58,7 +58,9 @@ class DemoPool:
     def group_of(self, path: Path) -> int:
         """Number of this picture in the pool; -1 if it is not in it."""
         wanted = path.resolve()
-        return next((int(g) for item, g in zip(self.items, self.groups, strict=True) if item.path.resolve() == wanted), -1)
+        return next(
+            (int(g) for item, g in zip(self.items, self.groups, strict=True) if item.path.resolve() == wanted), -1
+        )
 
 
 def read_pool(source: str | Path, encoder: Lite0MiniLM) -> DemoPool:
@@ -103,7 +105,7 @@ def _items(source: Path) -> list[PoolItem]:
     return items
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_pictures(paths: Sequence[Path], encoder: Lite0MiniLM) -> tuple[Tensor, tuple[Skipped, ...]]:
     """Pooled features of the pictures that can be read, in their order, and the others with reasons."""
     found, bad, batch = [], [], []
@@ -140,7 +142,7 @@ def fit_bank(pool: DemoPool, seed: int = 0) -> tuple[AnchorBank, HyperbolicLift 
     counts = Counter(item.answer for item in pool.items if item.answer)
     if len(counts) > 1 and max(counts.values()) > 1:
         lift = train_lift(F.normalize(centred, dim=-1), _codes([item.answer for item in pool.items]), seed=seed)
-        with torch.inference_mode():
+        with torch.no_grad():
             tangent = lift(F.normalize(centred, dim=-1))
         return AnchorBank(tangent.clone(), lift.c, pool.groups), lift, mean, 1.0
     scale = 3.0 / max(float(centred.norm(dim=-1).max()), 1e-12)

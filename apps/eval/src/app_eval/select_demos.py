@@ -109,7 +109,7 @@ def _select(
         kind = RicesSelector if method == "rices" else TopKClipSelector
         return kind(pool.features - mean, pool.groups).search(features - mean, k, exclude), {}
     bank, lift, mean, scale = fit_bank(pool, seed)
-    with torch.inference_mode():
+    with torch.no_grad():
         centred = features - mean
         query = scale * centred if lift is None else lift(F.normalize(centred, dim=-1))
     try:
@@ -165,7 +165,9 @@ def text_table(found: dict) -> str:
 def add_arguments(commands) -> None:
     """Add the command to the parser of `python apps/eval`."""
     parser = commands.add_parser("select-demos", help="choose demonstrations for pictures from your own pool")
-    parser.add_argument("--pool", required=True, help="a folder of pictures, or JSON lines with image, question, answer")
+    parser.add_argument(
+        "--pool", required=True, help="a folder of pictures, or JSON lines with image, question, answer"
+    )
     parser.add_argument("--query", required=True, nargs="+", metavar="PICTURE")
     parser.add_argument("-k", type=int, default=4, help="demonstrations a query")
     parser.add_argument("--mu", type=float, default=0.3, help="weight of the depth (method hyperbolic)")
