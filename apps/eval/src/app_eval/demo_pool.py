@@ -1,19 +1,19 @@
 """A user's own pool of demonstrations: a folder of pictures, or JSON lines with image, question and answer."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app_data.dual_encoder import Lite0MiniLM
 from app_data.errors import DataError, Skipped, UnreadablePicture
 from app_data.icl_tasks import read_jsonl
 from app_data.pictures import load_picture
+from app_data.pip_models import lite0_preprocess
 from hyper_icl import AnchorBank, HyperbolicLift, anchor_loss
 
 __all__ = ["DemoPool", "PoolItem", "encode_pictures", "fit_bank", "read_pool", "train_lift"]
@@ -63,20 +63,20 @@ class DemoPool:
         )
 
 
-def read_pool(source: str | Path, encoder: Lite0MiniLM) -> DemoPool:
+def read_pool(source: str | Path, encode: Callable[[], nn.Module]) -> DemoPool:
     """Read and encode a pool.
 
     Args:
         source: A folder, searched with its subfolders, whose names then serve as answers; or a file of JSON lines with
             "image" (relative to the file) and optionally "question" and "answer".
-        encoder: The encoder.
+        encode: Loads the encoder, after the listing has been read; see `encode_pictures`.
 
     Raises:
         DataError: Nothing is there, or more than 1 % (at least 10) of the pictures cannot be read.
     """
     items = _items(Path(source))
     paths = list(dict.fromkeys(item.path for item in items))
-    features, bad = encode_pictures(paths, encoder)
+    features, bad = encode_pictures(paths, encode())
     budget = max(10, int(_MAX_BAD * len(paths)))
     if len(bad) == len(paths) or len(bad) > budget:
         named = "; ".join(f"{s.path}: {s.reason}" for s in bad[:3])
@@ -106,14 +106,14 @@ def _items(source: Path) -> list[PoolItem]:
 
 
 @torch.no_grad()
-def encode_pictures(paths: Sequence[Path], encoder: Lite0MiniLM) -> tuple[Tensor, tuple[Skipped, ...]]:
-    """Pooled features of the pictures that can be read, in their order, and the others with reasons."""
+def encode_pictures(paths: Sequence[Path], encoder: nn.Module) -> tuple[Tensor, tuple[Skipped, ...]]:
+    """Pooled features of EfficientNet-Lite0 for the pictures that can be read, in their order, and the others with reasons."""
     found, bad, batch = [], [], []
 
     def flush() -> None:
         if batch:
-            pixels = encoder.preprocess(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2))
-            found.append(encoder.vision(pixels.contiguous(memory_format=torch.channels_last)))
+            pixels = lite0_preprocess(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2))
+            found.append(encoder(pixels.contiguous(memory_format=torch.channels_last)))
             batch.clear()
 
     for path in paths:
@@ -124,8 +124,7 @@ def encode_pictures(paths: Sequence[Path], encoder: Lite0MiniLM) -> tuple[Tensor
         if len(batch) == _BATCH:
             flush()
     flush()
-    width = encoder.projection.in_features
-    return torch.cat(found) if found else torch.empty(0, width), tuple(bad)
+    return torch.cat(found) if found else torch.empty(0, 1), tuple(bad)
 
 
 def fit_bank(pool: DemoPool, seed: int = 0) -> tuple[AnchorBank, HyperbolicLift | None, Tensor, float]:

@@ -9,15 +9,22 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from app_data.dual_encoder import load
 from app_data.errors import DataError
+from app_data.pip_models import MiniLM, lite0
 from app_eval.demo_pool import DemoPool, encode_pictures, fit_bank, read_pool
 from app_eval.results import write_json
-from hyper_icl import DemoSelection, HyperbolicDemoIndex, RandomSelector, RicesSelector, TopKClipSelector
+from hyper_icl import (
+    DemoSelection,
+    HyperbolicDemoIndex,
+    MmicesSelector,
+    RandomSelector,
+    RicesSelector,
+    TopKClipSelector,
+)
 
 __all__ = ["METHODS", "select_demos"]
 
-METHODS = ("hyperbolic", "rices", "topk", "random")
+METHODS = ("hyperbolic", "rices", "topk", "mmices", "random")
 FORMAT = 1
 
 
@@ -30,6 +37,7 @@ def select_demos(
     method: str = "hyperbolic",
     diversity: float = 0.0,
     seed: int = 0,
+    question: str = "",
 ) -> dict:
     """Choose k demonstrations for every query picture.
 
@@ -38,9 +46,11 @@ def select_demos(
         queries: Picture files. A query that is in the pool does not get its own picture.
         k: Demonstrations a query.
         mu: Weight of the depth, for "hyperbolic".
-        method: "hyperbolic", "rices" (most similar last), "topk" (most similar first) or "random".
+        method: "hyperbolic", "rices" (most similar last), "topk" (most similar first), "mmices" (the 200 most similar
+            pictures, ranked by their questions' similarity to `question`) or "random".
         diversity: In [0, 1], for "hyperbolic"; see `HyperbolicDemoIndex.search`.
         seed: Seed of "random" and of the training of the lift.
+        question: What is asked about every query, for "mmices".
 
     Returns:
         What was chosen, ready for JSON: demonstrations stand in prompt order.
@@ -54,16 +64,23 @@ def select_demos(
     if k < 1:
         raise DataError(f"k must be at least 1, got {k}")
     paths = [Path(query) for query in queries]
-    encoder = load("pip:lite0-minilm")
-    pool = read_pool(source, encoder)
-    features, bad = encode_pictures(paths, encoder)
+    if (method == "mmices") != bool(question):
+        raise DataError("question and method mmices belong together: give both or neither")
+    encoder = []
+
+    def encode():
+        encoder.append(lite0(0))
+        return encoder[0]
+
+    pool = read_pool(source, encode)
+    features, bad = encode_pictures(paths, encoder[0])
     if bad:
         raise DataError(f"the query {bad[0].path} cannot be used: {bad[0].reason}")
     exclude = torch.tensor([pool.group_of(path) for path in paths])
     available = len(pool.items) - max(int((pool.groups == group).sum()) for group in exclude)
     if k > available:
         raise DataError(f"k must be at most {available}, the pool without the query's own picture, got {k}")
-    selection, notes = _select(pool, features, exclude, k, mu, method, diversity, seed)
+    selection, notes = _select(pool, features, exclude, k, mu, method, diversity, seed, question)
     return {
         "format": FORMAT,
         "pool": str(source),
@@ -101,10 +118,21 @@ def _select(
     method: str,
     diversity: float,
     seed: int,
+    question: str,
 ) -> tuple[DemoSelection, dict]:
     if method == "random":
         return RandomSelector(len(pool.items), seed, pool.groups).search(features, k, exclude), {"seed": seed}
     mean = pool.features.mean(0)
+    if method == "mmices":
+        if not all(item.question for item in pool.items):
+            raise DataError("method mmices needs a question for every item of the pool: give JSON lines with question")
+        unique = sorted({item.question for item in pool.items})
+        with torch.no_grad():
+            embedded = MiniLM()([*unique, question])
+        texts = embedded[torch.tensor([unique.index(item.question) for item in pool.items])]
+        selector = MmicesSelector(pool.features - mean, texts, max(200, k), pool.groups)
+        asked = embedded[-1:].expand(len(features), -1)
+        return selector.search(features - mean, k, exclude, text=asked), {"question": question}
     if method != "hyperbolic":
         kind = RicesSelector if method == "rices" else TopKClipSelector
         return kind(pool.features - mean, pool.groups).search(features - mean, k, exclude), {}
@@ -131,7 +159,14 @@ def _select(
 def run(args) -> int:
     """The command: a table on standard output, JSON into a file (or, for "-", instead of the table)."""
     found = select_demos(
-        args.pool, args.query, k=args.k, mu=args.mu, method=args.method, diversity=args.diversity, seed=args.seed
+        args.pool,
+        args.query,
+        k=args.k,
+        mu=args.mu,
+        method=args.method,
+        diversity=args.diversity,
+        seed=args.seed,
+        question=args.question,
     )
     for skipped in found["skipped"]:
         print(f"skipped {skipped['path']}: {skipped['reason']}", file=sys.stderr)  # noqa: T201
@@ -148,7 +183,7 @@ def run(args) -> int:
 
 def text_table(found: dict) -> str:
     """The chosen demonstrations in prompt order, one line each."""
-    order = "most relevant first" if found["method"] in ("topk", "random") else "most relevant last"
+    order = "most relevant first" if found["method"] in ("topk", "mmices", "random") else "most relevant last"
     facts = [f"{found['num_items']} items", found["method"], f"k = {found['k']}", order]
     if "lift" in found:
         facts += [f"mu = {found['mu']:g}", f"lift {found['lift']}"]
@@ -173,6 +208,7 @@ def add_arguments(commands) -> None:
     parser.add_argument("--mu", type=float, default=0.3, help="weight of the depth (method hyperbolic)")
     parser.add_argument("--method", choices=METHODS, default="hyperbolic")
     parser.add_argument("--diversity", type=float, default=0.0, help="0..1, maximal marginal relevance")
+    parser.add_argument("--question", default="", help="what is asked about the queries (method mmices)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the result here; - prints JSON in place of the table")
     parser.set_defaults(run_command=run)
