@@ -10,7 +10,7 @@ from PIL import Image
 
 from app_data.errors import DataError
 from app_eval.cli import main
-from app_eval.demo_pool import DemoPool, PoolItem, _codes, _items, fit_bank, train_lift
+from app_eval.demo_pool import DemoPool, PoolItem, _codes, fit_bank, read_items, train_lift
 from app_eval.doc_to_messages import with_demos
 from app_eval.selection_page import write_page
 from app_eval.selection_study import Study, score, study_rows
@@ -146,7 +146,7 @@ def test_bad_pools(need_models, pool, capsys, tmp_path):
 
 
 def test_items_of_nested_folders(pool):
-    items = _items(pool / "pictures")
+    items = read_items(pool / "pictures")
     assert len(items) == 15
     assert {item.answer for item in items} == set(COLOURS)
     assert all(item.question == "" for item in items)

@@ -1,7 +1,7 @@
 """A user's own pool of demonstrations: a folder of pictures, or JSON lines with image, question and answer."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from app_data.pictures import load_picture
 from app_data.pip_models import lite0_preprocess
 from hyper_icl import AnchorBank, HyperbolicLift, anchor_loss
 
-__all__ = ["DemoPool", "PoolItem", "encode_pictures", "fit_bank", "read_pool", "train_lift"]
+__all__ = ["DemoPool", "PoolItem", "encode_pictures", "encode_pool", "fit_bank", "read_items", "train_lift"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SIZE = 128
@@ -63,24 +63,22 @@ class DemoPool:
         )
 
 
-def read_pool(source: str | Path, encode: Callable[[], nn.Module]) -> DemoPool:
-    """Read and encode a pool.
+def encode_pool(items: Sequence[PoolItem], encoder: nn.Module) -> DemoPool:
+    """Encode the items whose pictures can be read.
 
     Args:
-        source: A folder, searched with its subfolders, whose names then serve as answers; or a file of JSON lines with
-            "image" (relative to the file) and optionally "question" and "answer".
-        encode: Loads the encoder, after the listing has been read; see `encode_pictures`.
+        items: What `read_items` found.
+        encoder: See `encode_pictures`.
 
     Raises:
-        DataError: Nothing is there, or more than 1 % (at least 10) of the pictures cannot be read.
+        DataError: More than 1 % of the pictures (at least 10, or all of them) cannot be read.
     """
-    items = _items(Path(source))
     paths = list(dict.fromkeys(item.path for item in items))
-    features, bad = encode_pictures(paths, encode())
+    features, bad = encode_pictures(paths, encoder)
     budget = max(10, int(_MAX_BAD * len(paths)))
     if len(bad) == len(paths) or len(bad) > budget:
         named = "; ".join(f"{s.path}: {s.reason}" for s in bad[:3])
-        raise DataError(f"{len(bad)} of {len(paths)} pictures of {source} cannot be read: {named}")
+        raise DataError(f"{len(bad)} of {len(paths)} pictures of the pool cannot be read: {named}")
     lost = {s.path for s in bad}
     row_of = {path: row for row, path in enumerate(p for p in paths if str(p) not in lost)}
     kept = tuple(item for item in items if item.path in row_of)
@@ -88,7 +86,17 @@ def read_pool(source: str | Path, encode: Callable[[], nn.Module]) -> DemoPool:
     return DemoPool(kept, features[rows], rows, bad)
 
 
-def _items(source: Path) -> list[PoolItem]:
+def read_items(source: str | Path) -> list[PoolItem]:
+    """List a pool.
+
+    Args:
+        source: A folder, searched with its subfolders, whose names then serve as answers; or a file of JSON lines with
+            "image" (relative to the file) and optionally "question" and "answer".
+
+    Raises:
+        DataError: Nothing is there, or a line has no image.
+    """
+    source = Path(source)
     if source.is_dir():
         files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:

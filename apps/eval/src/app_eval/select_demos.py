@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from app_data.errors import DataError
 from app_data.pip_models import MiniLM, lite0
-from app_eval.demo_pool import DemoPool, encode_pictures, fit_bank, read_pool
+from app_eval.demo_pool import DemoPool, encode_pictures, encode_pool, fit_bank, read_items
 from app_eval.results import write_json
 from hyper_icl import (
     DemoSelection,
@@ -42,7 +42,7 @@ def select_demos(
     """Choose k demonstrations for every query picture.
 
     Args:
-        source: The pool: a folder of pictures or a file of JSON lines; see `read_pool`.
+        source: The pool: a folder of pictures or a file of JSON lines; see `read_items`.
         queries: Picture files. A query that is in the pool does not get its own picture.
         k: Demonstrations a query.
         mu: Weight of the depth, for "hyperbolic".
@@ -66,14 +66,10 @@ def select_demos(
     paths = [Path(query) for query in queries]
     if (method == "mmices") != bool(question):
         raise DataError("question and method mmices belong together: give both or neither")
-    encoder = []
-
-    def encode():
-        encoder.append(lite0(0))
-        return encoder[0]
-
-    pool = read_pool(source, encode)
-    features, bad = encode_pictures(paths, encoder[0])
+    items = read_items(source)
+    encoder = lite0(0)
+    pool = encode_pool(items, encoder)
+    features, bad = encode_pictures(paths, encoder)
     if bad:
         raise DataError(f"the query {bad[0].path} cannot be used: {bad[0].reason}")
     exclude = torch.tensor([pool.group_of(path) for path in paths])
