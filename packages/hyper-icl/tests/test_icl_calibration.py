@@ -447,6 +447,16 @@ def test_a_window_must_hold_the_prompt():
         wide.generate(ids, max_new_tokens=2, pad_token_id=0)
 
 
+@pytest.mark.parametrize("extra", ["softcap", "s_aux"])
+def test_models_with_more_than_attention_are_refused(families, extra):
+    from hyper_icl import _attention
+
+    module = text_attention_modules(families.model("idefics3"))[0]
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
+    with pytest.raises(ValueError, match=extra):
+        _attention._eager(module, q, k, k, None, **{extra: torch.ones(4)})
+
+
 def test_registration_is_idempotent():
     from transformers import AttentionInterface, AttentionMaskInterface
 

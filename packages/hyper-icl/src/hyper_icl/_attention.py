@@ -141,8 +141,16 @@ def _biased_sdpa(bias, module, query, key, value, attention_mask, *, scaling, **
     return torch.cat((plain[:, :start], calibrated), dim=1), None
 
 
+def _refuse_extras(kwargs: dict) -> None:
+    """Refuse what some text models add to attention, rather than leave it out in silence; sdpa refuses on its own."""
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"backend cannot compute this model's {name!r}: use a model without it")
+
+
 def _attend(module, query, key, value, mask, *, scaling, dropout=0.0, **kwargs):
     """Explicit attention with its weights; softmax in fp32."""
+    _refuse_extras(kwargs)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = query @ key.mT * scaling
@@ -162,6 +170,7 @@ def _biased_flex(bias, module, query, key, value, attention_mask, *, scaling, **
         raise ValueError(
             "attention_mask must be 2-D with backend 'flex', got a 4-D mask: use backend 'sdpa' for masks of your own"
         )
+    _refuse_extras(kwargs)
     table, row, column = bias.lookup(query, key)
     last_head = table.shape[1] - 1
 
