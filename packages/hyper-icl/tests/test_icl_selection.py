@@ -299,6 +299,17 @@ def test_warnings():
 
 
 @needs_faiss
+def test_faiss_refuses_what_fp32_cannot_hold(refused):
+    with refused("query is too deep"):
+        index(POOL, backend="faiss").search(100 * QUERY, 2)
+    with refused("tangent is too deep"):
+        index(POOL * 50, backend="faiss")
+    far = index(POOL * 50).search(100 * QUERY, 2, order="descending")
+    assert far.certified.all()
+    assert torch.equal(far.ids, brute(POOL * 50, 100 * QUERY, 2))
+
+
+@needs_faiss
 def test_faiss_warns_of_large_radii():
     with pytest.warns(UserWarning, match="> 6"):
         HyperbolicDemoIndex(3 * POOL, backend="faiss")

@@ -190,6 +190,8 @@ class HyperbolicDemoIndex:
 
     def _search_faiss(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, ...]:
         asked = _bounds.tilted_query(query, self.c)
+        if not torch.isfinite(asked.float()).all():
+            raise ValueError("query is too deep for fp32 products (backend 'faiss'): use backend 'torch'")
         eps = _bounds.gamma(query.shape[1]) * self._max_norm * asked.norm(dim=-1)
         least_tilt = float((self.mu * self.depth).min())
         result = _Results(query, k)
