@@ -198,8 +198,8 @@ def study_rows(study: Study, seeds: Sequence[int], steps: int) -> list[dict]:
         add("cosine of picture and question", lambda _, k: both.search(study.query, k), [0])
     lifted = {(c, seed): _lifted(study, c, seed, steps) for c in (EUCLIDEAN, *CURVATURES) for seed in seeds}
 
-    def anchors(name: str, c: float, mu: float, **facts: object) -> None:
-        indexes = {}
+    def anchors(name: str, c: float, mu: float) -> None:
+        indexes, facts = {}, {"mu": mu, "c": c}
         for seed in seeds:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -207,12 +207,12 @@ def study_rows(study: Study, seeds: Sequence[int], steps: int) -> list[dict]:
             facts["warned"] = any("equivalent to TopK-CLIP" in str(w.message) for w in caught)
         add(name, lambda seed, k: indexes[seed].search(lifted[c, seed][1], k, order="descending"), seeds, **facts)
 
-    anchors("anchors, Euclidean", EUCLIDEAN, 0.0, mu=0.0)
+    anchors("anchors, Euclidean", EUCLIDEAN, 0.0)
     for mu in MUS:
-        anchors(f"anchors, hyperbolic, mu {mu:g}", 1.0, mu, mu=mu)
+        anchors(f"anchors, hyperbolic, mu {mu:g}", 1.0, mu)
     for c in CURVATURES:
         if c != 1.0:
-            anchors(f"anchors, hyperbolic, mu 0.3, c {c:g}", c, 0.3, mu=0.3)
+            anchors(f"anchors, hyperbolic, mu 0.3, c {c:g}", c, 0.3)
     flat = {seed: [F.normalize(x, dim=-1) for x in lifted[1.0, seed]] for seed in seeds}
 
     def without_depth(seed: int, k: int) -> DemoSelection:
