@@ -40,11 +40,13 @@ def segments(length: int, demos: int, query: int) -> SegmentMap:
 
 @torch.no_grad()
 def main() -> None:
-    args = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    args = parser.parse_args()
     if DEVICE == "cpu":
         torch.set_num_threads(1)
     heads, kv, dim = (4, 2, 16) if args.quick else (16, 4, 64)
-    lengths = (64,) if args.quick else (2048, 8192)
+    lengths = [64] if args.quick else args.lengths
     bench = Bench(2 if args.quick else 3)
     module = layer(heads, kv, dim)
     scaling = module.scaling

@@ -43,7 +43,9 @@ def write_page(result: dict, page: Path) -> None:
 
 def _study(study: dict) -> str:
     titles = {"easy-vqa": ("answer kind", "answer"), "emoji": ("group", "subgroup", "leaf")}
-    levels = titles.get(study["name"], tuple(f"level {i + 1}" for i in range(study["levels"])))
+    levels = titles.get(study["name"], ())
+    if len(levels) != study["levels"]:
+        levels = tuple(f"level {i + 1}" for i in range(study["levels"]))
     heads = [f"agreement: {level}" for level in levels] + ["some demonstration has it", "vote"]
     keys = [f"level_{i + 1}" for i in range(len(levels))] + ["any", "vote"]
     lines = [f"## {study['name']}", "", f"Pool {study['num_pool']:,}, queries {study['num_queries']:,}."]
