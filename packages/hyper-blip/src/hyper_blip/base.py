@@ -77,7 +77,7 @@ class HyperBlip2Model(nn.Module):
 
     def gradient_checkpointing_enable(self) -> Self:
         """Recompute the layers in the backward pass instead of keeping their activations."""
-        self.blip2.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.blip2.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return self
 
     @torch.no_grad()
