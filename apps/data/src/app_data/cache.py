@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from app_data.errors import DataError, Skipped, TooManyBadFiles, UnreadablePicture
 
-__all__ = ["cached_pictures", "default_cache_dir", "fingerprint"]
+__all__ = ["cached_entry", "cached_pictures", "default_cache_dir", "fingerprint"]
+
+T = TypeVar("T")
 
 _FORMAT = 1  # raise when the layout of an entry changes: old entries are then ignored
 _CHECKED_ROWS = 4096  # rows under the checksum: all of a small set, an even sample of a large one (0.2 s at 128 px)
@@ -77,29 +79,56 @@ def cached_pictures(
     if not sources:
         raise DataError("there is no picture to decode: give at least one file")
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    name = fingerprint({**key, "size": size, "count": len(sources)})
-    entry = root / name
-    found = _open(entry)
-    if found is None:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _remove_stale(root)
-            temporary = root / f"{name}.tmp-{uuid.uuid4().hex}"
-            temporary.mkdir()
-        except OSError as error:
-            raise DataError(f"the cache folder {root} cannot be written ({error}): choose another cache_dir") from error
-        try:
-            budget = max(max_bad_files, int(max_bad_fraction * len(sources)))
-            _write(temporary, sources, decode, size, workers, budget, label)
-            _publish(temporary, entry)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        found = _open(entry)
-        if found is None:
-            raise DataError(f"the cache entry {entry} was damaged right after it was written: check that disk")
-    pixels, index = found
+    budget = max(max_bad_files, int(max_bad_fraction * len(sources)))
+    pixels, index = cached_entry(
+        root / fingerprint({**key, "size": size, "count": len(sources)}),
+        lambda folder: _write(folder, sources, decode, size, workers, budget, label),
+        _open,
+    )
     skipped = tuple(Skipped(row["path"], row["reason"]) for row in index["skipped"])
     return pixels, np.asarray(index["kept"], dtype=np.int64), skipped
+
+
+def cached_entry(entry: Path, write: Callable[[Path], None], read: Callable[[Path], T | None]) -> T:
+    """What `read` finds in a cache entry, which `write` makes first if it is absent or damaged.
+
+    The entry is written under another name, synced and renamed. A writer that was killed leaves nothing that would be
+    read; the next one starts again.
+
+    Args:
+        entry: The folder of the entry; the folder above it is made if it does not exist.
+        write: Fills an empty folder.
+        read: Returns the content of a complete entry, and None for anything else.
+
+    Returns:
+        The content.
+
+    Raises:
+        DataError: The cache folder cannot be written, or the disk lost what was just written.
+    """
+    found = read(entry)
+    if found is not None:
+        return found
+    root = entry.parent
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_stale(root)
+        temporary = root / f"{entry.name}.tmp-{uuid.uuid4().hex}"
+        temporary.mkdir()
+    except OSError as error:
+        raise DataError(f"the cache folder {root} cannot be written ({error}): choose another cache_dir") from error
+    try:
+        write(temporary)
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        _publish(temporary, entry, read)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    found = read(entry)
+    if found is None:
+        raise DataError(f"the cache entry {entry} was damaged right after it was written: check that disk")
+    return found
 
 
 def _write(
@@ -138,12 +167,8 @@ def _write(
     pixels.flush()
     crc = _checksum(pixels[: len(kept)])
     del pixels
-    _sync(file)
     index = {"shape": shape, "kept": kept, "skipped": skipped, "crc": crc}
-    text = folder / "index.json"
-    text.write_text(json.dumps(index), encoding="utf-8")
-    _sync(text)
-    _sync(folder)
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def _decode_all(sources: Sequence[Any], decode: Callable[[Any], np.ndarray], workers: int) -> Iterator[Any]:
@@ -165,13 +190,13 @@ def _decode_all(sources: Sequence[Any], decode: Callable[[Any], np.ndarray], wor
             yield from pool.map(attempt, piece)
 
 
-def _publish(temporary: Path, entry: Path) -> None:
+def _publish(temporary: Path, entry: Path, read: Callable[[Path], Any]) -> None:
     """Give the finished entry its name, unless another process was first."""
     for _ in range(2):
         try:
             os.rename(temporary, entry)
         except OSError:
-            if _open(entry) is not None:
+            if read(entry) is not None:
                 return
             # A damaged entry is in the way: move it aside first, since a rename never replaces a filled folder.
             aside = entry.with_name(f"{entry.name}.tmp-{uuid.uuid4().hex}")

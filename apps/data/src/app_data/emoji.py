@@ -8,6 +8,7 @@ import numpy as np
 
 from app_data.assets import asset_version
 from app_data.cache import cached_pictures, fingerprint
+from app_data.captions import CaptionSet
 from app_data.emoji_artists import CREDITS, artist_key, check_artist, render_emoji
 from app_data.emoji_leaves import CONCRETE_GROUPS, EmojiLeaf, emoji_leaves, emoji_taxonomy
 from app_data.errors import DataError
@@ -21,6 +22,7 @@ __all__ = [
     "emoji_leaves",
     "emoji_taxonomy",
     "load_emoji",
+    "load_emoji_captions",
     "render_emoji",
     "validation_split",
 ]
@@ -87,6 +89,52 @@ def load_emoji(
         files=tuple(str(item) for item in done),
         skipped=skipped,
         node_text=taxonomy.names,
+    )
+
+
+def load_emoji_captions(
+    artists: Sequence[str] = ("openmoji", "noto-300", "noto-700"),
+    subset: str = "concrete",
+    size: int = 128,
+    cache_dir: str | Path | None = None,
+) -> CaptionSet:
+    """The pictures of `load_emoji` with captions that entail each other.
+
+    The captions of a picture are "a picture of a {name}" and the other names of the emoji; `broader` holds the
+    subgroup and the group; `chain` gives all of them, most specific first.
+
+    Args:
+        artists: See `load_emoji`; the artist is the style.
+        subset: See `emoji_leaves`.
+        size: Height and width in pixels.
+        cache_dir: Where drawn pictures are kept; the user's cache folder if None.
+
+    Returns:
+        The pictures in the order of `load_emoji`, with their place in the taxonomy. Ids have the form
+        "openmoji/1f403".
+
+    Raises:
+        MissingAssetError: A package of pictures is not installed.
+        DataError: An artist is unknown or listed twice.
+        ValueError: The size is below 8.
+    """
+    pictures = load_emoji(artists, subset, size, cache_dir)
+    leaf_of = {pictures.taxonomy.index(leaf.path): leaf for leaf in emoji_leaves(subset)}
+    leaves = [leaf_of[target] for target in pictures.targets.tolist()]
+    captions = [tuple(leaf.captions()) for leaf in leaves]
+    return CaptionSet(
+        store=pictures.store,
+        rows=pictures.rows,
+        # The last two of a chain name the subgroup and the group: they describe the kind, not the picture.
+        captions=tuple(chain[:-2] for chain in captions),
+        ids=pictures.files,
+        styles=pictures.styles,
+        fingerprint=fingerprint({"pictures": pictures.fingerprint, "captions": captions}),
+        files=pictures.files,
+        skipped=pictures.skipped,
+        broader=tuple(chain[-2:] for chain in captions),
+        targets=pictures.targets,
+        taxonomy=pictures.taxonomy,
     )
 
 

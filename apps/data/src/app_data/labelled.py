@@ -1,36 +1,59 @@
-"""Decodes labelled picture files and hands them out as one `PictureSet` for each part of a split."""
+"""Decodes picture files, and hands labelled ones out as one `PictureSet` for each part of a split."""
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from app_data.cache import cached_pictures, fingerprint
-from app_data.errors import DataError
+from app_data.errors import DataError, Skipped
 from app_data.pictures import PictureSet, load_picture
 from app_data.splits import stratified_split
 from hier_losses import Taxonomy
 
-__all__ = ["PARTS", "Decoding", "LabelledFile", "picture_sets"]
+__all__ = ["PARTS", "Decoded", "Decoding", "LabelledFile", "PictureFile", "decode_files", "picture_sets"]
 
 PARTS = ("train", "val", "test")
 _CODE = 1  # raise when the decoding of files changes: cached pictures are then decoded again
 
 
 @dataclass(frozen=True)
-class LabelledFile:
-    """A picture file, the folders or table cell that label it, and its part of the split ("" if there is none yet)."""
+class PictureFile:
+    """A picture file and what messages call it."""
 
     path: Path
     name: str  # relative to the data set's root, with forward slashes
+
+    def __str__(self) -> str:
+        """Return the name."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class LabelledFile(PictureFile):
+    """A picture file, the folders or table cell that label it, and its part of the split ("" if there is none yet)."""
+
     label: tuple[str, ...]
     part: str = ""
 
-    def __str__(self) -> str:
-        """Return the name, which is how messages call the file."""
-        return self.name
+
+class Decoded(NamedTuple):
+    """What `decode_files` read.
+
+    Attributes:
+        pixels: The pictures (n, size, size, 3) uint8, memory-mapped.
+        kept: Position of each in the list of files (n,).
+        skipped: Files left out, with reasons.
+        key: What the pixels depend on, for fingerprints.
+    """
+
+    pixels: np.ndarray
+    kept: np.ndarray
+    skipped: tuple[Skipped, ...]
+    key: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,23 +114,7 @@ def picture_sets(
         DataError: A file is missing, a class has no readable picture, or none is left.
         TooManyBadFiles: More unreadable files than the budget.
     """
-    size = decoding.size
-    key = {
-        "data": "files",
-        "code": _CODE,
-        "fit": decoding.fit,
-        "files": [[file.name, *_stamp(file)] for file in files],
-    }
-    pixels, kept, skipped = cached_pictures(
-        key,
-        files,
-        lambda file: load_picture(file.path, size, decoding.fit),
-        size=size,
-        cache_dir=decoding.cache_dir,
-        workers=min(8, os.cpu_count() or 1) if decoding.workers is None else decoding.workers,
-        max_bad_fraction=decoding.max_bad_fraction,
-        max_bad_files=decoding.max_bad_files,
-    )
+    pixels, kept, skipped, key = decode_files(files, decoding)
     _check_classes(files, targets, kept, taxonomy, allow_empty_classes)
     done = [files[i] for i in kept]
     labels = {"tree": [list(taxonomy.names), taxonomy.parent.tolist()], "targets": targets.tolist()}
@@ -118,7 +125,7 @@ def picture_sets(
         styles=tuple(file.part or style for file in done),
         names=tuple(taxonomy.names[target] for target in targets[kept]),
         taxonomy=taxonomy,
-        fingerprint=fingerprint({**key, "size": size, **labels}),
+        fingerprint=fingerprint({**key, **labels}),
         files=tuple(file.name for file in done),
         skipped=skipped,
         node_text=tuple(name.replace("_", " ") for name in taxonomy.names),
@@ -139,10 +146,47 @@ def picture_sets(
     return parts
 
 
-def _stamp(file: LabelledFile) -> tuple[int, int]:
+def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is_bad: bool = False) -> Decoded:
+    """Decode files, or read them from the cache.
+
+    Args:
+        files: The pictures.
+        decoding: Size, cache and budget of bad files.
+        missing_is_bad: Count a missing file as one that cannot be read; else it is an error.
+
+    Returns:
+        Pixels, which files they are, and the files left out.
+
+    Raises:
+        DataError: A file is missing, or none can be read.
+        TooManyBadFiles: More unreadable files than the budget.
+    """
+    size = decoding.size
+    key = {
+        "data": "files",
+        "code": _CODE,
+        "fit": decoding.fit,
+        "files": [[file.name, *_stamp(file, missing_is_bad)] for file in files],
+    }
+    pixels, kept, skipped = cached_pictures(
+        key,
+        files,
+        lambda file: load_picture(file.path, size, decoding.fit),
+        size=size,
+        cache_dir=decoding.cache_dir,
+        workers=min(8, os.cpu_count() or 1) if decoding.workers is None else decoding.workers,
+        max_bad_fraction=decoding.max_bad_fraction,
+        max_bad_files=decoding.max_bad_files,
+    )
+    return Decoded(pixels, kept, skipped, {**key, "size": size})
+
+
+def _stamp(file: PictureFile, missing_is_bad: bool) -> tuple[int, int]:
     try:
         status = file.path.stat()
     except OSError as error:
+        if missing_is_bad:
+            return -1, -1
         raise DataError(f"the picture {file.path} does not exist: correct its path or remove its row") from error
     return status.st_size, status.st_mtime_ns
 

@@ -1,9 +1,9 @@
-"""Turns picture files into square RGB arrays, and holds a labelled set of them."""
+"""Turns picture files into square RGB arrays, and holds sets of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from app_data.cache import fingerprint
 from app_data.errors import Skipped, UnreadablePicture
 from hier_losses import Taxonomy
 
-__all__ = ["Picture", "PictureSet", "load_picture", "on_white", "square"]
+__all__ = ["Picture", "PictureSet", "StoredPictures", "load_picture", "on_white", "square"]
 
 
 class Picture(NamedTuple):
@@ -27,12 +27,53 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PictureSet:
-    """Labelled pictures over one taxonomy; indexing gives a `Picture`.
+class StoredPictures:
+    """Rows of an array of decoded pictures, and what is known of each; subclasses say what that is.
 
     Attributes:
         store: All decoded pictures (m, size, size, 3) uint8, usually a memory map.
         rows: Which rows of `store` belong to this set, int64 (n,).
+    """
+
+    store: np.ndarray
+    rows: np.ndarray
+
+    # Fields with one entry for each of `rows`, or none at all.
+    each: ClassVar[tuple[str, ...]] = ()
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """Pictures as a uint8 tensor (b, 3, size, size)."""
+        picked = self.store[self.rows[np.asarray(indices, dtype=np.int64)]]
+        return torch.from_numpy(np.ascontiguousarray(picked)).permute(0, 3, 1, 2)
+
+    def select(self, keep: np.ndarray | Sequence[int] | Sequence[bool]) -> Self:
+        """The subset at these positions (integers, or one boolean for each); no pixel is copied."""
+        chosen = np.asarray(keep)
+        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
+        taken = {}
+        for name in self.each:
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                taken[name] = value[chosen]
+            elif value:
+                taken[name] = tuple(value[i] for i in chosen)
+        key = {"of": self.fingerprint, "rows": self._identity(chosen)}
+        return replace(self, fingerprint=fingerprint(key), rows=self.rows[chosen], **taken)
+
+    def _identity(self, chosen: np.ndarray) -> list[int]:
+        """What tells a selection from others, for its fingerprint."""
+        return self.rows[chosen].tolist()
+
+
+@dataclass(frozen=True)
+class PictureSet(StoredPictures):
+    """Labelled pictures over one taxonomy; indexing gives a `Picture`.
+
+    Attributes:
         targets: Taxonomy node id of each picture's leaf, int64 (n,).
         styles: Artist, or source folder, of each picture.
         names: Readable leaf name of each picture.
@@ -43,8 +84,6 @@ class PictureSet:
         node_text: Readable text of every taxonomy node, for prompts.
     """
 
-    store: np.ndarray
-    rows: np.ndarray
     targets: np.ndarray
     styles: tuple[str, ...]
     names: tuple[str, ...]
@@ -54,33 +93,12 @@ class PictureSet:
     skipped: tuple[Skipped, ...] = ()
     node_text: tuple[str, ...] = field(default=(), repr=False)
 
-    def __len__(self) -> int:
-        """Number of pictures."""
-        return len(self.rows)
+    each: ClassVar[tuple[str, ...]] = ("targets", "styles", "names", "files")
 
     def __getitem__(self, index: int) -> Picture:
         """The picture at `index` with its label, style and name."""
         pixels = np.array(self.store[self.rows[index]])
         return Picture(pixels, int(self.targets[index]), self.styles[index], self.names[index])
-
-    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Pictures as a uint8 tensor (b, 3, size, size)."""
-        picked = self.store[self.rows[np.asarray(indices, dtype=np.int64)]]
-        return torch.from_numpy(np.ascontiguousarray(picked)).permute(0, 3, 1, 2)
-
-    def select(self, keep: np.ndarray | Sequence[int] | Sequence[bool]) -> "PictureSet":
-        """The subset at these positions (integers, or one boolean per picture); no pixel is copied."""
-        chosen = np.asarray(keep)
-        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
-        return replace(
-            self,
-            fingerprint=fingerprint({"of": self.fingerprint, "rows": self.rows[chosen].tolist()}),
-            rows=self.rows[chosen],
-            targets=self.targets[chosen],
-            styles=tuple(self.styles[i] for i in chosen),
-            names=tuple(self.names[i] for i in chosen),
-            files=tuple(self.files[i] for i in chosen) if self.files else (),
-        )
 
 
 def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
@@ -109,6 +127,8 @@ def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
         raise UnreadablePicture(f"it has too many pixels ({error})") from error
     except UnidentifiedImageError as error:
         raise UnreadablePicture("it is not a picture that Pillow can read") from error
+    except FileNotFoundError as error:
+        raise UnreadablePicture("it does not exist") from error
     except UnreadablePicture:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:

@@ -1,0 +1,154 @@
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from app_data.coco import load_coco_captions, load_coco_mini, load_karpathy, load_nocaps
+from app_data.errors import DataError, TooManyBadFiles
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def karpathy_image(number, split, name, folder=None, cocoid=None):
+    sentences = [{"raw": f"caption {j} of {name}.\n", "imgid": number, "sentid": 2 * number + j} for j in range(2)]
+    image = {"imgid": number, "split": split, "filename": name, "sentids": [0, 1], "sentences": sentences}
+    if folder:
+        image |= {"filepath": folder, "cocoid": cocoid}
+    return image
+
+
+def test_karpathy_coco(tmp_path, make_picture, decoding):
+    images = []
+    for number, split in enumerate(["train", "restval", "val", "test", "test"]):
+        folder = "train2014" if split == "train" else "val2014"
+        name = f"COCO_{folder}_{number:012d}.jpg"
+        make_picture(tmp_path / folder / name, value=40 * number)
+        images.append(karpathy_image(number, split, name, folder, 100 + number))
+    parts = load_karpathy(
+        write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"}), tmp_path, decoding
+    )
+    assert {part: data.ids for part, data in parts.items()} == {"train": (100, 101), "val": (102,), "test": (103, 104)}
+    assert parts["train"].files[1] == "val2014/COCO_val2014_000000000001.jpg"
+    assert parts["val"].captions[0][1] == "caption 1 of COCO_val2014_000000000002.jpg."
+    assert 80 <= parts["val"][0].pixels.mean() <= 110
+
+
+def test_karpathy_flickr(tmp_path, make_picture, decoding):
+    images = [karpathy_image(i, split, f"{i}.jpg") for i, split in enumerate(["train", "val", "test"])]
+    for i in range(3):
+        make_picture(tmp_path / f"{i}.jpg")
+    parts = load_karpathy(write(tmp_path / "dataset_flickr30k.json", {"images": images}), tmp_path, decoding)
+    assert {part: (data.ids, data.files) for part, data in parts.items()} == {
+        "train": ((0,), ("0.jpg",)), "val": ((1,), ("1.jpg",)), "test": ((2,), ("2.jpg",)),
+    }  # fmt: skip
+
+
+def test_karpathy_counts_missing_pictures(tmp_path, make_picture, decoding):
+    images = [karpathy_image(i, "test", f"{i}.jpg") for i in range(3)]
+    make_picture(tmp_path / "1.jpg")
+    path = write(tmp_path / "d.json", {"images": images})
+    data = load_karpathy(path, tmp_path, decoding)["test"]
+    assert data.ids == (1,)
+    assert [bad.path for bad in data.skipped] == ["0.jpg", "2.jpg"]
+    with pytest.raises(TooManyBadFiles):
+        load_karpathy(path, tmp_path, type(decoding)(size=8, cache_dir=tmp_path / "c", max_bad_files=1))
+
+
+@pytest.fixture
+def coco(tmp_path, make_picture):
+    """A folder in COCO's form with two parts of two pictures each."""
+    for part, start in (("train2017", 0), ("val2017", 10)):
+        images = [{"id": start + i, "file_name": f"{start + i:012d}.jpg", "height": 24, "width": 20} for i in range(2)]
+        for image in images:
+            make_picture(tmp_path / "coco" / part / image["file_name"], value=4 * image["id"])
+        notes = [{"image_id": start + i % 2, "id": i, "caption": f"caption {i} "} for i in range(5)]
+        write(tmp_path / "coco" / "annotations" / f"captions_{part}.json", {"images": images, "annotations": notes})
+        boxes = [
+            {"image_id": start, "category_id": 44, "iscrowd": 0, "bbox": [0, 0, 2, 2]},
+            {"image_id": start, "category_id": 1, "iscrowd": 0, "bbox": [0, 0, 2, 2]},
+            {"image_id": start, "category_id": 1, "iscrowd": 1, "bbox": [0, 0, 2, 2]},
+        ]
+        kinds = [{"id": 1, "name": "person"}, {"id": 44, "name": "bottle"}]
+        content = {"images": images, "annotations": boxes, "categories": kinds}
+        write(tmp_path / "coco" / "annotations" / f"instances_{part}.json", content)
+    return tmp_path / "coco"
+
+
+def test_coco_files(coco, decoding):
+    notes = coco / "annotations"
+    data = load_coco_captions(notes / "captions_val2017.json", coco / "val2017", decoding=decoding)
+    assert data.ids == (10, 11)
+    assert data.captions == (("caption 0", "caption 2", "caption 4"), ("caption 1", "caption 3"))
+    assert data.objects == ()
+    data = load_coco_captions(
+        notes / "captions_val2017.json", coco / "val2017", notes / "instances_val2017.json", decoding
+    )
+    assert data.objects == (("bottle", "person"), ())
+
+
+def test_coco_in_one_archive_or_folder(coco, decoding, tmp_path):
+    import tarfile
+
+    with tarfile.open(tmp_path / "mini.tar", "w") as tar:
+        for child in coco.iterdir():
+            tar.add(child, child.name)
+    packed = load_coco_mini(tmp_path / "mini.tar", decoding)
+    assert packed.styles == ("train2017", "train2017", "val2017", "val2017")
+    assert packed.ids == (0, 1, 10, 11)
+    assert packed.objects == (("bottle", "person"), (), ("bottle", "person"), ())
+    assert packed.captions == load_coco_mini(coco, decoding).captions
+    with pytest.raises(DataError, match="does not exist: give a tar file of COCO"):
+        load_coco_mini(tmp_path / "none.tar", decoding)
+
+
+def test_nocaps(tmp_path, make_picture, decoding):
+    domains = ["in-domain", "near-domain", "out-domain"]
+    images = [{"id": i, "file_name": f"{i}.jpg", "domain": d, "open_images_id": f"{i}"} for i, d in enumerate(domains)]
+    for image in images:
+        make_picture(tmp_path / image["file_name"])
+    notes = [{"image_id": i, "id": j, "caption": f"c{j}"} for j, i in enumerate([0, 1, 2, 0])]
+    path = write(tmp_path / "nocaps_val_4500_captions.json", {"images": images, "annotations": notes})
+    data = load_nocaps(path, tmp_path, decoding=decoding)
+    assert data.styles == tuple(domains)
+    assert data.captions[0] == ("c0", "c3")
+    assert load_nocaps(path, tmp_path, ["out-domain"], decoding).ids == (2,)
+    with pytest.raises(DataError, match="no picture of the domains"):
+        load_nocaps(path, tmp_path, ["no-domain"], decoding)
+    test = write(tmp_path / "test.json", {"images": [{k: i[k] for k in ("id", "file_name")} for i in images]})
+    assert load_nocaps(test, tmp_path, decoding=decoding).captions == ((), (), ())
+
+
+def test_bad_files(tmp_path, decoding):
+    with pytest.raises(DataError, match="does not exist: give a file of the release"):
+        load_karpathy(tmp_path / "none.json", tmp_path, decoding)
+    (tmp_path / "cut.json").write_text('{"images": [')
+    with pytest.raises(DataError, match="is not valid JSON"):
+        load_coco_captions(tmp_path / "cut.json", tmp_path, decoding=decoding)
+    with pytest.raises(DataError, match="list 'images' that is not empty"):
+        load_nocaps(write(tmp_path / "a.json", {"images": []}), tmp_path, decoding=decoding)
+    with pytest.raises(DataError, match="list 'images'"):
+        load_karpathy(write(tmp_path / "b.json", [1]), tmp_path, decoding)
+    with pytest.raises(DataError, match="image 0 of .* is not in Karpathy's form"):
+        load_karpathy(write(tmp_path / "c.json", {"images": [{"id": 1}]}), tmp_path, decoding)
+    with pytest.raises(DataError, match="is not in COCO's form"):
+        load_coco_captions(write(tmp_path / "d.json", {"images": [{"id": 1}]}), tmp_path, decoding=decoding)
+
+
+def test_the_real_sample_when_it_is_at_hand(tmp_path):
+    archive = Path(os.environ.get("HIER_TEST_DATA", ".")) / "coco_mini_224.tar"
+    if not archive.is_file():
+        pytest.skip("HIER_TEST_DATA names no folder with a sample of COCO")
+    from app_data.labelled import Decoding
+
+    data = load_coco_mini(archive, Decoding(size=32, cache_dir=tmp_path))
+    assert len(data) == 159
+    assert data.skipped == ()
+    assert Counter(data.styles) == {"train2017": 80, "val2017": 79}
+    assert all(len(captions) >= 5 for captions in data.captions)
+    assert sum(len(objects) for objects in data.objects) > 1000
