@@ -18,7 +18,7 @@ TEXTS = sorted(
     if p.suffix in {".py", ".md", ".toml", ".txt", ".yaml", ".cfg", ".json"}
     and not SKIP & set(p.relative_to(ROOT).parts)
 )
-EMPTY = ("mat_align", "hyper_blip", "hyper_icl")
+EMPTY = ("mat_align", "hyper_icl")
 
 
 def offenders(pattern: str, files, *, without: str | None = None) -> list[str]:

@@ -94,7 +94,7 @@ def test_reranking_against_pairs(stage1, batch, similarity, rerank):
             best = table[row].topk(2).indices
             rest = torch.ones(table.shape[1], dtype=torch.bool)
             rest[best] = False
-            torch.testing.assert_close(scores[row, best], expected[row, best], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(scores[row, best], expected[row, best], rtol=1e-3, atol=1e-3)
             assert (scores[row, rest] == -torch.inf).all()
 
 

@@ -1,4 +1,4 @@
-"""The command line: `python apps/eval predict RUN PICTURE...` and `python apps/eval page PAGE RUN`."""
+"""The command line: `python apps/eval COMMAND`; `--help` lists the commands."""
 
 import argparse
 import sys
@@ -22,14 +22,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = commands.add_parser("page", help="write a results page from the stored JSON of a run")
     page.add_argument("run", type=Path, help="the run folder of `nox -s train -- --seeds 3`")
     page.add_argument("page", type=Path, help="the Markdown file to write")
+    caption = commands.add_parser("caption", help="describe pictures with a trained blip-mini")
+    caption.add_argument("run", type=Path, help="a run folder, or a saved model of stage 2")
+    caption.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
+    search = commands.add_parser("search", help="find the pictures of a folder that fit a text best")
+    search.add_argument("run", type=Path, help="a run folder, or a saved model of stage 1")
+    search.add_argument("text")
+    search.add_argument("--images", type=Path, required=True, metavar="DIR")
+    search.add_argument("--top", type=int, default=5)
+    blip_page = commands.add_parser("blip-page", help="write the results page of a blip-mini run")
+    blip_page.add_argument("run", type=Path, help="the run folder")
+    blip_page.add_argument("page", type=Path, help="the Markdown file to write")
     args = parser.parse_args(argv)
     try:
         if args.command == "predict":
             return print_predictions(args.run, args.pictures, args.decoder)
+        if args.command in ("caption", "search", "blip-page"):
+            return _blip(args)
         write_first_light(args.run, args.page)
     except (DataError, MissingAssetError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    return 0
+
+
+def _blip(args: argparse.Namespace) -> int:
+    """The commands of blip-mini; imported only when asked for."""
+    from app_eval.blip_cli import print_captions, print_search
+    from app_eval.blip_page import write_blip_page
+
+    if args.command == "caption":
+        return print_captions(args.run, args.pictures)
+    if args.command == "search":
+        return print_search(args.run, args.text, args.images, args.top)
+    write_blip_page(args.run, args.page)
     return 0
 
 

@@ -33,11 +33,25 @@ def _lora() -> tuple[type[Frozen], Callable]:
     return lora.LoraConfig, lora.run
 
 
+def _blip_mini() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import blip_mini
+
+    return blip_mini.BlipMiniConfig, blip_mini.run
+
+
+def _blip2_opt() -> tuple[type[Frozen], Callable]:
+    from app_train.recipes import blip2_opt
+
+    return blip2_opt.Blip2OptConfig, blip2_opt.run
+
+
 RECIPES = {
     "emoji": Recipe(
         "compare losses on emoji: trained on two artists, tested on a third (the default of `nox -s train`)", _emoji
     ),
     "lora": Recipe("fine-tune on your own folder of pictures with your own taxonomy", _lora),
+    "blip-mini": Recipe("a small hyperbolic BLIP-2 on emoji: retrieval, captions, radii", _blip_mini),
+    "blip2-opt-2.7b": Recipe("hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO, several cards", _blip2_opt),
 }
 
 
@@ -47,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python apps/train RECIPE [--config FILE] [options]   (RECIPE --help lists them)\n")  # noqa: T201
         for name, recipe in RECIPES.items():
-            print(f"  {name:<10}{recipe.help}")  # noqa: T201
+            print(f"  {name:<16}{recipe.help}")  # noqa: T201
         return 0 if argv else 2
     if argv[0] not in RECIPES:
         return _fail(f"unknown recipe {argv[0]!r}; the recipes are {', '.join(RECIPES)}")
