@@ -81,7 +81,7 @@ def retrieval(
     right = torch.zeros(len(data), len(texts), dtype=torch.bool)
     right[torch.from_numpy(owner), torch.arange(len(texts))] = True
     found["hits"] = (target_ranks(itc, right) == 0).double().tolist()
-    tau = float(model.temperature())
+    tau = model.temperature().item()
     found["max_softmax"] = (itc / tau).softmax(1).amax(1).tolist()
     return found
 
@@ -177,7 +177,7 @@ def radii(
         found["hits"],
         controls={"largest softmax": found["max_softmax"]},
         text_radius=of_text[torch.from_numpy(firsts)],
-        c=float(model.curvature()),
+        c=model.curvature().item(),
     )
     report["caption_length"] = _correlations(of_text, words)
     specific = of_text[torch.from_numpy(firsts)]

@@ -12,7 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app_train.errors import RunError
 
 RESOLVED = "config.resolved.yaml"
-VERSIONS_OF = ("torch", "peft", "timm", "transformers", "hier-losses", "hier-lora", "app-data", "app-eval", "app-train")
+VERSIONS_OF = (
+    "torch",
+    "peft",
+    "timm",
+    "transformers",
+    "hier-losses",
+    "hier-lora",
+    "hyper-geom",
+    "hyper-blip",
+    "app-data",
+    "app-eval",
+    "app-train",
+)
 
 
 class Frozen(BaseModel):
