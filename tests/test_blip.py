@@ -208,16 +208,6 @@ def test_the_memory_table_counts_the_whole_model(plans):
     assert {row.part: row.activations > 0 for row in plans[2]} == {"vision": False, "qformer": True, "language": True}
 
 
-def test_sharding_divides_the_state(plans):
-    from app_train.recipes.blip2_opt import memory_plan
-
-    whole = {row.part: row for row in plans[1]}
-    for row in memory_plan(1, pairs=100, cards=8, sharded=True):
-        assert row.weights == whole[row.part].weights // 8
-        assert row.optimizer == whole[row.part].optimizer // 8
-        assert row.activations == whole[row.part].activations
-
-
 def test_the_large_recipe_says_what_it_needs(tmp_path, capsys):
     from app_train.cli import main
 

@@ -66,6 +66,8 @@ def test_vision_module_by_locator(batch, tmp_path):
     assert out.image_features.shape == (4, 8, 16)
     assert model.blip2.vision_model.module.conv.weight.grad is None
     assert model.blip2.vision_model.post_layernorm.weight.grad is not None
+    half = HyperBlip2ForPretraining.from_config(external("patches:20")).eval().cast_vision(torch.bfloat16)
+    assert half.encode_image(pixels).point.dtype == torch.float32
     model.eval().save_pretrained(tmp_path)
     assert not any("vision_model.module" in n for n in load_file(tmp_path / "model.safetensors"))
     again = HyperBlip2ForPretraining.from_pretrained(tmp_path)

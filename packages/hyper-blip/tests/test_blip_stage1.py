@@ -243,6 +243,20 @@ def test_frozen_vision_and_parameter_groups(stage1):
     assert model.curvature().item() == pytest.approx(10.0)
 
 
+def test_vision_encoder_in_half_precision(stage1, batch):
+    model = stage1().eval()
+    pixels = batch()[0]
+    with torch.no_grad():
+        expected = model.vision_features(pixels)
+        model.cast_vision(torch.bfloat16)
+        found = model.vision_features(pixels)
+    assert model.blip2.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 0.1
+    model.train()(*batch(), step=0).loss.backward()
+    assert model.blip2.vision_model.post_layernorm.weight.grad.isfinite().all()
+
+
 def test_diagnostics(stage1, batch):
     model = stage1(HyperbolicConfig.distance(max_radius=0.01)).train()
     found = model(*batch(), step=0).diagnostics

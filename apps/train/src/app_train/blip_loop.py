@@ -21,17 +21,10 @@ from app_train.records import Records
 Forward = Callable[[nn.Module, np.ndarray, int, int, float], tuple[Tensor, Mapping[str, Tensor]]]
 
 
-def blip_accelerator(mixed_precision: str = "no", fsdp: bool = False) -> Accelerator:
-    """Device, precision and processes. With `fsdp` parameters, gradients and optimizer state are sharded (FSDP2)."""
-    plugin = None
-    if fsdp:
-        from accelerate import FullyShardedDataParallelPlugin
-
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+def blip_accelerator(mixed_precision: str = "no") -> Accelerator:
+    """Device, precision and processes."""
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision, fsdp_plugin=plugin, kwargs_handlers=[unused]
-    )
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision, kwargs_handlers=[unused])
 
 
 def blip_schedule(

@@ -68,6 +68,15 @@ class HyperBlip2Model(nn.Module):
         self.vision_frozen = frozen
         return self.train(self.training)
 
+    def cast_vision(self, dtype: torch.dtype) -> Self:
+        """Hold the vision encoder in another precision, for one that is frozen; the LayerNorm behind it keeps its own."""
+        for name, child in self.blip2.vision_model.named_children():
+            if name != "post_layernorm":
+                child.to(dtype)
+        if not self._external_vision:  # the adapter casts by itself
+            self.blip2.vision_model.post_layernorm.register_forward_pre_hook(_cast_to_weight)
+        return self
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode, but leave a frozen vision encoder in evaluation mode: its statistics and dropout are not ours."""
         super().train(mode)
@@ -145,13 +154,18 @@ class HyperBlip2Model(nn.Module):
 
     @classmethod
     def from_lavis(
-        cls, path: str | Path, config: HyperBlip2Config, *, output_loading_info: bool = False, **modules: nn.Module
+        cls,
+        path: str | Path,
+        config: HyperBlip2Config | None = None,
+        *,
+        output_loading_info: bool = False,
+        **modules: nn.Module,
     ) -> Any:
         """Load a `.pth` of LAVIS, with `weights_only`.
 
         Args:
             path: the checkpoint, with or without its frozen parts.
-            config: the configuration that fits it.
+            config: the configuration that fits it; `HyperBlip2Config.vit_g_opt()` if None.
             output_loading_info: also return a `LoadingInfo`.
             modules: as in `from_pretrained`.
 
@@ -161,7 +175,7 @@ class HyperBlip2Model(nn.Module):
         Raises:
             ValueError: a file that needs unsafe loading or does not fit.
         """
-        model = cls(config, **modules)
+        model = cls(config or HyperBlip2Config.vit_g_opt(), **modules)
         info = load_into(model, read_lavis(path), model._left_out())
         return _finished(model, info, output_loading_info)
 
@@ -169,6 +183,10 @@ class HyperBlip2Model(nn.Module):
     def from_config(cls, config: HyperBlip2Config, **modules: nn.Module) -> Self:
         """A model with fresh weights: queries from N(0, 0.02), query feed-forward nets equal to those of the text."""
         return cls(config, **modules)
+
+
+def _cast_to_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0].to(module.weight.dtype), *args[1:])
 
 
 def _finished(model: HyperBlip2Model, info: LoadingInfo, output_loading_info: bool) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import Blip2Config
+from transformers import Blip2Config, OPTConfig
 
 MANIFOLDS = ("poincare", "lorentz")
 SIMILARITIES = ("cosine", "distance", "inner", "angle", "mix")
@@ -205,6 +205,21 @@ class HyperBlip2Config:
         for name in ("cls_token_id", "sep_token_id", "dec_token_id"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+    @classmethod
+    def vit_g_opt(cls, hyperbolic: HyperbolicConfig | None = None) -> "HyperBlip2Config":
+        """BLIP-2 with ViT-g and OPT-2.7B: 224 px, 32 queries, BERT-base with [DEC]."""
+        opt = OPTConfig(
+            vocab_size=50304,
+            hidden_size=2560,
+            ffn_dim=10240,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            word_embed_proj_dim=2560,
+        )
+        qformer = {"use_qformer_text_input": True, "vocab_size": 30523}
+        blip2 = Blip2Config(qformer_config=qformer, text_config=opt.to_dict(), image_token_index=50265)
+        return cls(blip2, hyperbolic or HyperbolicConfig())
 
     def to_dict(self) -> dict[str, Any]:
         """Content for a JSON file."""

@@ -83,7 +83,7 @@ class VisionAdapter(nn.Module):
         Raises:
             ValueError: the module returns another shape.
         """
-        found = self.module(pixel_values)
+        found = self.module(pixel_values.to(_dtype(self.module, pixel_values.dtype)))
         found = getattr(found, "last_hidden_state", found)
         if found.ndim != 3 or found.shape[-1] != self.width:
             raise ValueError(f"the vision module must return (B, M, {self.width}), got {tuple(found.shape)}")

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
-from transformers import Blip2Config, OPTConfig
 
 from app_data.coco import load_karpathy
 from app_data.labelled import Decoding
@@ -70,8 +69,6 @@ class Blip2OptConfig(Frozen):
     max_tokens: int = Field(32, ge=4)
     checkpointing: bool = True
     """Recompute activations in the backward pass."""
-    fsdp: bool = False
-    """Shard parameters, gradients and optimizer state (FSDP2)."""
     cards: int = Field(8, ge=1)
     """For the memory table."""
     plan_only: bool = False
@@ -94,27 +91,9 @@ class MemoryRow:
     activations: int
 
 
-def full_config(hyperbolic: HyperbolicConfig | None = None) -> HyperBlip2Config:
-    """The configuration of BLIP-2 with ViT-g and OPT-2.7B."""
-    opt = OPTConfig(
-        vocab_size=50304,
-        hidden_size=2560,
-        ffn_dim=10240,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        word_embed_proj_dim=2560,
-    )
-    blip2 = Blip2Config(
-        qformer_config={"use_qformer_text_input": True, "vocab_size": 30523},
-        text_config=opt.to_dict(),
-        image_token_index=IMAGE_TOKEN_ID,
-    )
-    return HyperBlip2Config(blip2, hyperbolic or HyperbolicConfig())
-
-
 def build_on_meta(stage: int) -> nn.Module:
     """The whole model of a stage without memory for its weights."""
-    config = full_config()
+    config = HyperBlip2Config.vit_g_opt()
     with torch.device("meta"):
         if stage == 1:
             return HyperBlip2ForPretraining.from_config(config)
@@ -132,9 +111,7 @@ def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {part: (a, b) for part, (a, b) in found.items()}
 
 
-def memory_plan(
-    stage: int, *, pairs: int, tokens: int = 32, cards: int = 8, sharded: bool = False, checkpointing: bool = True
-):
+def memory_plan(stage: int, *, pairs: int, tokens: int = 32, checkpointing: bool = True) -> list[MemoryRow]:
     """Bytes on one card for weights, gradients, AdamW and activations, part by part.
 
     Frozen parts are held in bf16 and have no gradients; trained ones in fp32 with two fp32 moments. Activations of a layer
@@ -146,15 +123,12 @@ def memory_plan(
         stage: 1 or 2.
         pairs: pictures on one card.
         tokens: of a caption.
-        cards: number of cards.
-        sharded: FSDP2 divides weights, gradients and optimizer state by the number of cards.
         checkpointing: recompute layers.
 
     Returns:
         One `MemoryRow` for each part.
     """
     counts = count_parts(build_on_meta(stage))
-    divisor = cards if sharded else 1
 
     def layers(num: int, s: int, b: int, h: int, a: int) -> int:
         whole = int(s * b * h * (34 + 5 * a * s / h))
@@ -173,7 +147,7 @@ def memory_plan(
     rows = []
     for part, (total, trained) in counts.items():
         if total:
-            state = [(2 * (total - trained) + 4 * trained) // divisor, 4 * trained // divisor, 8 * trained // divisor]
+            state = [2 * (total - trained) + 4 * trained, 4 * trained, 8 * trained]
             rows.append(MemoryRow(part, total, trained > total // 2, *state, activations[part]))
     return rows
 
@@ -202,8 +176,6 @@ def run(config: Blip2OptConfig) -> dict:
         config.stage,
         pairs=pairs,
         tokens=config.max_tokens,
-        cards=config.cards,
-        sharded=config.fsdp,
         checkpointing=config.checkpointing,
     )
     print(f"stage {config.stage}, {pairs} pairs a card, {config.cards} cards\n{memory_table(plan)}")  # noqa: T201
@@ -213,7 +185,7 @@ def run(config: Blip2OptConfig) -> dict:
         raise RunError(
             "--annotations and --pictures are missing: name dataset_coco.json and the folder of COCO's pictures"
         )
-    accelerator = blip_accelerator("bf16" if torch.cuda.is_available() else "no", config.fsdp)
+    accelerator = blip_accelerator("bf16" if torch.cuda.is_available() else "no")
     with StopFlag() as stop:
         data = load_karpathy(config.annotations, config.pictures, Decoding(size=224, cache_dir=config.cache_dir))[
             "train"
@@ -252,7 +224,7 @@ def _first(config: Blip2OptConfig, data, accelerator):
     from transformers import AutoTokenizer
 
     model = HyperBlip2ForPretraining.from_blip2(config.source, HyperbolicConfig(similarity=config.similarity))
-    _halve(model.blip2.vision_model)
+    model.cast_vision(torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
     model.use_tokenizer(tokenizer)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(data.ids))}
@@ -280,7 +252,7 @@ def _second(config: Blip2OptConfig, data, accelerator):
     tokenizer = AutoTokenizer.from_pretrained(config.source)
     token = source.config.image_token_index or IMAGE_TOKEN_ID
     model = HyperBlip2ForConditionalGeneration.from_pretraining(first, language, image_token_id=token)
-    _halve(model.blip2.vision_model)
+    model.cast_vision(torch.bfloat16)
 
     def forward(wrapped, rows, epoch, number, share):
         captions = [_caption(data, int(i), epoch) for i in rows]
@@ -293,19 +265,11 @@ def _second(config: Blip2OptConfig, data, accelerator):
     return model, forward
 
 
-def _halve(vision: nn.Module) -> None:
-    """Frozen weights in bf16; the LayerNorm behind them trains and stays in single precision."""
-    for name, module in vision.named_children():
-        if name != "post_layernorm":
-            module.to(torch.bfloat16)
-
-
 __all__ = [
     "Blip2OptConfig",
     "MemoryRow",
     "build_on_meta",
     "count_parts",
-    "full_config",
     "memory_plan",
     "memory_table",
     "run",
