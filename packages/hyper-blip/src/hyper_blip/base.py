@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -61,14 +61,14 @@ class HyperBlip2Model(nn.Module):
         """Q."""
         return self.blip2.query_tokens.shape[1]
 
-    def freeze_vision(self, frozen: bool = True) -> Self:
+    def freeze_vision(self, frozen: bool = True) -> "HyperBlip2Model":
         """Freeze (or train) the vision encoder; the LayerNorm behind it always trains, as in BLIP-2."""
         self.blip2.vision_model.requires_grad_(not frozen)
         self.blip2.vision_model.post_layernorm.requires_grad_(True)
         self.vision_frozen = frozen
         return self.train(self.training)
 
-    def cast_vision(self, dtype: torch.dtype) -> Self:
+    def cast_vision(self, dtype: torch.dtype) -> "HyperBlip2Model":
         """Hold the vision encoder in another precision, for one that is frozen; the LayerNorm behind it keeps its own."""
         for name, child in self.blip2.vision_model.named_children():
             if name != "post_layernorm":
@@ -77,20 +77,20 @@ class HyperBlip2Model(nn.Module):
             self.blip2.vision_model.post_layernorm.register_forward_pre_hook(_cast_to_weight)
         return self
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "HyperBlip2Model":
         """Set the mode, but leave a frozen vision encoder in evaluation mode: its statistics and dropout are not ours."""
         super().train(mode)
         if self.vision_frozen:
             self.blip2.vision_model.eval()
         return self
 
-    def gradient_checkpointing_enable(self) -> Self:
+    def gradient_checkpointing_enable(self) -> "HyperBlip2Model":
         """Recompute the layers in the backward pass instead of keeping their activations."""
         self.blip2.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return self
 
     @torch.no_grad()
-    def clamp_(self) -> Self:
+    def clamp_(self) -> "HyperBlip2Model":
         """Move curvature, scales and temperature back to their bounds, in place: call it after each optimizer step."""
         for module in self.modules():
             if module is not self and isinstance(module, Curvature | HyperbolicProjector):
@@ -180,7 +180,7 @@ class HyperBlip2Model(nn.Module):
         return _finished(model, info, output_loading_info)
 
     @classmethod
-    def from_config(cls, config: HyperBlip2Config, **modules: nn.Module) -> Self:
+    def from_config(cls, config: HyperBlip2Config, **modules: nn.Module) -> "HyperBlip2Model":
         """A model with fresh weights: queries from N(0, 0.02), query feed-forward nets equal to those of the text."""
         return cls(config, **modules)
 

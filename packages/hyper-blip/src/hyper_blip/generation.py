@@ -4,7 +4,7 @@ References: Li et al., "BLIP-2", ICML 2023, section 3.3; Hu et al., "LoRA", ICLR
 """
 
 import copy
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -67,7 +67,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
             self._attach_lora()
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "HyperBlip2ForConditionalGeneration":
         """Set the mode, but leave a frozen vision encoder, and a language model without LoRA, in evaluation mode."""
         super().train(mode)
         if getattr(self, "lm_frozen", False) and self.config.lora is None:
@@ -93,7 +93,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         language_locator: str = "",
         lora: dict[str, Any] | None = None,
         vision: nn.Module | None = None,
-    ) -> Self:
+    ) -> "HyperBlip2ForConditionalGeneration":
         """Go on from stage 1.
 
         Args:
