@@ -33,13 +33,13 @@ def check_choice(name: str, value: object, allowed: tuple) -> None:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float | int) -> None:
     """Raise ValueError unless `value` is finite and > 0."""
     if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be finite and > 0, got {value!r}")
 
 
-def check_fraction(name: str, value: float) -> None:
+def check_fraction(name: str, value: float | int) -> None:
     """Raise ValueError unless `value` lies in [0, 1]."""
     if not (isinstance(value, int | float) and 0 <= value <= 1):
         raise ValueError(f"{name} must lie in [0, 1], got {value!r}")

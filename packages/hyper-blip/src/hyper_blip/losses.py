@@ -21,11 +21,11 @@ IGNORED = -100
 
 def image_text_contrastive_loss(
     image: Float[Tensor, "batch queries dim"] | Float[Tensor, "batch dim"],
-    text: Float[Tensor, "batch dim"],
+    text: Float[Tensor, "texts text_dim"],
     config: HyperbolicConfig,
     tau: Tensor | float,
-    image_ids: Int[Tensor, " batch"] | None = None,
-    text_ids: Int[Tensor, " batch"] | Int[Tensor, "batch tokens"] | None = None,
+    image_ids: Int[Tensor, " ids"] | None = None,
+    text_ids: Int[Tensor, " keys"] | Int[Tensor, "keys tokens"] | None = None,
     *,
     c: Tensor | float | None = None,
     mix: float | None = None,
@@ -141,8 +141,8 @@ def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 def hard_negatives(
     sim_i2t: Float[Tensor, "batch all"],
-    sim_t2i: Float[Tensor, "batch all"],
-    positive: Bool[Tensor, "batch all"],
+    sim_t2i: Float[Tensor, "texts all_images"],
+    positive: Bool[Tensor, "rows columns"],
     generator: torch.Generator | None = None,
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
     """Draw a wrong picture for each text and a wrong text for each picture, the more alike the likelier.

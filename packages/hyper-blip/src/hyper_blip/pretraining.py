@@ -179,7 +179,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         return self.project_queries(joint_states(self.blip2, self.vision_features(pixel_values))[0])
 
     def encode_text(
-        self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "batch tokens"]
+        self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "rows places"]
     ) -> HyperbolicFeatures:
         """Features of each caption, parts `(B, ...)`."""
         self._check_text(input_ids, attention_mask)
@@ -216,7 +216,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         self,
         pixel_values: Float[Tensor, "images channels height width"],
         input_ids: Int[Tensor, "batch tokens"],
-        attention_mask: Int[Tensor, "batch tokens"],
+        attention_mask: Int[Tensor, "rows places"],
     ) -> Float[Tensor, "batch 2"]:
         """Logits of "does not belong" and "belongs" for each pair of a picture and a caption."""
         self._check_text(input_ids, attention_mask)
@@ -231,10 +231,10 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
 
     def forward(
         self,
-        pixel_values: Float[Tensor, "batch channels height width"],
+        pixel_values: Float[Tensor, "pictures channels height width"],
         input_ids: Int[Tensor, "batch tokens"],
-        attention_mask: Int[Tensor, "batch tokens"],
-        image_ids: Int[Tensor, " batch"] | None = None,
+        attention_mask: Int[Tensor, "rows places"],
+        image_ids: Int[Tensor, " ids"] | None = None,
         step: int | None = None,
         progress: float | None = None,
     ) -> PretrainingOutput:

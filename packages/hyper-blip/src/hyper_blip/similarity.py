@@ -19,7 +19,7 @@ AGGREGATIONS = ("max", "mean", "fixed", "random")
 
 def pairwise_similarity(
     image: Float[Tensor, "images queries dim"] | Float[Tensor, "images dim"],
-    text: Float[Tensor, "texts dim"],
+    text: Float[Tensor, "texts text_dim"],
     mode: str,
     c: Tensor | float = 1.0,
     *,
