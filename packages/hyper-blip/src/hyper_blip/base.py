@@ -103,7 +103,7 @@ class HyperBlip2Model(nn.Module):
 
     def vision_features(
         self, pixel_values: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch patches width"]:
+    ) -> Float[Tensor, "batch patches features"]:
         """Features of the vision encoder behind its LayerNorm; positions are interpolated for another picture size."""
         size = self.config.blip2.vision_config.image_size
         more = {} if self._external_vision or pixel_values.shape[-1] == size else {"interpolate_pos_encoding": True}

@@ -238,5 +238,6 @@ class HyperBlip2Config:
             unknown = sorted(set(given) - {f.name for f in dataclasses.fields(kind)} - {"format", "kind"})
             if unknown:
                 raise ValueError(f"unknown key {unknown[0]!r} in the configuration of {kind.__name__}")
+        hyperbolic |= {k: tuple(hyperbolic[k]) for k in ("rtp_targets", "mix") if k in hyperbolic}  # JSON has lists
         rest = {k: v for k, v in content.items() if k not in ("blip2", "hyperbolic", "format", "kind")}
         return cls(blip2=Blip2Config.from_dict(content["blip2"]), hyperbolic=HyperbolicConfig(**hyperbolic), **rest)

@@ -277,6 +277,6 @@ class MixSchedule:
             raise ValueError(f"f0 and f1 must satisfy 0 <= f0 < f1 <= 1, got {f0} and {f1}")
         self.f0, self.f1 = f0, f1
 
-    def __call__(self, fraction: float) -> float:
+    def __call__(self, fraction: float | int) -> float:
         """The share at a fraction of training."""
         return min(1.0, max(0.0, (fraction - self.f0) / (self.f1 - self.f0)))
