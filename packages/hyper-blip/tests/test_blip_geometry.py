@@ -74,6 +74,9 @@ def test_radius_is_the_distance_to_the_origin():
             features = lift(random_tangents(7, 4, largest=3.0), c, manifold, 1.2)
             torch.testing.assert_close(features.radius, geometry.dist0(features.point, c=c), rtol=1e-12, atol=1e-12)
             assert (features.radius * c**0.5).max() <= 1.2 + 1e-12
+            whole = lift(random_tangents(7, 4, largest=3.0), c, manifold, None).radius * c**0.5
+            assert torch.equal(features.clipped, whole > 1.2)
+            torch.testing.assert_close(features.radius * c**0.5, whole.clamp(max=1.2), rtol=1e-12, atol=1e-12)
             assert features.clipped.any()
             assert not features.clipped.all()
 

@@ -8,7 +8,12 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel, Blip2ForImageTextRetrieval
 from transformers.models.bert.modeling_bert import BertOnlyMLMHead
 
-from hyper_blip import HyperBlip2ForPretraining, HyperbolicConfig
+from hyper_blip import (
+    HyperBlip2ForPretraining,
+    HyperbolicConfig,
+    RandomQuerySelection,
+    image_text_contrastive_loss,
+)
 from hyper_blip.qformer import JOINT, Segment, image_keys, joint_states
 
 EVERYTHING = {"itc": 1.0, "itm": 1.0, "lm": 1.0, "entail": 0.2, "diversity": 0.1}
@@ -185,6 +190,27 @@ def test_resume_draws_the_same(stage1, batch):
     model = stage1(HyperbolicConfig.distance()).train()
     assert values[0] == values[1] == model(*batch(), step=2).loss.item()
     assert model(*batch(), step=1).loss.item() != values[0]
+
+
+def test_the_selected_query_is_the_one_that_is_scored(stage1, batch):
+    model = stage1(HyperbolicConfig.distance(rtp_prob=0.0)).train()
+    out = model(*batch(), step=5)
+    index = RandomQuerySelection()(4, 8, step=5, rank=0)
+    assert len(set(index.tolist())) > 1
+    chosen = out.image_features[torch.arange(4), index]
+    expected, *_ = image_text_contrastive_loss(chosen, out.text_features, model.config.hyperbolic, 0.07)
+    assert out.loss_itc.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("target", ["itc", "itm", "lm"])
+def test_pruning_reaches_the_named_losses_alone(stage1, batch, target):
+    settings = {"rqs_prob": 0.0, "rtp_mode": "prefix"}
+    whole = stage1(HyperbolicConfig(**settings, rtp_prob=0.0)).train()(*batch(), step=2)
+    pruned = stage1(HyperbolicConfig(**settings, rtp_prob=1.0, rtp_targets=(target,))).train()(*batch(), step=2)
+    assert torch.equal(pruned.text_features, whole.text_features) == (target != "itc")
+    assert (pruned.loss_lm.item() == pytest.approx(whole.loss_lm.item(), abs=1e-6)) == (target != "lm")
+    if target != "itc":  # its similarities choose the negatives of the matching loss
+        assert (pruned.loss_itm.item() == pytest.approx(whole.loss_itm.item(), abs=1e-7)) == (target != "itm")
 
 
 def test_traps_of_the_hugging_face_model(stage1, batch, config):

@@ -81,7 +81,7 @@ class RandomTextPruning:
         ValueError: p outside [0, 1], an unknown mode, or "priority" without a `priority`.
 
     >>> RandomTextPruning(p=1.0, mode="priority", priority=lambda words: [len(w) for w in words])(["a big elephant"], step=3)
-    ['big elephant']
+    ['elephant']
     """
 
     def __init__(self, p: float = 0.5, mode: str = "prefix", seed: int = 0, priority: Priority | None = None) -> None:
