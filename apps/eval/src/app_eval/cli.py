@@ -1,14 +1,14 @@
-"""The command line: `python apps/eval predict RUN PICTURE...`, `page RUN PAGE` and `lora-page STUDY PAGE`."""
+"""The command line: `python apps/eval COMMAND`; `--help` lists the commands."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app_data.errors import DataError, MissingAssetError
 from app_data.pictures import load_picture
-from app_eval.mat_page import collect, write_mat_page
 from app_eval import select_demos, selection_study
+from app_eval.mat_page import collect, write_mat_page
 from app_eval.page import write_first_light
 from app_eval.study_page import write_study_page
 from hier_lora import DECODERS, HierLoraCLIP
@@ -22,36 +22,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     predict.add_argument("run", type=Path, help="a run folder, or a saved adapter")
     predict.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
     predict.add_argument("--decoder", choices=DECODERS, default="joint_path")
-    page = commands.add_parser("page", help="write a results page from the stored JSON of a run")
+    predict.set_defaults(run_command=lambda args: print_predictions(args.run, args.pictures, args.decoder))
+    page = _add_page(commands, "page", "write the page of the recipe `emoji`", _first_light)
     page.add_argument("run", type=Path, help="the run folder of `nox -s train -- --seeds 3`")
     page.add_argument("page", type=Path, help="the Markdown file to write")
-    study = commands.add_parser("lora-page", help="write the hier-lora results page from a study, or from its JSON")
-    study.add_argument("source", type=Path, help="the folder of `python apps/train lora-study`, or the page's JSON")
+    study = _add_page(commands, "lora-page", "write the page of the recipe `lora-study`", _lora_study)
+    study.add_argument("source", type=Path, help="its run folder, or the page's JSON")
     study.add_argument("page", type=Path, help="the Markdown file to write")
-    mat = commands.add_parser("mat-page", help="write the page of the recipe `mat` from its stored results")
+    mat = _add_page(commands, "mat-page", "write the page of the recipe `mat`", _mat)
     mat.add_argument("json", type=Path, help="the JSON file that keeps the results")
     mat.add_argument("page", type=Path, help="the Markdown file to write")
     mat.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders whose results the file takes up")
+    caption = commands.add_parser("caption", help="describe pictures with a trained blip-mini")
+    caption.add_argument("run", type=Path, help="a run folder, or a saved model of stage 2")
+    caption.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
+    caption.set_defaults(run_command=_caption)
+    search = commands.add_parser("search", help="find the pictures of a folder that fit a text best")
+    search.add_argument("run", type=Path, help="a run folder, or a saved model of stage 1")
+    search.add_argument("text")
+    search.add_argument("--images", type=Path, required=True, metavar="DIR")
+    search.add_argument("--top", type=int, default=5)
+    search.set_defaults(run_command=_search)
+    blip = _add_page(commands, "blip-page", "write the page of the recipe `blip-mini`", _blip)
+    blip.add_argument("run", type=Path, help="its run folder")
+    blip.add_argument("page", type=Path, help="the Markdown file to write")
     select_demos.add_arguments(commands)
     selection_study.add_arguments(commands)
     args = parser.parse_args(argv)
     try:
-        if hasattr(args, "run_command"):
-            return args.run_command(args)
-        if args.command == "predict":
-            return print_predictions(args.run, args.pictures, args.decoder)
-        if args.command == "lora-page":
-            write_study_page(args.source, args.page)
-        if args.command == "mat-page":
-            if args.runs:
-                collect(args.runs, args.json)
-            write_mat_page(args.json, args.page)
-            return 0
-        write_first_light(args.run, args.page)
+        return args.run_command(args)
     except (DataError, MissingAssetError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    return 0
+
+
+def _add_page(commands, name: str, text: str, write: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text)
+    parser.set_defaults(run_command=lambda args: write(args) or 0)
+    return parser
+
+
+def _first_light(args: argparse.Namespace) -> None:
+    write_first_light(args.run, args.page)
+
+
+def _lora_study(args: argparse.Namespace) -> None:
+    write_study_page(args.source, args.page)
+
+
+def _mat(args: argparse.Namespace) -> None:
+    if args.runs:
+        collect(args.runs, args.json)
+    write_mat_page(args.json, args.page)
+
+
+def _blip(args: argparse.Namespace) -> None:
+    from app_eval.blip_page import write_blip_page
+
+    write_blip_page(args.run, args.page)
+
+
+def _caption(args: argparse.Namespace) -> int:
+    from app_eval.blip_cli import print_captions
+
+    return print_captions(args.run, args.pictures)
+
+
+def _search(args: argparse.Namespace) -> int:
+    from app_eval.blip_cli import print_search
+
+    return print_search(args.run, args.text, args.images, args.top)
 
 
 def find_adapter(run: Path) -> Path:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import tyro
@@ -16,91 +17,55 @@ from app_train.memory import keep_freed_memory
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe: its settings and the function that runs it, imported only when chosen."""
+    """A recipe: what it does, and where its settings and the function that runs it are.
+
+    Attributes:
+        help: one line for `--help`.
+        module: below `app_train.recipes`, imported only when the recipe is chosen.
+        settings: name of the settings class there.
+        function: name of the function there that runs them.
+    """
 
     help: str
-    load: Callable[[], tuple[type[Frozen], Callable[[Frozen], dict]]]
+    module: str
+    settings: str
+    function: str = "run"
 
-
-def _emoji() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import emoji
-
-    return emoji.EmojiConfig, emoji.run
-
-
-def _lora() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import lora
-
-    return lora.LoraConfig, lora.run
-
-
-def _cifar100_fewshot() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import cifar100_fewshot
-
-    return cifar100_fewshot.CifarConfig, cifar100_fewshot.run
-
-
-def _cub() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import papers
-
-    return papers.CubConfig, papers.run_cub
-
-
-def _aircraft() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import papers
-
-    return papers.AircraftConfig, papers.run_aircraft
-
-
-def _butterfly() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import papers
-
-    return papers.ButterflyConfig, papers.run_butterfly
-
-
-def _inaturalist() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import papers
-
-    return papers.InaturalistConfig, papers.run_inaturalist
-
-
-def _chest() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import chest
-
-    return chest.ChestConfig, chest.run
-
-
-def _lora_study() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import lora_study
-
-    return lora_study.StudyConfig, lora_study.run
-def _mat() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import mat
-
-    return mat.MATConfig, mat.run
-
-
-def _mat_clip() -> tuple[type[Frozen], Callable]:
-    from app_train.recipes import mat_clip
-
-    return mat_clip.MATClipConfig, mat_clip.run
+    def load(self) -> tuple[type[Frozen], Callable[[Frozen], dict]]:
+        """Import the settings and the function."""
+        module = import_module(f"app_train.recipes.{self.module}")
+        return getattr(module, self.settings), getattr(module, self.function)
 
 
 RECIPES = {
     "emoji": Recipe(
-        "compare losses on emoji: trained on two artists, tested on a third (the default of `nox -s train`)", _emoji
+        "compare losses on emoji: trained on two artists, tested on a third (the default of `nox -s train`)",
+        "emoji",
+        "EmojiConfig",
     ),
-    "lora": Recipe("fine-tune on your own folder of pictures with your own taxonomy", _lora),
-    "cifar100-fewshot": Recipe("compare losses on few-shot CIFAR-100 under a WordNet tree", _cifar100_fewshot),
-    "cub": Recipe("CUB-200-2011 with CLIP", _cub),
-    "aircraft": Recipe("FGVC-Aircraft with CLIP", _aircraft),
-    "butterfly": Recipe("Butterfly-200 with CLIP", _butterfly),
-    "inaturalist": Recipe("iNaturalist 2021 with CLIP, 16,343 nodes", _inaturalist),
-    "chest": Recipe("ChestX-ray14 with CLIP, several findings a picture", _chest),
-    "lora-study": Recipe("the experiments of docs/results/hier-lora.md", _lora_study),
-    "mat": Recipe("Modality Alignment across Trees on cached features: its variants and open questions", _mat),
+    "lora": Recipe("fine-tune on your own folder of pictures with your own taxonomy", "lora", "LoraConfig"),
+    "cifar100-fewshot": Recipe(
+        "compare losses on few-shot CIFAR-100 under a WordNet tree", "cifar100_fewshot", "CifarConfig"
+    ),
+    "cub": Recipe("CUB-200-2011 with CLIP", "papers", "CubConfig", "run_cub"),
+    "aircraft": Recipe("FGVC-Aircraft with CLIP", "papers", "AircraftConfig", "run_aircraft"),
+    "butterfly": Recipe("Butterfly-200 with CLIP", "papers", "ButterflyConfig", "run_butterfly"),
+    "inaturalist": Recipe("iNaturalist 2021 with CLIP, 16,343 nodes", "papers", "InaturalistConfig", "run_inaturalist"),
+    "chest": Recipe("ChestX-ray14 with CLIP, several findings a picture", "chest", "ChestConfig"),
+    "lora-study": Recipe("the experiments of docs/results/hier-lora.md", "lora_study", "StudyConfig"),
+    "mat": Recipe(
+        "Modality Alignment across Trees on cached features: its variants and open questions", "mat", "MATConfig"
+    ),
     "mat-clip": Recipe(
-        "Modality Alignment across Trees on CLIP weights: the sixteen published configurations", _mat_clip
+        "Modality Alignment across Trees on CLIP weights: the sixteen published configurations",
+        "mat_clip",
+        "MATClipConfig",
+    ),
+    "blip-mini": Recipe(
+        "a small hyperbolic BLIP-2 on emoji: retrieval, captions, radii", "blip_mini", "BlipMiniConfig"
+    ),
+    "blip2-opt-2.7b": Recipe(
+        "hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO, several cards", "blip2_opt", "Blip2OptConfig"
     ),
 }
 

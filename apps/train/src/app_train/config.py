@@ -21,6 +21,8 @@ VERSIONS_OF = (
     "hier-losses",
     "hier-lora",
     "mat-align",
+    "hyper-blip",
+    "hyper-icl",
     "app-data",
     "app-eval",
     "app-train",

@@ -1,0 +1,216 @@
+"""What both stages share: BLIP-2's modules, the frozen parts, the hyperbolic parameters, saving and loading."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hyper_blip.config import HyperBlip2Config
+from hyper_blip.projection import HyperbolicFeatures, HyperbolicProjector
+from hyper_blip.vision import VisionAdapter, load_module
+from hyper_blip.weights import LoadingInfo, load_into, own_state, read_folder, read_lavis, write_folder
+from hyper_geom import Curvature
+
+
+class HyperBlip2Model(nn.Module):
+    """Base of `HyperBlip2ForPretraining` and `HyperBlip2ForConditionalGeneration`.
+
+    Attributes:
+        config: `HyperBlip2Config`.
+        blip2: the Hugging Face BLIP-2 model.
+        curvature: shared by all projectors.
+        image_projector: from projected queries to hyperbolic space.
+    """
+
+    def __init__(self, config: HyperBlip2Config, blip2: nn.Module, vision: nn.Module | None) -> None:
+        super().__init__()
+        self.config = config
+        self.blip2 = blip2
+        if vision is None and config.vision_locator:
+            vision = load_module(config.vision_locator)
+        self._external_vision = vision is not None
+        if vision is not None:
+            blip2.vision_model = VisionAdapter(vision, config.blip2.vision_config.hidden_size)
+        hyper = config.hyperbolic
+        self.curvature = Curvature(hyper.c, learnable=hyper.learn_c)
+        self.image_projector = self._projector()
+        self.freeze_vision()
+
+    def _projector(self) -> HyperbolicProjector:
+        hyper = self.config.hyperbolic
+        return HyperbolicProjector(
+            self.config.blip2.image_text_hidden_size,
+            self.curvature,
+            manifold=hyper.manifold,
+            init_scale=hyper.init_scale,
+            learn_scale=hyper.learn_scale,
+            max_radius=hyper.max_radius,
+            compute_dtype=hyper.compute_dtype,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the queries are."""
+        return self.blip2.query_tokens.device
+
+    @property
+    def num_queries(self) -> int:
+        """Q."""
+        return self.blip2.query_tokens.shape[1]
+
+    def freeze_vision(self, frozen: bool = True) -> "HyperBlip2Model":
+        """Freeze (or train) the vision encoder; the LayerNorm behind it always trains, as in BLIP-2."""
+        self.blip2.vision_model.requires_grad_(not frozen)
+        self.blip2.vision_model.post_layernorm.requires_grad_(True)
+        self.vision_frozen = frozen
+        return self.train(self.training)
+
+    def cast_vision(self, dtype: torch.dtype) -> "HyperBlip2Model":
+        """Hold the vision encoder in another precision, for one that is frozen; the LayerNorm behind it keeps its own."""
+        for name, child in self.blip2.vision_model.named_children():
+            if name != "post_layernorm":
+                child.to(dtype)
+        if not self._external_vision:  # the adapter casts by itself
+            self.blip2.vision_model.post_layernorm.register_forward_pre_hook(_cast_to_weight)
+        return self
+
+    def train(self, mode: bool = True) -> "HyperBlip2Model":
+        """Set the mode, but leave a frozen vision encoder in evaluation mode: its statistics and dropout are not ours."""
+        super().train(mode)
+        if self.vision_frozen:
+            self.blip2.vision_model.eval()
+        return self
+
+    def gradient_checkpointing_enable(self) -> "HyperBlip2Model":
+        """Recompute the layers in the backward pass instead of keeping their activations."""
+        self.blip2.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        return self
+
+    @torch.no_grad()
+    def clamp_(self) -> "HyperBlip2Model":
+        """Move curvature, scales and temperature back to their bounds, in place: call it after each optimizer step."""
+        for module in self.modules():
+            if module is not self and isinstance(module, Curvature | HyperbolicProjector):
+                module.clamp_()
+        return self
+
+    def no_decay_names(self) -> set[str]:
+        """Parameters that weight decay must not touch: curvature, scales, temperature, biases and norms."""
+        return {n for n, p in self.named_parameters() if p.ndim < 2}
+
+    def vision_features(
+        self, pixel_values: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch patches features"]:
+        """Features of the vision encoder behind its LayerNorm; positions are interpolated for another picture size."""
+        size = self.config.blip2.vision_config.image_size
+        more = {} if self._external_vision or pixel_values.shape[-1] == size else {"interpolate_pos_encoding": True}
+        return self.blip2.vision_model(pixel_values=pixel_values, **more).last_hidden_state
+
+    def _lift(self, projector: HyperbolicProjector, z: Tensor, name: str) -> HyperbolicFeatures:
+        if not self.training and not bool(z.isfinite().all()):
+            raise ValueError(f"{name} must give finite features, got NaN or infinity")
+        return projector(z)
+
+    def _left_out(self) -> tuple[str, ...]:
+        """Prefixes of parameters that a locator brings."""
+        located = (("blip2.vision_model.module.", self.config.vision_locator),)
+        located += (("blip2.language_model.", self.config.language_locator),)
+        return tuple(prefix for prefix, locator in located if locator)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `model.safetensors` and `hyper_blip.json`.
+
+        Frozen parameters of a module that has a locator are not written.
+
+        Raises:
+            ValueError: the vision module was given without a locator in the configuration.
+        """
+        if self._external_vision and not self.config.vision_locator:
+            raise ValueError("config.vision_locator must name where the vision module comes from, got ''")
+        write_folder(Path(folder), type(self).__name__, self.config.to_dict(), own_state(self, self._left_out()))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, output_loading_info: bool = False, **modules: nn.Module) -> Any:
+        """Load what `save_pretrained` wrote, from a folder or from the hub.
+
+        Args:
+            folder: the folder, or the name of a repository on the hub.
+            output_loading_info: also return a `LoadingInfo`.
+            modules: `vision` (and `language_model` in stage 2) in place of what the locators name.
+
+        Returns:
+            The model in evaluation mode, and the `LoadingInfo` if asked.
+
+        Raises:
+            ValueError: missing or damaged files, another kind of model, an unknown locator.
+        """
+        content, state = read_folder(folder, cls.__name__)
+        model = cls(HyperBlip2Config.from_dict(content), **modules)
+        info = load_into(model, state, model._left_out())
+        return _finished(model, info, output_loading_info)
+
+    @classmethod
+    def from_lavis(
+        cls,
+        path: str | Path,
+        config: HyperBlip2Config | None = None,
+        *,
+        output_loading_info: bool = False,
+        **modules: nn.Module,
+    ) -> Any:
+        """Load a `.pth` of LAVIS, with `weights_only`.
+
+        Args:
+            path: the checkpoint, with or without its frozen parts.
+            config: the configuration that fits it; `HyperBlip2Config.vit_g_opt()` if None.
+            output_loading_info: also return a `LoadingInfo`.
+            modules: as in `from_pretrained`.
+
+        Returns:
+            The model in evaluation mode, and the `LoadingInfo` if asked.
+
+        Raises:
+            ValueError: a file that needs unsafe loading or does not fit.
+        """
+        model = cls(config or HyperBlip2Config.vit_g_opt(), **modules)
+        info = load_into(model, read_lavis(path), model._left_out())
+        return _finished(model, info, output_loading_info)
+
+    @classmethod
+    def from_config(cls, config: HyperBlip2Config, **modules: nn.Module) -> "HyperBlip2Model":
+        """A model with fresh weights: queries from N(0, 0.02), query feed-forward nets equal to those of the text."""
+        return cls(config, **modules)
+
+
+def _cast_to_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0].to(module.weight.dtype), *args[1:])
+
+
+def _finished(model: HyperBlip2Model, info: LoadingInfo, output_loading_info: bool) -> Any:
+    # The hyperbolic parameters are ours: no foreign checkpoint has them.
+    ours = ("image_projector.", "text_projector.", "curvature.")
+    absent = [name for name in info.missing if not name.startswith(ours)]
+    if absent:
+        shown = ", ".join(absent[:4]) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
+        warnings.warn(f"initialised afresh, because the source does not hold them: {shown}", stacklevel=3)
+    return (model.eval(), info) if output_loading_info else model.eval()
+
+
+@torch.no_grad()
+def start_queries(blip2: nn.Module, std: float = 0.02) -> None:
+    """Queries from N(0, std): Hugging Face leaves them 0 in a model built from its configuration."""
+    blip2.query_tokens.normal_(std=std)
+
+
+@torch.no_grad()
+def copy_text_ffn(qformer: nn.Module) -> None:
+    """Give the queries the feed-forward nets of the text."""
+    for layer in qformer.encoder.layer:
+        layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
+        layer.output_query.load_state_dict(layer.output.state_dict())
+
+
+__all__ = ["HyperBlip2Model", "copy_text_ffn", "start_queries"]

