@@ -112,7 +112,8 @@ def chest(tmp_path):
     root = tmp_path / "cxr"
     root.mkdir()
     findings = ["Edema|Hernia", "No Finding", "Nodule", "Effusion"]
-    names = [f"{i:08d}_000.png" for i in range(24)]
+    # Patients 22 and 34 fall into the validation part.
+    names = [f"{i:08d}_000.png" for i in range(20, 44)]
     rows = "".join(f"{n},{findings[i % 4]}\n" for i, n in enumerate(names))
     (root / "Data_Entry_2017.csv").write_text("Image Index,Finding Labels\n" + rows)
     (root / "train_val_list.txt").write_text("\n".join(names[:16]))

@@ -363,7 +363,7 @@ class HierLoraCLIP(nn.Module):
             self.merged = True
         return self
 
-    def _prepare(self, picture: Image.Image | np.ndarray, index: int) -> Tensor:
+    def _prepare(self, picture: object, index: int) -> Tensor:
         if isinstance(picture, np.ndarray):
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
                 raise ValueError(

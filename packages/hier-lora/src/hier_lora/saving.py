@@ -137,8 +137,7 @@ A LoRA adapter for `{locator}`, made with hier-lora {__version__}. It names {cla
 from hier_lora import HierLoraCLIP
 
 model = HierLoraCLIP.from_pretrained("<this folder>")
-for found in model.{call}:
-    print(found)
+found = model.{call}
 ```
 
 | | |
