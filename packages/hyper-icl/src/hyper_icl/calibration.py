@@ -170,7 +170,7 @@ def use_calibrated_attention(model: nn.Module, backend: str = "sdpa") -> None:
 
     Args:
         model: a transformers model, or a peft model around one.
-        backend: "sdpa"; "eager", which also returns attention weights; "flex" (FlexAttention, compiled); "augmented",
+        backend: "sdpa"; "eager", which also returns attention weights; "flex" (FlexAttention, compiled on a GPU); "augmented",
             which writes the bias into queries and keys, so that flash kernels stay available.
 
     Raises:
