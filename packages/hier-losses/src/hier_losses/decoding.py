@@ -39,8 +39,8 @@ def level_argmax(logits: Float[Tensor, "batch nodes"], tax: Taxonomy) -> Int[Ten
     >>> level_argmax(torch.tensor([[0.0, 1.0, 3.0, 2.0]]), tax)
     tensor([[1, 2]])
     """
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes)
+    tax = tax.to(logits.device)
     internal = tax.leaf_index < 0
     # The leaves above a level compete on it too: carry the best of them down instead of gathering each extended level.
     best_leaf = logits.new_full((logits.shape[0],), -torch.inf)
@@ -154,8 +154,8 @@ def joint_path_scores(logits: Float[Tensor, "batch nodes"], tax: Taxonomy) -> Fl
     Raises:
         ValueError: wrong width.
     """
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes)
+    tax = tax.to(logits.device)
     level_lse = torch.stack([level.logsumexp(1) for level in logits.split(tax.level_sizes, 1)], 1)
     norm = torch.logaddexp(level_lse, shallow_logsumexp(logits, tax)).sum(1)
     repeats = tax.num_levels - tax.depth[tax.leaf]

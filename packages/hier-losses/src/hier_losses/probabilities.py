@@ -127,7 +127,7 @@ def level_probabilities(logits: Float[Tensor, "batch nodes"], tax: Taxonomy) -> 
     Raises:
         ValueError: wrong width.
     """
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes)
+    tax = tax.to(logits.device)
     levels = range(1, tax.num_levels + 1)
     return [logits.index_select(1, extended_level(tax, level)).softmax(-1) for level in levels]

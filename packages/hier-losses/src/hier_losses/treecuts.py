@@ -209,8 +209,8 @@ def node_classification_loss(
     Raises:
         ValueError: wrong width, target out of range or not integers.
     """
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes)
+    tax = tax.to(logits.device)
     target = check_target(target, logits.shape[0], tax)
     path = tax.paths[target]
     counted, path = path >= 0, path.clamp(min=0)

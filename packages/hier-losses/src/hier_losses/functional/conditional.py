@@ -59,8 +59,8 @@ def conditional_softmax_nll(
     check_reduction(reduction)
     if not abs(alpha) < float("inf"):
         raise ValueError(f"alpha must be finite, got {alpha}")
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes)
+    tax = tax.to(logits.device)
     target = check_target(target, logits.shape[0], tax)
     path = tax.paths[target]
     valid, path = path >= 0, path.clamp(min=0)
@@ -94,8 +94,8 @@ def hce(
         ValueError: a wrong width, a target outside [0, N) or not integer.
     """
     check_reduction(reduction)
-    graph = graph.to(logits.device)
     logits = check_matrix("logits", logits, graph.num_nodes)
+    graph = graph.to(logits.device)
     target = check_target(target, logits.shape[0], graph)
     inside = torch.where(descendant_mask(target, graph), logits, -torch.inf)
     return reduce_batch(logits.logsumexp(1) - safe_logsumexp(inside), reduction)
@@ -130,8 +130,8 @@ def hrn_tree_loss(
     """
     check_choice("activation", activation, ("sigmoid", "identity"))
     check_reduction(reduction)
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes)
+    tax = tax.to(logits.device)
     target = check_target(target, logits.shape[0], tax)
     score = ancestor_sum(logits.sigmoid() if activation == "sigmoid" else logits, tax)
     inside = torch.where(descendant_mask(target, tax), score, -torch.inf)

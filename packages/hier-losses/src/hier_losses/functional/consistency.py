@@ -54,8 +54,8 @@ def parent_child_consistency(
         raise ValueError(f"margin must lie in [-1, 1], got {margin}")
     if margin and kind != "hinge":
         raise ValueError(f"margin must be 0 unless kind is 'hinge', got {margin} with {kind!r}")
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes)
+    tax = tax.to(logits.device)
     if kind == "hinge":
         prob = logits.sigmoid().T
         excess = torch.relu(prob.index_select(0, tax.edge_child) - prob.index_select(0, tax.edge_parent) + margin)

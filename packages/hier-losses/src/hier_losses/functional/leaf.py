@@ -57,8 +57,8 @@ def hxe(
     check_reduction(reduction)
     if not abs(alpha) < float("inf"):
         raise ValueError(f"alpha must be finite, got {alpha}")
-    tax = tax.to(leaf_logits.device)
     logits = check_matrix("leaf_logits", leaf_logits, tax.num_leaves)
+    tax = tax.to(logits.device)
     target = check_target(target, logits.shape[0], tax, leaf_only=True)
     bins = _BinLogSumExp.apply(logits, leaf_lca_depth(target, tax), tax.num_levels + 1)
     level = torch.arange(tax.num_levels + 1, device=logits.device)
@@ -104,8 +104,8 @@ def soft_label_ce(
     check_reduction(reduction)
     if not 0 <= beta < float("inf"):
         raise ValueError(f"beta must lie in [0, inf), got {beta}")
-    tax = tax.to(leaf_logits.device)
     logits = check_matrix("leaf_logits", leaf_logits, tax.num_leaves)
+    tax = tax.to(logits.device)
     target = check_target(target, logits.shape[0], tax, leaf_only=True)
     branching = torch.where(tax.group_size[1:] > 1, tax.height, 0).amax()
     farthest = torch.where(tax.group_size[0] > 1, tax.root_height, branching).clamp(min=1)

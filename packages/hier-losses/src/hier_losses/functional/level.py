@@ -77,8 +77,8 @@ def level_cross_entropy(
     smooth = not (isinstance(label_smoothing, (int, float)) and label_smoothing == 0)
     if smooth and focal_gamma:
         raise ValueError(f"label_smoothing must be 0 with focal_gamma {focal_gamma}, got {label_smoothing}")
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes)
+    tax = tax.to(logits.device)
     target = check_target(target, logits.shape[0], tax)
     terms = level_terms(logits, target, tax, levels)
     loss = terms.nll
@@ -150,7 +150,7 @@ def semantic_softmax(
     Raises:
         ValueError: as `level_cross_entropy`.
     """
-    weights = semantic_softmax_weights(tax, max_weight).to(logits.device)
+    weights = semantic_softmax_weights(tax, max_weight)
     return level_cross_entropy(
         logits, target, tax, level_weights=weights, label_smoothing=label_smoothing, reduction=reduction
     )
@@ -193,8 +193,8 @@ def hisce(
     check_choice("levels", levels, ("ragged", "extended"))
     check_choice("level_reduction", level_reduction, ("sum", "mean"))
     check_reduction(reduction)
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes)
+    tax = tax.to(logits.device)
     target = check_target(target, logits.shape[0], tax)
     terms = level_terms(logits, target, tax, levels)
     loss = smoothed_nll(terms, target, tax, eps, levels)

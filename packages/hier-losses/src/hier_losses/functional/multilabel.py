@@ -73,8 +73,8 @@ def mc_loss(
         ValueError: a wrong shape, entries other than 0 and 1, or a row that is not closed upwards.
     """
     check_reduction(reduction)
-    graph = graph.to(logits.device)
     logits = check_matrix("logits", logits, graph.num_nodes)
+    graph = graph.to(logits.device)
     if multi_hot.shape != logits.shape:
         raise ValueError(f"multi_hot must have shape {tuple(logits.shape)}, got {tuple(multi_hot.shape)}")
     label = multi_hot.to(logits.dtype)

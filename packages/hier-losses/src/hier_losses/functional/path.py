@@ -71,8 +71,8 @@ def tp_kl(
     check_temperature(temperature)
     if target is not None and target_probs is not None:
         raise ValueError("give either target or target_probs, got both")
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes) / temperature
+    tax = tax.to(logits.device)
     if target_probs is not None:
         if level_weights is not None:
             raise ValueError(f"level_weights must be None with target_probs, which holds them, got {level_weights}")

@@ -60,8 +60,8 @@ def hierarchy_aware_parts(
     check_weights(alpha, lam, ce_weight, consistency_weight)
     check_choice("softmax_over", softmax_over, ("auto", "all", "valid"))
     check_reduction(reduction)
-    tax = tax.to(logits.device)
     logits = check_matrix("logits", logits, tax.num_nodes)
+    tax = tax.to(logits.device)
     target = check_target(target, logits.shape[0], tax)
     terms = level_terms(logits, target, tax)
     parts = {}
