@@ -132,6 +132,7 @@ def test_caption_search_and_page(finished, tmp_path, capsys):
     assert "**not run**" in text
     assert "Twemoji graphics by Twitter" in text
     assert "--losses itc itm lm" in text
+    assert "differences between weak models" in text
     again = tmp_path / "again.md"
     assert main(["blip-page", str(page.with_suffix(".json")), str(again)]) == 0
     assert again.read_text() == text
