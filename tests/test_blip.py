@@ -132,7 +132,6 @@ def test_caption_search_and_page(finished, tmp_path, capsys):
     assert "**not run**" in text
     assert "Twemoji graphics by Twitter" in text
     assert "--losses itc itm lm" in text
-    assert "differences between weak models" in text
     again = tmp_path / "again.md"
     assert main(["blip-page", str(page.with_suffix(".json")), str(again)]) == 0
     assert again.read_text() == text
@@ -148,6 +147,16 @@ def test_verdicts():
     assert verdict([1.0, -0.2, 0.5]) == "does not show"
     assert "too few" in verdict([1.0, 1.0])
     assert "undefined" in verdict([1.0, math.nan, 1.0])
+
+
+def test_a_page_of_weak_models_says_so():
+    from app_eval.blip_page import DUAL_ENCODER, _weak
+
+    def run(value):
+        return [{"lorentz": {"retrieval": {"itc": {"txt_r1": value}}}}]
+
+    assert "the best TR@1 is 1.0" in _weak(run(1.0), ["lorentz"])[0]
+    assert _weak(run(DUAL_ENCODER), ["lorentz"]) == []
 
 
 def test_recipes_cross_the_settings_of_the_lorentz_row_only():
