@@ -225,9 +225,7 @@ def patched(monkeypatch):
     """The recipe on a tiny language model and synthetic pictures."""
     data = items()
     monkeypatch.setattr(icl_mini, "load_language", tiny_language)
-    monkeypatch.setattr(
-        icl_mini, "load_sources", lambda config, tokenizer: ([icl_mini.Source(data)], "tiny", ("ox",))
-    )
+    monkeypatch.setattr(icl_mini, "load_sources", lambda config, tokenizer: ([icl_mini.Source(data)], "tiny", ("ox",)))
     return data
 
 
@@ -258,7 +256,9 @@ def test_run_study_and_page(patched, tmp_path, capsys):
     assert not any(p.requires_grad for p in model.parameters())
     # LoRA is in the weights: they differ from the package's, in attention alone.
     plain = tiny_language()[0].state_dict()
-    changed = {n for n, v in model.llava.model.language_model.state_dict().items() if not torch.equal(v, plain[f"model.{n}"])}
+    changed = {
+        n for n, v in model.llava.model.language_model.state_dict().items() if not torch.equal(v, plain[f"model.{n}"])
+    }
     assert changed
     assert all("self_attn" in name for name in changed)
 
@@ -435,3 +435,69 @@ def test_real_weights():
     assert not torch.equal(by_pixels[0, -1], by_pixels[1, -1])
     reader = AnswerReader(model, ("red", "teal", "yes"))
     assert reader.beginnings == [(tokenizer(" teal")["input_ids"][0],)]
+
+
+def study_json(accuracies):
+    """A small study: no demonstrations, and two selectors with these shares of right answers of 40."""
+
+    def bits(share):
+        return "1" * round(40 * share) + "0" * (40 - round(40 * share))
+
+    zero, random, ours = map(bits, accuracies)
+    cells = [
+        {"selector": icl_study.ZERO, "seed": 0, "k": 0, "right": {"none": zero}},
+        {"selector": icl_study.BLIND, "seed": 0, "k": 0, "right": {"none": bits(0.1)}},
+        {"selector": "random", "seed": 0, "k": 4, "right": {"none": random, "lorentz": ours}, "vote": bits(0.4)},
+        {"selector": icl_study.OURS, "seed": 0, "k": 4, "right": {"none": ours, "lorentz": ours}, "vote": bits(0.6)},
+    ]
+    task = {"name": "easy-vqa", "num_pool": 9, "num_queries": 40, "num_answers": 5, "kinds": ["a", "b"] * 20}
+    task |= {"selectors": ["random", icl_study.OURS, "RICES"], "cells": cells}
+    task["rows"] = summary(task)
+    tried = {"lambda": 1.0, "accuracy": {"1": 0.5, "2": 0.4}}
+    return {
+        "format": 1, "study": "icl-mini", "quick": False, "complete": False, "seeds": [0], "seconds": 120,
+        "peak_memory_mib": 900, "model": {"rank": 4, "steps": 10, "shots": [0, 2, 4]}, "tasks": [task],
+        "lambda": {"lorentz": tried, "euclidean": tried, "none": {"accuracy": 0.3}, "n": 9, "k": 4},
+    }  # fmt: skip
+
+
+def test_the_page_ranks_only_what_beats_no_demonstrations(tmp_path, capsys):
+    from app_eval.cli import main
+
+    row = {"k": 2, "seeds": 1, "scores": {"level_1": 0.5, "level_2": 0.4, "any": 0.6, "vote": 0.5}}
+    row["spread"] = dict.fromkeys(row["scores"], 0.0)
+    names = ["cosine of pictures (TopK-CLIP, RICES)", "anchors, Euclidean"]
+    names += [f"anchors, hyperbolic, mu {mu}" for mu in ("0", "0.3", "0.9", "0.3, c 2", "0.3, c 0.5")]
+    names.append("anchors, directions alone (depth does not vary)")
+    rows = [{**row, "name": name} for name in names]
+    one = {"name": "easy-vqa", "num_pool": 4, "num_queries": 4, "levels": 2, "rows": rows}
+    study = {"format": 1, "quick": False, "seeds": [0], "steps": 20, "studies": [one]}
+    (tmp_path / "a.json").write_text(json.dumps(study))
+
+    def page(model):
+        (tmp_path / "b.json").write_text(json.dumps(model))
+        files = [str(tmp_path / name) for name in ("a.json", "page.md", "b.json")]
+        status = main(["selection-page", files[0], files[1], "--model", files[2]])
+        return status, (tmp_path / "page.md").read_text() if not status else capsys.readouterr().err
+
+    status, text = page(study_json((0.5, 0.5, 0.5)))
+    assert status == 0
+    assert text.index("With a language model") < text.index("Without a language model")
+    assert "**Inconclusive.**" in text
+    assert "does not learn from its context" in text
+    assert "is better than" not in text.split("## Without")[0]
+    assert "RICES | not run" in text
+    assert "Cut short" in text
+    assert "a language model that reads the demonstrations" not in text
+    text = page(study_json((0.2, 0.5, 0.9)))[1]
+    assert "Inconclusive" not in text
+    assert "Better than no demonstrations (2 of 2 rows)" in text
+    assert "*random* is worse than *anchors, hyperbolic*" in text
+    assert "of 2 comparisons 1 are better and 0 worse" in text
+    assert "| both | 0.900" in text
+    text = page(study_json((0.5, 0.2, 0.5)))[1]
+    assert "1 of 2 rows are worse than none" in text
+    for change, word in (({"quick": True}, "--quick"), ({"study": "x"}, "icl-study"), ({"tasks": []}, "no row")):
+        status, text = page({**study_json((0.5, 0.5, 0.5)), **change})
+        assert status == 2
+        assert word in text

@@ -36,6 +36,7 @@ from app_data.pip_models import MiniLM
 from app_data.vqa import load_easy_vqa
 from app_eval.demo_pool import _codes, train_lift
 from app_eval.icl_answers import AnswerReader
+from app_eval.icl_page import BLIND, OURS, ZERO
 from app_eval.results import write_json
 from app_eval.scores import resamples
 from hyper_icl import (
@@ -59,10 +60,9 @@ K_OF_LAMBDA = 4
 # The distance of tangents at curvature c tends to the Euclidean one as c -> 0: one code for both.
 CURVATURES = {"lorentz": 1.0, "euclidean": 1e-6}
 MU = 0.3
-ZERO, BLIND = "no demonstrations", "no demonstrations, no picture"
 # Selectors whose choice depends on the seed: by chance, or by the training of the lift.
-SEEDED = ("random", "anchors, hyperbolic", "anchors, Euclidean")
-SELECTORS = ("random", "TopK-CLIP", "RICES", "MMICES", "anchors, hyperbolic", "anchors, Euclidean")
+SEEDED = ("random", OURS, "anchors, Euclidean")
+SELECTORS = ("random", "TopK-CLIP", "RICES", "MMICES", OURS, "anchors, Euclidean")
 _BATCH = 25
 
 
@@ -126,7 +126,7 @@ class Task:
             return kind(self.pool_images).search(self.query_images, k)
         if name == "MMICES":
             return MmicesSelector(self.pool_images, self.pool_texts).search(self.query_images, k, text=self.query_texts)
-        c, mu = (CURVATURES["lorentz"], MU) if name == "anchors, hyperbolic" else (CURVATURES["euclidean"], 0.0)
+        c, mu = (CURVATURES["lorentz"], MU) if name == OURS else (CURVATURES["euclidean"], 0.0)
         pool, query = self.lifted(c, seed)
         return HyperbolicDemoIndex(pool, c, mu).search(query, k)
 
@@ -207,8 +207,8 @@ def summary(task: dict) -> list[dict]:
         task: The JSON of one task with its "cells".
 
     Returns:
-        Rows {"selector", "k", "calibration", "seeds", "accuracy", "to_zero_shot", "to_uncalibrated", "to_random", "vote",
-        "kinds"}; intervals are [value, low, high].
+        Rows {"selector", "k", "calibration", "seeds", "accuracy", "to_zero_shot", "to_uncalibrated", "to_random", "to_ours",
+        "vote", "kinds"}; intervals are [value, low, high].
     """
     grouped: dict[tuple, list[str]] = {}
     votes: dict[tuple, list[str]] = {}
@@ -241,6 +241,7 @@ def summary(task: dict) -> list[dict]:
             "to_zero_shot": (ZERO, 0, "none"),
             "to_uncalibrated": (selector, k, "none"),
             "to_random": ("random", k, calibration),
+            "to_ours": (OURS, k, calibration),
         }
         for name, other in references.items():
             if other in mean and other != (selector, k, calibration):
