@@ -63,6 +63,7 @@ MU = 0.3
 # Selectors whose choice depends on the seed: by chance, or by the training of the lift.
 SEEDED = ("random", OURS, "anchors, Euclidean")
 SELECTORS = ("random", "TopK-CLIP", "RICES", "MMICES", OURS, "anchors, Euclidean")
+POOL_ARTISTS = ("openmoji", "noto-300", "noto-700")
 _BATCH = 25
 
 
@@ -288,7 +289,7 @@ def easy_vqa_tasks(
 def emoji_task(model: IclMini, size: int, cache_dir: Path | None, num_queries: int, steps: int) -> Task:
     """Names that never trained: two artists' pictures for a third's."""
     found = []
-    for artists in (("openmoji", "noto-300"), ("twemoji",)):
+    for artists in (POOL_ARTISTS, ("twemoji",)):
         data = load_emoji(artists, size=size, cache_dir=cache_dir)
         items, answers = emoji_items(data, eye_features(data, size, cache_dir), model.tokenizer, held_out=True)
         styles = np.array(data.styles)[items.rows]

@@ -46,11 +46,11 @@ def write_page(result: dict, page: Path, model: dict | None = None) -> None:
     parts += [
         "## Without a language model",
         "From `python apps/eval selection-study --json docs/results/hyper-icl.json`. Features are frozen (EfficientNet-Lite0 and "
-        f"MiniLM); only the lift of the anchors is trained, {result['steps']} steps, on the pool. Rows with training or chance are means "
-        f"over {len(result['seeds'])} seeds; the largest difference between seeds stands behind +-. All hyperbolic selections are "
-        "certified exact. *Agreement* is the share of chosen demonstrations that have the query's label; *vote* is the accuracy of their most "
-        "frequent answer, what selection yields with no language model at all. These numbers say nothing about how well a language "
-        "model would use the demonstrations.",
+        f"MiniLM); only the lift of the anchors is trained, {result['steps']} steps, on the pool. Rows with training or chance are "
+        f"means over {len(result['seeds'])} seeds; the largest difference between seeds stands behind +-. All hyperbolic selections "
+        "are certified exact. *Agreement* is the share of chosen demonstrations that have the query's label; *vote* is the accuracy "
+        "of their most frequent answer, what selection yields with no language model at all. These numbers say nothing about how "
+        "well a language model would use the demonstrations.",
     ]
     for study in result["studies"]:
         parts.append(_study(study))
