@@ -291,7 +291,7 @@ def test_run_study_and_page(patched, tmp_path, capsys):
         run_icl_study(out, other, **settings)
 
 
-@pytest.mark.parametrize("steps", [2, 8])
+@pytest.mark.parametrize("steps", [2, 5])
 def test_stopped_and_resumed_is_bit_identical(patched, tmp_path, monkeypatch, steps):
     """Stopped with the connector alone, and in an episode between two checkpoints."""
     from safetensors.torch import load_file
@@ -315,7 +315,7 @@ def test_stopped_and_resumed_is_bit_identical(patched, tmp_path, monkeypatch, st
     with monkeypatch.context() as patch:
         patch.setattr(icl_mini, "StopFlag", Stopped)
         assert train(["icl-mini", "--out", str(out), *QUICK]) == 143
-    assert (out / "aligned").exists() == (steps == 8)
+    assert (out / "aligned").exists() == (steps == 5)
     assert list(out.glob("train-*/checkpoint-*/COMPLETE"))
     assert train(["icl-mini", "--out", str(out), *QUICK]) == 0
     a, b = (load_file(run / "model" / "icl_mini.safetensors") for run in (whole, out))
@@ -404,7 +404,7 @@ def test_eye_passes_features_through_and_standardises():
     eye.fit_statistics(features)
     tokens = eye(features).last_hidden_state[:, 0]
     torch.testing.assert_close(tokens.mean(0), torch.zeros(WIDTH), atol=1e-5, rtol=0)
-    assert float(tokens[:, 0].abs().max()) == 0
+    assert float(tokens[:, 0].abs().max()) < 1e-4
     torch.testing.assert_close(tokens[:, 1:].std(0), torch.ones(WIDTH - 1))
     assert EyeConfig().hidden_size == 1744
     assert not [name for name in eye.state_dict() if name not in ("mean", "std")]

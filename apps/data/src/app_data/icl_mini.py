@@ -83,6 +83,7 @@ class Eye(PreTrainedModel):
         self.register_buffer("mean", torch.zeros(config.hidden_size))
         self.register_buffer("std", torch.ones(config.hidden_size))
         self._trunk: list[nn.Module] = []
+        self.post_init()
 
     def fit_statistics(self, features: Float[Tensor, "pictures width"]) -> None:
         """Take mean and standard deviation of the training pictures; dead features keep the scale 1."""
