@@ -53,7 +53,7 @@ from hyper_icl import (
 __all__ = ["Task", "add_arguments", "choose_lambda", "read_cell", "run_icl_study", "summary"]
 
 FORMAT = 1
-KS = (2, 4, 8)
+KS = (4, 2, 8)  # the middle one first, should the study be cut short
 SEEDS = (0, 1, 2)
 LAMBDAS = (0.5, 1.0, 2.0, 4.0)
 K_OF_LAMBDA = 4
@@ -192,12 +192,14 @@ def _share(bits: str) -> float:
     return round(bits.count("1") / len(bits), 4)
 
 
-def _cells(task: Task, seeds: Sequence[int], ks: Sequence[int]) -> list[tuple[str, int, int]]:
-    """(selector, seed, K), the first seed of everything first, so that a run cut short holds whole comparisons."""
-    cells = [(ZERO, 0, 0), (BLIND, 0, 0)]
+def _cells(tasks: Sequence[Task], seeds: Sequence[int], ks: Sequence[int]) -> list[tuple[Task, str, int, int]]:
+    """(task, selector, seed, K), so ordered that a run cut short holds whole comparisons: by seed, then K, then task."""
+    cells = [(task, name, 0, 0) for task in tasks for name in (ZERO, BLIND)]
     for seed in seeds:
-        names = task.selectors() if seed == seeds[0] else [n for n in task.selectors() if n in SEEDED]
-        cells += [(name, seed, k) for k in ks for name in names]
+        for k in ks:
+            for task in tasks:
+                names = [name for name in task.selectors() if seed == seeds[0] or name in SEEDED]
+                cells += [(task, name, seed, k) for name in names]
     return cells
 
 
@@ -371,6 +373,7 @@ def run_icl_study(
         save()
         log(f"lambda: {result['lambda']}")
     strength = {kind: result["lambda"][kind]["lambda"] for kind in CURVATURES}
+    contents, readers = {}, {}
     for task in tasks:
         content = next((t for t in result["tasks"] if t["name"] == task.name), None)
         if content is None:
@@ -384,13 +387,13 @@ def run_icl_study(
                 "cells": [],
             }
             result["tasks"].append(content)
-        reader = AnswerReader(model, task.answers)
-        known = {(c["selector"], c["seed"], c["k"]) for c in content["cells"]}
-        for selector, seed, k in _cells(task, seeds, ks):
-            if (selector, seed, k) not in known:
-                content["cells"].append(_cell(reader, task, selector, seed, k, strength))
-                save()
-                log(f"{task.name}: {selector}, seed {seed}, K {k}: {_said(content['cells'][-1])}")
+        contents[task.name], readers[task.name] = content, AnswerReader(model, task.answers)
+    for task, selector, seed, k in _cells(tasks, seeds, ks):
+        cells = contents[task.name]["cells"]
+        if not any((c["selector"], c["seed"], c["k"]) == (selector, seed, k) for c in cells):
+            cells.append(_cell(readers[task.name], task, selector, seed, k, strength))
+            save()
+            log(f"{task.name}: {selector}, seed {seed}, K {k}: {_said(cells[-1])}")
     result["complete"] = True
     save()
     return result
