@@ -242,7 +242,7 @@ def tasks(model):
     return [made, bare], made
 
 
-def test_run_study_and_page(patched, tmp_path, capsys):
+def test_run_study_and_go_on(patched, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     assert train(["icl-mini", "--out", str(out), *QUICK]) == 0
     assert "icl-study" in capsys.readouterr().out
@@ -263,7 +263,9 @@ def test_run_study_and_page(patched, tmp_path, capsys):
     assert all("self_attn" in name for name in changed)
 
     lines = []
-    settings = {"quick": True, "seeds": (0,), "make_tasks": tasks, "language": tiny_language(), "log": lines.append}
+    monkeypatch.setattr(icl_study, "_BATCH", 4)
+    monkeypatch.setattr(icl_study, "CALIBRATED_K", 2)
+    settings = {"quick": True, "make_tasks": tasks, "language": tiny_language(), "log": lines.append}
     path = tmp_path / "study.json"
     found = run_icl_study(out, path, **settings)
     assert found["complete"]
@@ -271,6 +273,7 @@ def test_run_study_and_page(patched, tmp_path, capsys):
     assert len(lines) == 1 + 8 + 7
     first = found["tasks"][0]
     assert {row["calibration"] for row in first["rows"]} == {"none", "lorentz", "euclidean"}
+    assert "partial" not in found
     zero = next(row for row in first["rows"] if row["selector"] == icl_study.ZERO)
     assert "to_zero_shot" not in zero
     assert set(zero["kinds"]) == {"color", "yes/no"}
@@ -278,6 +281,10 @@ def test_run_study_and_page(patched, tmp_path, capsys):
     cut = json.loads(path.read_text())
     cut["complete"] = False
     cut["tasks"] = [{**first, "cells": first["cells"][:3]}]
+    # The fourth cell was in its middle; a stranger's start of another cell would be left alone.
+    fourth = first["cells"][3]
+    of = {"task": "easy-vqa", **{key: fourth[key] for key in ("selector", "seed", "k")}}
+    cut["partial"] = {"of": of, "right": {name: bits[:4] for name, bits in fourth["right"].items()}}
     other = tmp_path / "cut.json"
     other.write_text(json.dumps(cut))
     lines.clear()

@@ -196,7 +196,7 @@ def eye_features(
     def compute() -> Tensor:
         trunk, found = lite0(0), []
         for start in range(0, len(data.store), 64):
-            pixels = torch.from_numpy(np.ascontiguousarray(data.store[start : start + 64])).permute(0, 3, 1, 2)
+            pixels = torch.from_numpy(np.array(data.store[start : start + 64])).permute(0, 3, 1, 2)
             ready = F.interpolate(lite0_preprocess(pixels), size=(size, size), mode="bilinear", antialias=True)
             found.append(lite0_stages(trunk, ready))
         return torch.cat(found)

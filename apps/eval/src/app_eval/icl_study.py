@@ -56,13 +56,13 @@ FORMAT = 1
 KS = (4, 2, 8)  # the middle one first, should the study be cut short
 SEEDS = (0, 1, 2)
 LAMBDAS = (0.5, 1.0, 2.0, 4.0)
-K_OF_LAMBDA = 4
+CALIBRATED_K = 4  # calibration is tried at one K: three ways at every K would double the cost
 # The distance of tangents at curvature c tends to the Euclidean one as c -> 0: one code for both.
 CURVATURES = {"lorentz": 1.0, "euclidean": 1e-6}
 MU = 0.3
 # Selectors whose choice depends on the seed: by chance, or by the training of the lift.
 SEEDED = ("random", OURS, "anchors, Euclidean")
-SELECTORS = ("random", "TopK-CLIP", "RICES", "MMICES", OURS, "anchors, Euclidean")
+SELECTORS = ("random", OURS, "anchors, Euclidean", "RICES", "MMICES", "TopK-CLIP")
 POOL_ARTISTS = ("openmoji", "noto-300", "noto-700")
 _BATCH = 25
 
@@ -138,7 +138,13 @@ class Task:
 
 
 def read_cell(
-    reader: AnswerReader, task: Task, found: DemoSelection | None, biases: dict[str, Tensor | None], blind: bool = False
+    reader: AnswerReader,
+    task: Task,
+    found: DemoSelection | None,
+    biases: dict[str, Tensor | None],
+    blind: bool = False,
+    before: dict[str, str] | None = None,
+    keep: Callable[[dict[str, str]], None] = lambda right: None,
 ) -> dict[str, str]:
     """Which queries are answered rightly, as a string of 0 and 1 for each way of weighing the demonstrations.
 
@@ -148,10 +154,12 @@ def read_cell(
         found: The demonstrations; None for none.
         biases: See `AnswerReader.read`.
         blind: Show the mean picture in place of the query's.
+        before: What an earlier call found before it was stopped.
+        keep: Called with what is known after every batch.
     """
-    right = {name: "" for name in biases}
+    right = dict(before or dict.fromkeys(biases, ""))
     mean = reader.model.llava.model.vision_tower.mean
-    for start in range(0, len(task.query), _BATCH):
+    for start in range(len(next(iter(right.values()))), len(task.query), _BATCH):
         rows = range(start, min(start + _BATCH, len(task.query)))
         queries = [task.query[i] for i in rows]
         if blind:
@@ -161,10 +169,11 @@ def read_cell(
         for name, scores in reader.read(demos, queries, batch).items():
             best = [reader.answers[i] for i in scores.argmax(-1).tolist()]
             right[name] += "".join(str(int(a == q.answer)) for a, q in zip(best, queries, strict=True))
+        keep(right)
     return right
 
 
-def choose_lambda(reader: AnswerReader, task: Task, k: int = K_OF_LAMBDA) -> dict[str, dict]:
+def choose_lambda(reader: AnswerReader, task: Task, k: int = CALIBRATED_K) -> dict[str, dict]:
     """The strength of each calibration that answers most held-out training questions, the smaller one in a tie.
 
     Args:
@@ -194,7 +203,7 @@ def _share(bits: str) -> float:
 
 def _cells(tasks: Sequence[Task], seeds: Sequence[int], ks: Sequence[int]) -> list[tuple[Task, str, int, int]]:
     """(task, selector, seed, K), so ordered that a run cut short holds whole comparisons: by seed, then K, then task."""
-    cells = [(task, name, 0, 0) for task in tasks for name in (ZERO, BLIND)]
+    cells = [(task, name, seeds[0], 0) for task in tasks for name in (ZERO, BLIND)]
     for seed in seeds:
         for k in ks:
             for task in tasks:
@@ -313,6 +322,7 @@ def run_icl_study(
     quick: bool = False,
     num_queries: int = 200,
     seeds: Sequence[int] = SEEDS,
+    emoji: bool = True,
     cache_dir: Path | None = None,
     make_tasks: Callable[[IclMini], tuple[list[Task], Task]] | None = None,
     language: tuple | None = None,
@@ -326,6 +336,7 @@ def run_icl_study(
         quick: Tiny sizes: does it run.
         num_queries: Of each task.
         seeds: Of random demonstrations and of the lift.
+        emoji: Also name emoji; a file that was begun without them takes them up.
         cache_dir: Where pictures and features are kept.
         make_tasks: Gives tasks, and the held-out questions on which lambda is chosen; the real ones if None.
         language: Language model and tokenizer; SmolLM2-135M if None.
@@ -351,10 +362,10 @@ def run_icl_study(
     result = _resumed(path, settings)
     if make_tasks is None:
         size, steps = model.card["size"], 5 if quick else 150
-        numbers = (60, num_queries, 4) if quick else (4000, num_queries, 100)
+        numbers = (60, num_queries, 4) if quick else (4000, num_queries, 50)
         main, tuning = easy_vqa_tasks(size, cache_dir, *numbers, steps)
         tasks = [main]
-        if model.card.get("emoji_answers_held_out"):
+        if emoji and model.card.get("emoji_answers_held_out"):
             tasks.append(emoji_task(model, size, cache_dir, num_queries, steps))
     else:
         tasks, tuning = make_tasks(model)
@@ -366,6 +377,10 @@ def run_icl_study(
         result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> scale
         for content in result["tasks"]:
             content["rows"] = summary(content)
+        write_json(path, result)
+
+    def keep(partial: dict) -> None:
+        result["partial"] = partial
         write_json(path, result)
 
     if "lambda" not in result:
@@ -391,7 +406,9 @@ def run_icl_study(
     for task, selector, seed, k in _cells(tasks, seeds, ks):
         cells = contents[task.name]["cells"]
         if not any((c["selector"], c["seed"], c["k"]) == (selector, seed, k) for c in cells):
-            cells.append(_cell(readers[task.name], task, selector, seed, k, strength))
+            partial = result.get("partial", {})
+            cells.append(_cell(readers[task.name], task, selector, seed, k, strength, partial, keep))
+            result.pop("partial", None)
             save()
             log(f"{task.name}: {selector}, seed {seed}, K {k}: {_said(cells[-1])}")
     result["complete"] = True
@@ -399,15 +416,32 @@ def run_icl_study(
     return result
 
 
-def _cell(reader: AnswerReader, task: Task, selector: str, seed: int, k: int, strength: dict[str, float]) -> dict:
+def _cell(
+    reader: AnswerReader,
+    task: Task,
+    selector: str,
+    seed: int,
+    k: int,
+    strength: dict[str, float],
+    partial: dict,
+    keep: Callable[[dict], None],
+) -> dict:
+    """One cell; goes on from `partial` if that is of this cell, and hands what it knows to `keep` after every batch."""
     cell: dict = {"selector": selector, "seed": seed, "k": k}
+    of = {"task": task.name, **cell}
+    more = {
+        "before": partial["right"] if partial.get("of") == of else None,
+        "keep": lambda right: keep({"of": of, "right": right}),
+    }
     if k == 0:
-        return {**cell, "right": read_cell(reader, task, None, {"none": None}, blind=selector == BLIND)}
+        return {**cell, "right": read_cell(reader, task, None, {"none": None}, selector == BLIND, **more)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         found = task.choose(selector, k, seed)
-    biases = {kind: task.bias(kind, found, seed, lam) for kind, lam in strength.items()}
-    cell["right"] = read_cell(reader, task, found, {"none": None, **biases})
+    biases: dict[str, Tensor | None] = {"none": None}
+    if k == CALIBRATED_K:
+        biases |= {kind: task.bias(kind, found, seed, lam) for kind, lam in strength.items()}
+    cell["right"] = read_cell(reader, task, found, biases, **more)
     voted = knn_vote(found, task.pool.answers)
     cell["vote"] = "".join(str(int(v == a)) for v, a in zip(voted, task.query.answers, strict=True))
     if selector.startswith("anchors"):
@@ -440,6 +474,7 @@ def add_arguments(commands) -> None:
     study.add_argument("run", type=Path, help="the folder of a finished run of icl-mini")
     study.add_argument("--json", type=Path, required=True, help="write the numbers here; goes on from what it holds")
     study.add_argument("--queries", type=int, default=200)
+    study.add_argument("--no-emoji", action="store_true", help="easy-VQA alone")
     study.add_argument("--quick", action="store_true", help="tiny sizes: does it run")
     study.set_defaults(run_command=_run)
 
@@ -447,5 +482,9 @@ def add_arguments(commands) -> None:
 def _run(args) -> int:
     if args.queries < 2:
         raise DataError(f"queries must be at least 2, got {args.queries}")
-    run_icl_study(args.run, args.json, quick=args.quick, num_queries=args.queries, log=print)
+    run_icl_study(args.run, args.json, quick=args.quick, num_queries=args.queries, emoji=not args.no_emoji, log=_line)
     return 0
+
+
+def _line(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
