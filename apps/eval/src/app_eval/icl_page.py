@@ -43,7 +43,7 @@ def model_section(study: dict) -> str:
         "random demonstrations and for the training of the anchors; the other selectors have no chance in them. Answers are scored by "
         "likelihood over the closed set. Intervals are 95 % bootstrap intervals over the queries; differences are paired by query. "
         f"Calibration strength, chosen on {strength['n']} held-out training questions with {strength['k']} random demonstrations: "
-        f"{chosen}. "
+        f"{chosen}; calibration was tried at that K alone. "
         f"The study took {study['seconds'] / 60:.0f} minutes on one core and {study['peak_memory_mib']:,} MiB.",
         "Commands: `python apps/train icl-mini`, then `python apps/eval icl-study runs/icl-mini --json "
         "docs/results/hyper-icl-model.json`.",
