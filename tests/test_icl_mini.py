@@ -502,6 +502,7 @@ def test_the_page_ranks_only_what_beats_no_demonstrations(tmp_path, capsys):
     assert "*random* is worse than *anchors, hyperbolic*" in text
     assert "of 2 comparisons 1 are better and 0 worse" in text
     assert "| both | 0.900" in text
+    assert "better in 2 of 2 rows, worse in 0" in text
     text = page(study_json((0.5, 0.2, 0.5)))[1]
     assert "1 of 2 rows are worse than none" in text
     for change, word in (({"quick": True}, "--quick"), ({"study": "x"}, "icl-study"), ({"tasks": []}, "no row")):

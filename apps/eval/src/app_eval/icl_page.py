@@ -144,6 +144,13 @@ def _verdict(task: dict) -> str:
         value, low, high = row["to_ours"]
         word = "is no different from" if low <= 0 <= high else "is better than" if value > 0 else "is worse than"
         said.append(f"- K = {k}: *{row['selector']}* {word} *{OURS}* ({_change(row['to_ours'])}).")
+    voted = [row for row in plain if "to_vote" in row]
+    above, below = (sum(sign * row["to_vote"][at] > 0 for row in voted) for sign, at in ((1, 1), (-1, 2)))
+    if voted:
+        said.append(
+            f"- Against the vote of the same demonstrations, with no language model: better in {above} of {len(voted)} rows, worse in "
+            f"{below}. The anchors' lift is trained on the pool's answers, so that their choice is a classifier already."
+        )
     weighed = [row for row in rows.values() if row["calibration"] != "none" and "to_uncalibrated" in row]
     up, down = (sum(sign * row["to_uncalibrated"][at] > 0 for row in weighed) for sign, at in ((1, 1), (-1, 2)))
     if weighed:

@@ -220,7 +220,7 @@ def summary(task: dict) -> list[dict]:
 
     Returns:
         Rows {"selector", "k", "calibration", "seeds", "accuracy", "to_zero_shot", "to_uncalibrated", "to_random", "to_ours",
-        "vote", "kinds"}; intervals are [value, low, high].
+        "vote", "to_vote", "kinds"}; intervals are [value, low, high].
     """
     grouped: dict[tuple, list[str]] = {}
     votes: dict[tuple, list[str]] = {}
@@ -260,7 +260,7 @@ def summary(task: dict) -> list[dict]:
                 row[name] = interval(values - mean[other])
         if calibration == "none" and (selector, k) in votes:
             vote = np.array([[int(b) for b in bits] for bits in votes[selector, k]]).mean(0)
-            row["vote"] = interval(vote)
+            row["vote"], row["to_vote"] = interval(vote), interval(values - vote)
         row["kinds"] = {kind: round(float(values[kinds == kind].mean()), 4) for kind in dict.fromkeys(task["kinds"])}
         rows.append(row)
     return rows
