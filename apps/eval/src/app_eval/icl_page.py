@@ -38,7 +38,7 @@ def model_section(study: dict) -> str:
     parts = [
         "## With a language model",
         "One trained model (recipe `icl-mini`: frozen EfficientNet-Lite0 and SmolLM2-135M in a LLaVA, one token a picture; trained are "
-        f"the connector and LoRA of rank {card['rank']}, {card['steps']} steps on episodes of {_listed(card['shots'])} "
+        f"the connector and LoRA of rank {card['rank']}, {_steps(card)} on episodes of {_listed(card['shots'])} "
         f"demonstrations), so nothing here says how another training would come out. {len(study['seeds'])} demonstration seeds for "
         "random demonstrations and for the training of the anchors; the other selectors have no chance in them. Answers are scored by "
         "likelihood over the closed set. Intervals are 95 % bootstrap intervals over the queries; differences are paired by query. "
@@ -54,6 +54,11 @@ def model_section(study: dict) -> str:
         if task["rows"]:
             parts.append(_task(task))
     return "\n\n".join(parts)
+
+
+def _steps(card: dict) -> str:
+    planned = card.get("planned_steps", card["steps"])
+    return f"{card['steps']} steps" if planned == card["steps"] else f"stopped after {card['steps']} of {planned} steps"
 
 
 def _listed(numbers: list[int]) -> str:
