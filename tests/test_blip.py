@@ -131,6 +131,10 @@ def test_caption_search_and_page(finished, tmp_path, capsys):
     assert "is** the Euclidean cosine" in text
     assert "**not run**" in text
     assert "Twemoji graphics by Twitter" in text
+    assert "--losses itc itm lm" in text
+    again = tmp_path / "again.md"
+    assert main(["blip-page", str(page.with_suffix(".json")), str(again)]) == 0
+    assert again.read_text() == text
     assert main(["blip-page", str(tmp_path), str(page)]) == 2
     assert "finish the run first" in capsys.readouterr().err
 
@@ -152,6 +156,16 @@ def test_recipes_cross_the_settings_of_the_lorentz_row_only():
     crossed = {(hyperbolic(r).rqs_prob, hyperbolic(r).rtp_prob) for r in ROWS if r.startswith("lorentz")}
     assert crossed == {(1.0, 0.5), (0.0, 0.5), (1.0, 0.0), (0.0, 0.0)}
     assert all((hyperbolic(r).rqs_prob, hyperbolic(r).rtp_prob) == (1.0, 0.5) for r in ("cosine", "poincare", "mix"))
+
+
+def test_losses_that_are_left_out_cost_nothing_and_nothing_is_re_ranked():
+    from app_eval.blip_scores import answers
+    from app_train.recipes.blip_mini import hyperbolic
+
+    weights = hyperbolic("lorentz", losses=("itc",)).loss_weights
+    assert (weights["itc"], weights["itm"], weights["lm"]) == (1.0, 0.0, 0.0)
+    assert answers({"itc": {"txt_r1": 1.0}}) == {"txt_r1": 1.0}
+    assert answers({"itc": {"txt_r1": 1.0}, "itm": {"txt_r1": 2.0}}) == {"txt_r1": 2.0}
 
 
 def test_crop_and_blur():

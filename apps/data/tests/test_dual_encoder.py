@@ -99,6 +99,15 @@ def test_preprocess_bad_input(picture, error, message):
         to_uint8(picture)
 
 
+def test_read_only_arrays_are_copied():
+    array = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3)
+    array.flags.writeable = False
+    found = to_uint8(array)  # torch's warning of read-only memory would fail this test
+    found += 1
+    assert array[0, 0].tolist() == [0, 1, 2]
+    assert found[:, 0, 0].tolist() == [1, 2, 3]
+
+
 def test_minilm_known_similarities(text):
     """Values of the sentence-transformers model card's example sentences, recorded: they guard against regressions."""
     with torch.inference_mode():

@@ -76,7 +76,7 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path):
     assert "Inconclusive" not in text
     assert "{" not in text
     words = {line.split(":")[0]: line for line in text.splitlines() if line.startswith("- T") or line.startswith("- H")}
-    assert words["- TP-KL + HiSCE"].startswith("- TP-KL + HiSCE: better: FPA, `joint_path`")
+    assert words["- TP-KL + HiSCE"].startswith("- TP-KL + HiSCE: better: FPA by `joint_path`")
     assert "better" not in words["- HiSCE"]
     assert "better" not in words["- TP-KL"]
     assert "worse" in words["- TP-KL"]

@@ -104,7 +104,8 @@ def to_uint8(picture: Any) -> UInt8[Tensor, "*batch 3 height width"]:
     if isinstance(picture, np.ndarray):
         if picture.ndim < 3 or picture.shape[-1] != 3:
             raise ValueError(f"picture must have shape (*batch, height, width, 3), got {picture.shape}")
-        picture = torch.from_numpy(np.ascontiguousarray(picture)).movedim(-1, -3)
+        # A picture opened by Pillow is read-only; torch warns of such arrays.
+        picture = torch.from_numpy(np.require(picture, requirements=["C", "W"])).movedim(-1, -3)
     if not isinstance(picture, Tensor) or picture.dtype != torch.uint8:
         kind = picture.dtype if isinstance(picture, Tensor) else type(picture).__name__
         raise TypeError(f"picture must be a PIL picture, or uint8 with values 0..255, got {kind}")

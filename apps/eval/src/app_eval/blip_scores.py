@@ -54,7 +54,7 @@ def retrieval(
         model: stage 1.
         data: pictures with captions; a taxonomy adds recall on each of its levels.
         maps: their feature maps.
-        k_test: candidates that the matching head scores.
+        k_test: candidates that the matching head scores; 0 leaves that out.
         max_tokens: of a caption.
         first_only: use the first caption of each picture alone.
 
@@ -66,16 +66,17 @@ def retrieval(
     owner = np.repeat(np.arange(len(data)), [len(c) for c in chosen])
     own = [np.flatnonzero(owner == i).tolist() for i in range(len(data))]
     ids = caption_ids(texts, max_tokens)
-    itc = pair_scores(model, maps, ids, k_test, "none").image_to_text
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer texts than k_test in a trial
-        both = pair_scores(model, maps, ids, k_test)
+    itc = pair_scores(model, maps, ids, max(1, k_test), "none").image_to_text
     found: dict[str, Any] = {
         "n_images": len(data),
         "n_texts": len(texts),
         "itc": recall_at_k(itc, owner.tolist(), own),
-        "itm": recall_at_k(both.image_to_text, owner.tolist(), own, scores_t2i=both.text_to_image),
     }
+    if k_test:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fewer texts than k_test in a trial
+            both = pair_scores(model, maps, ids, k_test)
+        found["itm"] = recall_at_k(both.image_to_text, owner.tolist(), own, scores_t2i=both.text_to_image)
     if data.taxonomy is not None:
         found["levels"] = levels(itc, data.targets, owner, data.taxonomy)
     right = torch.zeros(len(data), len(texts), dtype=torch.bool)
@@ -84,6 +85,11 @@ def retrieval(
     tau = model.temperature().item()
     found["max_softmax"] = (itc / tau).softmax(1).amax(1).tolist()
     return found
+
+
+def answers(found: Mapping[str, Any]) -> dict[str, float]:
+    """The recalls that count among those of `retrieval`: after re-ranking where there was any."""
+    return found.get("itm", found["itc"])
 
 
 def levels(itc: Tensor, targets: np.ndarray, owner: np.ndarray, tax: Taxonomy) -> dict[str, dict[str, float]]:
@@ -197,6 +203,7 @@ def caption_scores(data: CaptionSet, captions: Sequence[str], rows: Sequence[int
 
 
 __all__ = [
+    "answers",
     "caption_scores",
     "feature_maps",
     "image_radius",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app_data.errors import DataError, MissingAssetError
+from app_data.memory import keep_freed_memory
 from app_data.pictures import load_picture
 from app_eval import icl_study, select_demos, selection_study
 from app_eval.mat_page import collect, write_mat_page
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     selection_study.add_arguments(commands)
     icl_study.add_arguments(commands)
     args = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         return args.run_command(args)
     except (DataError, MissingAssetError) as error:
@@ -96,10 +98,10 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def find_adapter(run: Path) -> Path:
-    """The saved model of a run: the folder itself, or the only or last trained row below it.
+    """The saved model of a run: the folder itself, or the only trained row below it.
 
     Raises:
-        DataError: if there is none.
+        DataError: if there is none, or more than one.
     """
     found = sorted({p.parent for p in [*run.glob("hier_lora.json"), *run.glob("**/adapter/hier_lora.json")]})
     if not found:

@@ -33,7 +33,7 @@ JUDGED = (
     "ahd@joint_path", "hca@bottom_up", "mta@bottom_up",
 )  # fmt: skip
 SHORT = ("leaf@bottom_up", "fpa@joint_path", "fpa@level_argmax", "tice@level_argmax", "ahd@bottom_up")
-COMMAND = """python apps/train lora-study --data DIR --minutes 9   # again and again, until it says "all done"
+COMMAND = """python apps/train lora-study --data DIR
 python apps/eval lora-page runs/lora-study docs/results/hier-lora.md"""
 
 
@@ -146,7 +146,7 @@ def verdict(column: str, found: Sequence[float | None]) -> str:
 def _judge(entry: dict) -> str:
     said: dict[str, list[str]] = {"better": [], "worse": [], "no difference shown": []}
     for column in JUDGED:
-        said[verdict(column, entry["against leaf CE"][column])].append(_title(column))
+        said[verdict(column, entry["against leaf CE"][column])].append(_title(column).replace(", ", " by "))
     return "; ".join(f"{word}: {', '.join(which)}" for word, which in said.items() if which)
 
 

@@ -10,9 +10,9 @@ import tyro
 from pydantic import ValidationError
 
 from app_data.errors import DataError, MissingAssetError
+from app_data.memory import keep_freed_memory
 from app_train.config import Frozen, explain, read_yaml
 from app_train.errors import Interrupted, RunError
-from app_train.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ pruning are crossed for the Lorentz row only: `lorentz` has both, `lorentz_max` 
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from app_data.captions import CaptionSet
 from app_data.coco import load_coco_mini
 from app_data.emoji import load_emoji_captions
 from app_data.labelled import Decoding
-from app_eval.blip_scores import caption_scores, feature_maps, radii, retrieval
+from app_eval.blip_scores import answers, caption_scores, feature_maps, radii, retrieval
 from app_eval.results import write_json
 from app_train.blip_loop import blip_accelerator, fit_blip
 from app_train.checkpoint import remove_checkpoints
@@ -45,6 +46,7 @@ from hyper_blip import (
 
 TEST_ARTIST = "twemoji"
 PROMPT = ""
+LossName = Literal["itc", "itm", "lm"]
 RowName = Literal["euclidean", "cosine", "lorentz", "poincare", "mix", "lorentz_max", "lorentz_whole", "lorentz_plain"]
 _LORENTZ = {"manifold": "lorentz", "similarity": "distance"}
 ROWS: dict[str, dict] = {
@@ -92,6 +94,8 @@ class BlipMiniConfig(Frozen):
     """Height and width of the pictures in pixels."""
     limit: int | None = Field(None, ge=2)
     """Use the pictures of this many leaves only, spread over the taxonomy (for trials)."""
+    losses: tuple[LossName, ...] = ("itc", "itm", "lm")
+    """Losses of stage 1; without "itm" nothing is re-ranked, and the contrastive loss alone is four times cheaper."""
     stage1: FirstStage = FirstStage()
     stage2: SecondStage = SecondStage()
     num_queries: int = Field(16, ge=1)
@@ -126,9 +130,10 @@ def run(config: BlipMiniConfig) -> dict:
         if accelerator.is_main_process:
             claim_folder(config.out, config, data, ignored=("seeds", "rows", "coco_mini", "num_captions"))
         accelerator.wait_for_everyone()
+        features = _Features(train, test, accelerator)
         runs = []
         for seed in range(config.seeds):
-            runs.append({row: _row(config, row, seed, train, test, data, stop, accelerator) for row in config.rows})
+            runs.append({row: _row(config, row, seed, features, data, stop, accelerator) for row in config.rows})
         if not accelerator.is_main_process:
             return {}
     result = {"format": 1, "recipe": "blip-mini", "data": data, "n": len(test), "seeds": config.seeds, "runs": runs}
@@ -138,9 +143,10 @@ def run(config: BlipMiniConfig) -> dict:
     return result
 
 
-def hyperbolic(row: str, seed: int = 0) -> HyperbolicConfig:
+def hyperbolic(row: str, seed: int = 0, losses: Sequence[str] = ("itc", "itm", "lm")) -> HyperbolicConfig:
     """The hyperbolic settings of a row."""
-    return HyperbolicConfig(**ROWS[row], seed=seed)
+    weights = {name: float(name in losses) for name in ("itc", "itm", "lm")}
+    return HyperbolicConfig(**ROWS[row], loss_weights=weights, seed=seed)
 
 
 def _limited(data: CaptionSet, limit: int | None) -> CaptionSet:
@@ -151,12 +157,28 @@ def _limited(data: CaptionSet, limit: int | None) -> CaptionSet:
     return data.select(np.isin(data.targets, kept))
 
 
+class _Features:
+    """Both sets with their frozen features, computed once for all rows and seeds; half precision halves their memory."""
+
+    def __init__(self, train: CaptionSet, test: CaptionSet, accelerator: Accelerator) -> None:
+        self.train, self.test = train, test
+        self._accelerator = accelerator
+        self._found: dict[str, Tensor] = {}
+
+    def maps(self, name: str, model: nn.Module) -> Tensor:
+        """Feature maps of the set `name`, "train" or "test"."""
+        if name not in self._found:
+            data = getattr(self, name)
+            model.to(self._accelerator.device)
+            self._found[name] = feature_maps(model, data.batch(range(len(data)))).half()
+        return self._found[name]
+
+
 def _row(
     config: BlipMiniConfig,
     row: str,
     seed: int,
-    train: CaptionSet,
-    test: CaptionSet,
+    features: _Features,
     data: str,
     stop: StopFlag,
     accelerator: Accelerator,
@@ -172,10 +194,10 @@ def _row(
         return known
     label = f"{row}, seed {seed}"
     begun = time.monotonic()
-    first = _first_stage(config, row, seed, train, folder, f"{label}: stage 1", stop, accelerator)
+    first = _first_stage(config, row, seed, features, folder, f"{label}: stage 1", stop, accelerator)
     second = None
     if config.stage2.epochs:
-        second = _second_stage(config, seed, first, train, folder, f"{label}: stage 2", stop, accelerator)
+        second = _second_stage(config, seed, first, features, folder, f"{label}: stage 2", stop, accelerator)
     if not accelerator.is_main_process:
         return {}
     first.to(accelerator.device)
@@ -183,18 +205,12 @@ def _row(
         "format": 1,
         **facts,
         "seconds": round(time.monotonic() - begun),
-        **_score(config, first, second, test, stop),
+        **_score(config, first, second, features, stop),
     }
     write_json(folder / "result.json", result)
     for stage in ("train-1", "train-2"):
         remove_checkpoints(folder / stage)
     return result
-
-
-def _maps(model: nn.Module, data: CaptionSet, accelerator: Accelerator) -> Tensor:
-    """Frozen features, once for all epochs; half precision halves their memory."""
-    model.to(accelerator.device)
-    return feature_maps(model, data.batch(range(len(data)))).half()
 
 
 def _caption_of(data: CaptionSet, row: int, seed: int, epoch: int) -> str:
@@ -207,7 +223,7 @@ def _first_stage(
     config: BlipMiniConfig,
     row: str,
     seed: int,
-    train: CaptionSet,
+    features: _Features,
     folder: Path,
     label: str,
     stop: StopFlag,
@@ -216,9 +232,10 @@ def _first_stage(
     done = folder / "stage1"
     if (done / "hyper_blip.json").exists():
         return HyperBlip2ForPretraining.from_pretrained(done)
-    made = mini_config(hyperbolic(row, seed), config.num_queries, config.num_layers)
+    made = mini_config(hyperbolic(row, seed, config.losses), config.num_queries, config.num_layers)
     model = mini_model(made, seed)
-    maps = _maps(model, train, accelerator)
+    train, maps = features.train, features.maps("train", model)
+    model.to(accelerator.device)
     leaves = torch.from_numpy(train.targets)
 
     def forward(wrapped: nn.Module, rows: np.ndarray, epoch: int, number: int, share: float):
@@ -240,7 +257,7 @@ def _second_stage(
     config: BlipMiniConfig,
     seed: int,
     first: HyperBlip2ForPretraining,
-    train: CaptionSet,
+    features: _Features,
     folder: Path,
     label: str,
     stop,
@@ -256,7 +273,8 @@ def _second_stage(
         model = HyperBlip2ForConditionalGeneration.from_pretraining(
             first.cpu(), image_token_id=image_token, language_locator=LANGUAGE
         )
-    maps = _maps(model, train, accelerator)
+    train, maps = features.train, features.maps("train", model)
+    model.to(accelerator.device)
 
     def forward(wrapped: nn.Module, rows: np.ndarray, epoch: int, number: int, share: float):
         captions = [_caption_of(train, int(i), seed, epoch) for i in rows]
@@ -296,12 +314,12 @@ def _score(
     config: BlipMiniConfig,
     first: HyperBlip2ForPretraining,
     second: HyperBlip2ForConditionalGeneration | None,
-    test: CaptionSet,
+    features: _Features,
     stop: StopFlag,
 ) -> dict:
     """Everything the results page shows of one row."""
-    settings = {"k_test": config.k_test, "max_tokens": config.max_tokens}
-    maps = feature_maps(first, test.batch(range(len(test))))
+    settings = {"k_test": config.k_test if "itm" in config.losses else 0, "max_tokens": config.max_tokens}
+    test, maps = features.test, features.maps("test", first).float()
     found = retrieval(first, test, maps, first_only=True, **settings)
     _check(stop)
     scores = {"radius": radii(first, test, maps, found, max_tokens=config.max_tokens)}
@@ -311,7 +329,7 @@ def _score(
     if config.coco_mini is not None:
         coco = load_coco_mini(config.coco_mini, Decoding(size=config.size, cache_dir=config.cache_dir))
         zero = retrieval(first, coco, feature_maps(first, coco.batch(range(len(coco)))), first_only=False, **settings)
-        scores["coco_mini"] = {k: zero[k] for k in ("n_images", "n_texts", "itc", "itm")}
+        scores["coco_mini"] = {k: zero[k] for k in ("n_images", "n_texts", "itc", "itm") if k in zero}
         _check(stop)
     if second is not None and config.num_captions:
         rows = np.linspace(0, len(test) - 1, min(config.num_captions, len(test))).round().astype(int).tolist()
@@ -335,7 +353,7 @@ def _check(stop: StopFlag) -> None:
 def _table(runs: list[dict]) -> str:
     lines = [f"{'row':<16}{'TR@1':>8}{'TR@5':>8}{'IR@1':>8}{'IR@5':>8}{'group TR@1':>12}{'CIDEr':>8}   (seed 0)"]
     for row, found in runs[0].items():
-        itm, group = found["retrieval"]["itm"], found["retrieval"]["levels"]["group"]
+        itm, group = answers(found["retrieval"]), found["retrieval"]["levels"]["group"]
         cider = found.get("captions", {}).get("cider")
         cells = [itm["txt_r1"], itm["txt_r5"], itm["img_r1"], itm["img_r5"]]
         lines.append(
