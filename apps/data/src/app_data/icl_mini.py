@@ -26,7 +26,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from app_data.errors import DataError
 from app_data.mat_towers import LITE0_WIDTHS, cached_features, lite0_stages
-from app_data.pictures import StoredPictures
+from app_data.pictures import PictureSet, StoredPictures
 from app_data.pip_models import lite0, lite0_preprocess
 from app_data.smollm2 import load_smollm2
 from app_data.vqa import QuestionSet
@@ -43,6 +43,7 @@ __all__ = [
     "build_llava",
     "easy_vqa_items",
     "emoji_items",
+    "emoji_names",
     "eye_features",
     "held_out_pictures",
     "load_icl_mini",
@@ -215,26 +216,23 @@ def held_out_pictures(items: IclItems) -> np.ndarray:
     return items.rows % HELD_OUT_EVERY == 0
 
 
-def emoji_items(
-    data: Any, features: Float[Tensor, "pictures width"], tokenizer: Any, held_out: bool
-) -> tuple[IclItems, tuple[str, ...]]:
-    """Naming emoji whose name is one token, for one half of the names.
+def emoji_names(names: Sequence[str], tokenizer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names that are one token, in two halves: those that train, and those that never do.
 
     Args:
-        data: A PictureSet.
-        features: Of its pictures.
+        names: Of all emoji.
         tokenizer: Of the language model.
-        held_out: The half of the names that never trains.
-
-    Returns:
-        Items, and the closed set of answers.
     """
-    names = sorted({name for name in data.names if len(_ids(tokenizer, f" {name}")) == 1})
-    half = tuple(names[int(held_out) :: 2])
-    chosen = [i for i, name in enumerate(data.names) if name in set(half)]
-    rows = np.asarray(data.rows)[chosen]
-    texts = tuple(data.names[i] for i in chosen)
-    return IclItems("emoji", features, rows, (EMOJI_QUESTION,) * len(rows), texts, ("name",) * len(rows)), half
+    single = sorted({name for name in names if len(_ids(tokenizer, f" {name}")) == 1})
+    return tuple(single[::2]), tuple(single[1::2])
+
+
+def emoji_items(data: PictureSet, features: Float[Tensor, "pictures width"], names: Sequence[str]) -> IclItems:
+    """Naming the emoji that have one of these names."""
+    known = set(names)
+    chosen = [i for i, name in enumerate(data.names) if name in known]
+    rows, answers = np.asarray(data.rows)[chosen], tuple(data.names[i] for i in chosen)
+    return IclItems("emoji", features, rows, (EMOJI_QUESTION,) * len(rows), answers, ("name",) * len(rows))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

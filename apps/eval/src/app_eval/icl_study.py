@@ -299,10 +299,10 @@ def easy_vqa_tasks(
 
 def emoji_task(model: IclMini, size: int, cache_dir: Path | None, num_queries: int, steps: int) -> Task:
     """Names that never trained: two artists' pictures for a third's."""
-    found = []
+    found, answers = [], tuple(model.card["emoji_answers_held_out"])
     for artists in (POOL_ARTISTS, ("twemoji",)):
         data = load_emoji(artists, size=size, cache_dir=cache_dir)
-        items, answers = emoji_items(data, eye_features(data, size, cache_dir), model.tokenizer, held_out=True)
+        items = emoji_items(data, eye_features(data, size, cache_dir), answers)
         styles = np.array(data.styles)[items.rows]
         images = items.item_features[:, -LITE0_WIDTHS[-1] :].clone()
         # Each artist shifts all pictures alike; the mean of a set takes that out.

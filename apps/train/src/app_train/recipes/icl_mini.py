@@ -37,6 +37,7 @@ from app_data.icl_mini import (
     build_llava,
     easy_vqa_items,
     emoji_items,
+    emoji_names,
     eye_features,
     held_out_pictures,
 )
@@ -232,8 +233,8 @@ def load_sources(config: IclMiniConfig, tokenizer: object) -> tuple[list[Source]
     if config.emoji_share:
         drawn = load_emoji(ARTISTS, size=config.size, cache_dir=config.cache_dir)
         features = eye_features(drawn, config.size, config.cache_dir)
-        found.append(Source(emoji_items(drawn, features, tokenizer, held_out=False)[0]))
-        answers = emoji_items(drawn, features, tokenizer, held_out=True)[1]
+        names, answers = emoji_names(drawn.names, tokenizer)
+        found.append(Source(emoji_items(drawn, features, names)))
         prints.append(drawn.fingerprint)
     return found, "-".join(prints), answers
 
