@@ -8,7 +8,7 @@ from pathlib import Path
 from app_data.errors import DataError, MissingAssetError
 from app_data.memory import keep_freed_memory
 from app_data.pictures import load_picture
-from app_eval import select_demos, selection_study
+from app_eval import icl_study, select_demos, selection_study
 from app_eval.mat_page import collect, write_mat_page
 from app_eval.page import write_first_light
 from app_eval.study_page import write_study_page
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     blip.add_argument("page", type=Path, help="the Markdown file to write")
     select_demos.add_arguments(commands)
     selection_study.add_arguments(commands)
+    icl_study.add_arguments(commands)
     args = parser.parse_args(argv)
     keep_freed_memory()
     try:

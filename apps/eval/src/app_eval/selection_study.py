@@ -264,6 +264,7 @@ def add_arguments(commands) -> None:
     page = commands.add_parser("selection-page", help="write the results page from the numbers of selection-study")
     page.add_argument("json", type=Path)
     page.add_argument("page", type=Path)
+    page.add_argument("--model", type=Path, help="the JSON of icl-study, which then comes first")
     page.set_defaults(run_command=_page)
 
 
@@ -275,9 +276,13 @@ def _run(args) -> int:
 
 
 def _page(args) -> int:
-    try:
-        content = json.loads(args.json.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{args.json} must be the JSON of selection-study: {error}") from error
-    write_page(content, args.page)
+    model = None if args.model is None else _read(args.model, "icl-study")
+    write_page(_read(args.json, "selection-study"), args.page, model)
     return 0
+
+
+def _read(path: Path, study: str) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} must be the JSON of {study}: {error}") from error

@@ -67,6 +67,7 @@ RECIPES = {
     "blip2-opt-2.7b": Recipe(
         "hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO, several cards", "blip2_opt", "Blip2OptConfig"
     ),
+    "icl-mini": Recipe("a small LLaVA that reads demonstrations: easy-VQA and emoji", "icl_mini", "IclMiniConfig"),
 }
 
 

@@ -1,0 +1,490 @@
+"""Selection and calibration judged by a small language model that reads the demonstrations (recipe `icl-mini`).
+
+Easy-VQA: questions about test pictures, demonstrations from the training part. Emoji: names that never trained, demonstrations by
+two artists for the pictures of a third. An answer counts as right if it is the likeliest of the closed set.
+"""
+
+import json
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from app_data.emoji import load_emoji
+from app_data.errors import DataError
+from app_data.icl_mini import (
+    IclItems,
+    IclMini,
+    Shown,
+    easy_vqa_items,
+    emoji_items,
+    eye_features,
+    held_out_pictures,
+    load_icl_mini,
+)
+from app_data.mat_towers import LITE0_WIDTHS
+from app_data.pip_models import MiniLM
+from app_data.vqa import load_easy_vqa
+from app_eval.demo_pool import _codes, train_lift
+from app_eval.icl_answers import AnswerReader
+from app_eval.icl_page import BLIND, OURS, ZERO
+from app_eval.results import write_json
+from app_eval.scores import resamples
+from hyper_icl import (
+    DemoSelection,
+    HyperbolicDemoIndex,
+    MmicesSelector,
+    RandomSelector,
+    RicesSelector,
+    TopKClipSelector,
+    hierarchy_bias,
+    knn_vote,
+)
+
+__all__ = ["Task", "add_arguments", "choose_lambda", "read_cell", "run_icl_study", "summary"]
+
+FORMAT = 1
+KS = (4, 2, 8)  # the middle one first, should the study be cut short
+SEEDS = (0, 1, 2)
+LAMBDAS = (0.5, 1.0, 2.0, 4.0)
+CALIBRATED_K = 4  # calibration is tried at one K: three ways at every K would double the cost
+# The distance of tangents at curvature c tends to the Euclidean one as c -> 0: one code for both.
+CURVATURES = {"lorentz": 1.0, "euclidean": 1e-6}
+MU = 0.3
+# Selectors whose choice depends on the seed: by chance, or by the training of the lift.
+SEEDED = ("random", OURS, "anchors, Euclidean")
+SELECTORS = ("random", OURS, "anchors, Euclidean", "RICES", "MMICES", "TopK-CLIP")
+POOL_ARTISTS = ("openmoji", "noto-300", "noto-700")
+_BATCH = 25
+
+
+@dataclass(frozen=True)
+class Task:
+    """Queries and a pool, as the model and the selectors see them.
+
+    Attributes:
+        name: Of the data.
+        pool, query: Items.
+        answers: The closed set.
+        pool_images, query_images: Centred picture features, for the selectors.
+        pool_texts, query_texts: Centred embeddings of the questions; None where all questions are one.
+    """
+
+    name: str
+    pool: IclItems
+    query: IclItems
+    answers: tuple[str, ...]
+    pool_images: Tensor
+    query_images: Tensor
+    pool_texts: Tensor | None = None
+    query_texts: Tensor | None = None
+    steps: int = 150
+
+    @cached_property
+    def joint(self) -> tuple[Tensor, Tensor]:
+        """What the lift sees of pool and queries: picture and question."""
+        sides = ((self.pool_images, self.pool_texts), (self.query_images, self.query_texts))
+        return tuple(F.normalize(torch.cat([x for x in side if x is not None], dim=-1), dim=-1) for side in sides)
+
+    @cached_property
+    def _lifts(self) -> dict[tuple[float, int], tuple[Tensor, Tensor]]:
+        return {}
+
+    def lifted(self, c: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Tangents of pool and queries under a lift that is trained on the pool's answers."""
+        if (c, seed) not in self._lifts:
+            pool, query = self.joint
+            lift = train_lift(pool, _codes(self.pool.answers), c=c, seed=seed, steps=self.steps)
+            with torch.no_grad():
+                self._lifts[c, seed] = lift(pool).clone(), lift(query).clone()
+        return self._lifts[c, seed]
+
+    def selectors(self) -> tuple[str, ...]:
+        """The names that apply here."""
+        return tuple(name for name in SELECTORS if name != "MMICES" or self.pool_texts is not None)
+
+    def choose(self, name: str, k: int, seed: int) -> DemoSelection:
+        """The demonstrations of every query, in prompt order.
+
+        Raises:
+            DataError: K is larger than the pool.
+        """
+        if k > len(self.pool):
+            raise DataError(f"k must be at most {len(self.pool)}, the pool of {self.name}, got {k}")
+        if name == "random":
+            return RandomSelector(len(self.pool), seed).search(len(self.query), k)
+        if name in ("TopK-CLIP", "RICES"):
+            kind = TopKClipSelector if name == "TopK-CLIP" else RicesSelector
+            return kind(self.pool_images).search(self.query_images, k)
+        if name == "MMICES":
+            return MmicesSelector(self.pool_images, self.pool_texts).search(self.query_images, k, text=self.query_texts)
+        c, mu = (CURVATURES["lorentz"], MU) if name == OURS else (CURVATURES["euclidean"], 0.0)
+        pool, query = self.lifted(c, seed)
+        return HyperbolicDemoIndex(pool, c, mu).search(query, k)
+
+    def bias(self, kind: str, found: DemoSelection, seed: int, lam: float) -> Tensor:
+        """Calibration of every demonstration, from distances of this curvature."""
+        pool, query = self.lifted(CURVATURES[kind], seed)
+        return hierarchy_bias(query, pool[found.ids], CURVATURES[kind], lam=lam)
+
+
+def read_cell(
+    reader: AnswerReader,
+    task: Task,
+    found: DemoSelection | None,
+    biases: dict[str, Tensor | None],
+    blind: bool = False,
+    before: dict[str, str] | None = None,
+    keep: Callable[[dict[str, str]], None] = lambda right: None,
+) -> dict[str, str]:
+    """Which queries are answered rightly, as a string of 0 and 1 for each way of weighing the demonstrations.
+
+    Args:
+        reader: Of the task's answers.
+        task: Pool and queries.
+        found: The demonstrations; None for none.
+        biases: See `AnswerReader.read`.
+        blind: Show the mean picture in place of the query's.
+        before: What an earlier call found before it was stopped.
+        keep: Called with what is known after every batch.
+    """
+    right = dict(before or dict.fromkeys(biases, ""))
+    mean = reader.model.llava.model.vision_tower.mean
+    for start in range(len(next(iter(right.values()))), len(task.query), _BATCH):
+        rows = range(start, min(start + _BATCH, len(task.query)))
+        queries = [task.query[i] for i in rows]
+        if blind:
+            queries = [Shown(mean, shown.question, shown.answer) for shown in queries]
+        demos = [[] if found is None else [task.pool[j] for j in found.ids[i].tolist()] for i in rows]
+        batch = {name: None if bias is None else bias[rows.start : rows.stop] for name, bias in biases.items()}
+        for name, scores in reader.read(demos, queries, batch).items():
+            best = [reader.answers[i] for i in scores.argmax(-1).tolist()]
+            right[name] += "".join(str(int(a == q.answer)) for a, q in zip(best, queries, strict=True))
+        keep(right)
+    return right
+
+
+def choose_lambda(reader: AnswerReader, task: Task, k: int = CALIBRATED_K) -> dict[str, dict]:
+    """The strength of each calibration that answers most held-out training questions, the smaller one in a tie.
+
+    Args:
+        reader: Of the task's answers.
+        task: Its queries must be training questions that the model never saw.
+        k: Random demonstrations.
+
+    Returns:
+        By calibration "lambda", and the "accuracy" of each candidate.
+    """
+    found = task.choose("random", k, 0)
+    biases = {
+        f"{kind} {lam:g}": task.bias(kind, found, 0, lam) for kind in CURVATURES for lam in LAMBDAS
+    }  # fmt: skip
+    right = {name: _share(bits) for name, bits in read_cell(reader, task, found, {"none": None, **biases}).items()}
+    chosen = {}
+    for kind in CURVATURES:
+        tried = {lam: right[f"{kind} {lam:g}"] for lam in LAMBDAS}
+        best = max(tried, key=lambda lam, tried=tried: (tried[lam], -lam))
+        chosen[kind] = {"lambda": best, "accuracy": {f"{lam:g}": value for lam, value in tried.items()}}
+    return {**chosen, "none": {"accuracy": right["none"]}, "n": len(task.query), "k": k}
+
+
+def _share(bits: str) -> float:
+    return round(bits.count("1") / len(bits), 4)
+
+
+def _cells(tasks: Sequence[Task], seeds: Sequence[int], ks: Sequence[int]) -> list[tuple[Task, str, int, int]]:
+    """(task, selector, seed, K), so ordered that a run cut short holds whole comparisons: by seed, then K, then task."""
+    cells = [(task, name, seeds[0], 0) for task in tasks for name in (ZERO, BLIND)]
+    for seed in seeds:
+        for k in ks:
+            for task in tasks:
+                names = [name for name in task.selectors() if seed == seeds[0] or name in SEEDED]
+                cells += [(task, name, seed, k) for name in names]
+    return cells
+
+
+def summary(task: dict) -> list[dict]:
+    """Rows of the table: accuracy and differences with 95 % intervals over the queries, paired, seeds averaged first.
+
+    Args:
+        task: The JSON of one task with its "cells".
+
+    Returns:
+        Rows {"selector", "k", "calibration", "seeds", "accuracy", "to_zero_shot", "to_uncalibrated", "to_random", "to_ours",
+        "vote", "to_vote", "kinds"}; intervals are [value, low, high].
+    """
+    grouped: dict[tuple, list[str]] = {}
+    votes: dict[tuple, list[str]] = {}
+    for cell in task["cells"]:
+        for calibration, bits in cell["right"].items():
+            grouped.setdefault((cell["selector"], cell["k"], calibration), []).append(bits)
+        if cell.get("vote"):
+            votes.setdefault((cell["selector"], cell["k"]), []).append(cell["vote"])
+    if not grouped:
+        return []
+    mean = {key: np.array([[int(b) for b in bits] for bits in all_bits]).mean(0) for key, all_bits in grouped.items()}
+    num = len(next(iter(mean.values())))
+    counts = resamples(num) / num
+    kinds = np.array(task["kinds"])
+
+    def interval(values: np.ndarray) -> list[float]:
+        low, high = np.percentile(counts @ values, (2.5, 97.5))
+        return [round(float(x), 4) for x in (values.mean(), low, high)]
+
+    rows = []
+    for (selector, k, calibration), values in mean.items():
+        row = {
+            "selector": selector,
+            "k": k,
+            "calibration": calibration,
+            "seeds": len(grouped[selector, k, calibration]),
+        }
+        row["accuracy"] = interval(values)
+        references = {
+            "to_zero_shot": (ZERO, 0, "none"),
+            "to_uncalibrated": (selector, k, "none"),
+            "to_random": ("random", k, calibration),
+            "to_ours": (OURS, k, calibration),
+        }
+        for name, other in references.items():
+            if other in mean and other != (selector, k, calibration):
+                row[name] = interval(values - mean[other])
+        if calibration == "none" and (selector, k) in votes:
+            vote = np.array([[int(b) for b in bits] for bits in votes[selector, k]]).mean(0)
+            row["vote"], row["to_vote"] = interval(vote), interval(values - vote)
+        row["kinds"] = {kind: round(float(values[kinds == kind].mean()), 4) for kind in dict.fromkeys(task["kinds"])}
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def easy_vqa_tasks(
+    size: int, cache_dir: Path | None, num_pool: int, num_queries: int, num_held_out: int, steps: int
+) -> tuple[Task, Task]:
+    """The test questions, and held-out training questions with the same pool."""
+    parts = load_easy_vqa()
+    train, test = (easy_vqa_items(parts[p], eye_features(parts[p], size, cache_dir)) for p in ("train", "test"))
+    draw = np.random.default_rng(0)
+
+    def take(items: IclItems, among: np.ndarray, num: int) -> IclItems:
+        return items.select(np.sort(draw.permutation(among)[:num]))
+
+    held = held_out_pictures(train)
+    pool = take(train, np.flatnonzero(~held), num_pool)
+    query = take(test, np.arange(len(test)), num_queries)
+    tuning = take(train, np.flatnonzero(held), num_held_out)
+    unique = sorted({q for items in (pool, query, tuning) for q in items.questions})
+    embedded = MiniLM()(unique)
+    at = {question: row for row, question in enumerate(unique)}
+    texts = [embedded[[at[q] for q in items.questions]] for items in (pool, query, tuning)]
+    # The network's own pooled features stand in for CLIP's.
+    images = [items.item_features[:, -LITE0_WIDTHS[-1] :] for items in (pool, query, tuning)]
+    images, texts = ([F.normalize(x - group[0].mean(0), dim=-1) for x in group] for group in (images, texts))
+    answers = tuple(sorted({a for items in (train, test) for a in items.answers}))
+    made = [
+        Task("easy-vqa", pool, items, answers, images[0], images[i], texts[0], texts[i], steps)
+        for i, items in ((1, query), (2, tuning))
+    ]
+    return made[0], made[1]
+
+
+def emoji_task(model: IclMini, size: int, cache_dir: Path | None, num_queries: int, steps: int) -> Task:
+    """Names that never trained: two artists' pictures for a third's."""
+    found, answers = [], tuple(model.card["emoji_answers_held_out"])
+    for artists in (POOL_ARTISTS, ("twemoji",)):
+        data = load_emoji(artists, size=size, cache_dir=cache_dir)
+        items = emoji_items(data, eye_features(data, size, cache_dir), answers)
+        styles = np.array(data.styles)[items.rows]
+        images = items.item_features[:, -LITE0_WIDTHS[-1] :].clone()
+        # Each artist shifts all pictures alike; the mean of a set takes that out.
+        for style in sorted(set(styles)):
+            rows = torch.from_numpy(np.flatnonzero(styles == style))
+            images[rows] -= images[rows].mean(0)
+        found.append((items, F.normalize(images, dim=-1)))
+    (pool, pool_images), (query, query_images) = found
+    rows = np.sort(np.random.default_rng(0).permutation(len(query))[:num_queries])
+    return Task("emoji", pool, query.select(rows), answers, pool_images, query_images[rows], steps=steps)
+
+
+def run_icl_study(
+    run: Path,
+    path: Path,
+    *,
+    quick: bool = False,
+    num_queries: int = 200,
+    seeds: Sequence[int] = SEEDS,
+    emoji: bool = True,
+    cache_dir: Path | None = None,
+    make_tasks: Callable[[IclMini], tuple[list[Task], Task]] | None = None,
+    language: tuple | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """Run the study and write its JSON after every cell; the same call goes on from what the file holds.
+
+    Args:
+        run: A finished run of `icl-mini`.
+        path: The file.
+        quick: Tiny sizes: does it run.
+        num_queries: Of each task.
+        seeds: Of random demonstrations and of the lift.
+        emoji: Also name emoji; a file that was begun without them takes them up.
+        cache_dir: Where pictures and features are kept.
+        make_tasks: Gives tasks, and the held-out questions on which lambda is chosen; the real ones if None.
+        language: Language model and tokenizer; SmolLM2-135M if None.
+        log: Called with a line for every cell.
+
+    Raises:
+        DataError: Nothing trained lies there, or the file holds something else.
+        MissingAssetError: A package is not installed.
+    """
+    model = load_icl_mini(run, language)
+    num_queries, ks = (min(num_queries, 6), (2,)) if quick else (num_queries, KS)
+    seeds = tuple(seeds)[:1] if quick else tuple(seeds)
+    settings = {
+        "format": FORMAT,
+        "study": "icl-mini",
+        "quick": quick,
+        "model": model.card,
+        "num_queries": num_queries,
+        "seeds": list(seeds),
+        "ks": list(ks),
+        "mu": MU,
+    }
+    result = _resumed(path, settings)
+    if make_tasks is None:
+        size, steps = model.card["size"], 5 if quick else 150
+        numbers = (60, num_queries, 4) if quick else (4000, num_queries, 50)
+        main, tuning = easy_vqa_tasks(size, cache_dir, *numbers, steps)
+        tasks = [main]
+        if emoji and model.card.get("emoji_answers_held_out"):
+            tasks.append(emoji_task(model, size, cache_dir, num_queries, steps))
+    else:
+        tasks, tuning = make_tasks(model)
+    begun, before = time.monotonic(), result.get("seconds", 0)
+
+    def save() -> None:
+        result["seconds"] = before + round(time.monotonic() - begun)
+        scale = 20 if sys.platform == "darwin" else 10
+        result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> scale
+        for content in result["tasks"]:
+            content["rows"] = summary(content)
+        write_json(path, result)
+
+    def keep(partial: dict) -> None:
+        result["partial"] = partial
+        write_json(path, result)
+
+    if "lambda" not in result:
+        result["lambda"] = choose_lambda(AnswerReader(model, tuning.answers), tuning)
+        save()
+        log(f"lambda: {result['lambda']}")
+    strength = {kind: result["lambda"][kind]["lambda"] for kind in CURVATURES}
+    contents, readers = {}, {}
+    for task in tasks:
+        content = next((t for t in result["tasks"] if t["name"] == task.name), None)
+        if content is None:
+            content = {
+                "name": task.name,
+                "num_pool": len(task.pool),
+                "num_queries": len(task.query),
+                "num_answers": len(task.answers),
+                "selectors": list(task.selectors()),
+                "kinds": list(task.query.kinds),
+                "cells": [],
+            }
+            result["tasks"].append(content)
+        contents[task.name], readers[task.name] = content, AnswerReader(model, task.answers)
+    for task, selector, seed, k in _cells(tasks, seeds, ks):
+        cells = contents[task.name]["cells"]
+        if not any((c["selector"], c["seed"], c["k"]) == (selector, seed, k) for c in cells):
+            partial = result.get("partial", {})
+            cells.append(_cell(readers[task.name], task, selector, seed, k, strength, partial, keep))
+            result.pop("partial", None)
+            save()
+            log(f"{task.name}: {selector}, seed {seed}, K {k}: {_said(cells[-1])}")
+    result["complete"] = True
+    save()
+    return result
+
+
+def _cell(
+    reader: AnswerReader,
+    task: Task,
+    selector: str,
+    seed: int,
+    k: int,
+    strength: dict[str, float],
+    partial: dict,
+    keep: Callable[[dict], None],
+) -> dict:
+    """One cell; goes on from `partial` if that is of this cell, and hands what it knows to `keep` after every batch."""
+    cell: dict = {"selector": selector, "seed": seed, "k": k}
+    of = {"task": task.name, **cell}
+    more = {
+        "before": partial["right"] if partial.get("of") == of else None,
+        "keep": lambda right: keep({"of": of, "right": right}),
+    }
+    if k == 0:
+        return {**cell, "right": read_cell(reader, task, None, {"none": None}, selector == BLIND, **more)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = task.choose(selector, k, seed)
+    biases: dict[str, Tensor | None] = {"none": None}
+    if k == CALIBRATED_K:
+        biases |= {kind: task.bias(kind, found, seed, lam) for kind, lam in strength.items()}
+    cell["right"] = read_cell(reader, task, found, biases, **more)
+    voted = knn_vote(found, task.pool.answers)
+    cell["vote"] = "".join(str(int(v == a)) for v, a in zip(voted, task.query.answers, strict=True))
+    if selector.startswith("anchors"):
+        cell["certified"] = bool(found.certified.all())
+    return cell
+
+
+def _said(cell: dict) -> str:
+    return ", ".join(f"{name} {_share(bits):.3f}" for name, bits in cell["right"].items())
+
+
+def _resumed(path: Path, settings: dict) -> dict:
+    """What the file holds, or a new result; a file of other settings is left alone."""
+    fresh = {**settings, "complete": False, "tasks": []}
+    if not path.exists():
+        return fresh
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is no JSON ({error}): delete it, or give another file") from error
+    different = sorted(key for key, value in settings.items() if known.get(key) != value)
+    if different:
+        raise DataError(f"{path} holds another study ({', '.join(different)} differ): delete it, or give another file")
+    return known
+
+
+def add_arguments(commands) -> None:
+    """Add the command `icl-study` to the parser of `python apps/eval`."""
+    study = commands.add_parser("icl-study", help="judge selection and calibration by a trained icl-mini")
+    study.add_argument("run", type=Path, help="the folder of a finished run of icl-mini")
+    study.add_argument("--json", type=Path, required=True, help="write the numbers here; goes on from what it holds")
+    study.add_argument("--queries", type=int, default=200)
+    study.add_argument("--no-emoji", action="store_true", help="easy-VQA alone")
+    study.add_argument("--quick", action="store_true", help="tiny sizes: does it run")
+    study.set_defaults(run_command=_run)
+
+
+def _run(args) -> int:
+    if args.queries < 2:
+        raise DataError(f"queries must be at least 2, got {args.queries}")
+    run_icl_study(args.run, args.json, quick=args.quick, num_queries=args.queries, emoji=not args.no_emoji, log=_line)
+    return 0
+
+
+def _line(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
