@@ -108,15 +108,7 @@ def compute_features(pictures: Pictures, tower: str, cache_dir: Path | None, che
     )
     text = F.normalize(text - text.mean(0), dim=-1)
 
-    def lite0(data: PictureSet) -> Tensor:
-        def forward(x: Tensor) -> Tensor:
-            return lite0_stages(base.vision, base.preprocess(x))
-
-        return cached_features(
-            f"lite0 {data.fingerprint}", lambda: run_batches(data, forward, "lite0", check), cache_dir
-        )
-
-    stages, test_stages = lite0(pictures.train), lite0(pictures.test)
+    stages, test_stages = (lite0_features(base, data, cache_dir, check) for data in (pictures.train, pictures.test))
     last, test_last = stages[:, -LITE0_WIDTHS[-1] :], test_stages[:, -LITE0_WIDTHS[-1] :]
     base.center_images(last)
     with torch.no_grad():
@@ -126,6 +118,15 @@ def compute_features(pictures: Pictures, tower: str, cache_dir: Path | None, che
     train, test = (_vit_tokens(data, cache_dir, check) for data in (pictures.train, pictures.test))
     pair = train[:, -VIT_WIDTH:], test[:, -VIT_WIDTH:]
     return Features((VIT_WIDTH,) * VIT_BLOCKS, train, test, target, None, text, *pair)
+
+
+def lite0_features(base: Lite0MiniLM, data: PictureSet, cache_dir: Path | None, check: Callable[[], None]) -> Tensor:
+    """Pooled features of all stages of EfficientNet-Lite0, (n, 1744), from the cache if they are there."""
+
+    def forward(x: Tensor) -> Tensor:
+        return lite0_stages(base.vision, base.preprocess(x))
+
+    return cached_features(f"lite0 {data.fingerprint}", lambda: run_batches(data, forward, "lite0", check), cache_dir)
 
 
 def _vit_tokens(data: PictureSet, cache_dir: Path | None, check: Callable[[], None]) -> Tensor:

@@ -76,6 +76,13 @@ def study_rows(study: Study, names: tuple[str, ...]) -> dict[str, Row]:
     return rows
 
 
+def trained_as(row: Row) -> str:
+    """The first name under which a row stands in any study: what several studies share is trained once."""
+    studies = ("main", "radius", "intermediate", "layers", "defects", "cross")
+    names = (name for study in studies for name, other in study_rows(study, tuple(VARIANTS)).items() if other == row)
+    return next(names)
+
+
 def depths(layers: str, num: int) -> tuple[int, ...]:
     """Numbers of the depths, out of `num`, that give tokens; the last depth is always one of them."""
     from mat_align import relative_layers
