@@ -37,7 +37,7 @@ def entry(plain=0.1):
     }
     return {
         "format": 1, "recipe": "mat", "study": "main", "data": "emoji", "shots": 3, "tower": "lite0", "num_train": 10,
-        "num_test": 20, "num_nodes": 30, "seeds": 2, "mta_majority": 0.4, "settings": SETTINGS,
+        "num_test": 20, "num_nodes": 30, "seeds": 2, "mta_majority": 0.4, "settings": SETTINGS, "size": 128,
         "rows": {
             "zero-shot": row(0.1, -0.2), "nearest picture": row(0.2, 0.0), "VANILLA": row(0.3, -0.1, plain),
             "PROTECT": row(0.4, 0.0), "HETEROGENEOUS": row(0.5, 0.1, **curved),
@@ -56,7 +56,7 @@ def test_verdicts():
     assert "HETEROGENEOUS 0.20 / 0.80" in text
     assert "nearest picture against PROTECT: no difference shown" in text
     assert "7 epochs of batches of 8, rate 0.002" in text
-    assert text.count("Not run.") == 11
+    assert text.count("Not run.") == 12
     assert "the paper's, not ours" in text
     assert "77.92/69.38/90.89" in text
 
@@ -87,5 +87,5 @@ def test_the_file_keeps_what_it_holds(tmp_path):
 
 def test_an_empty_file_says_so():
     text = render([])
-    assert text.count("Not run.") == 12
+    assert text.count("Not run.") == 13
     assert "Nothing has been run." in text

@@ -9,21 +9,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app_data.errors import DataError
-from app_eval.mat_published import ABLATION, DATA, MAJORITY_MTA, TARGETS
+from app_eval.mat_published import published_tables
 from app_eval.mat_scores import SCORES, TITLES
+from app_eval.mat_verdicts import CONTROLS, plain_learns, verdicts
 from app_eval.results import write_json
 
 PLAIN = ("VANILLA", "zero-shot")
 # The runs of the evidence: data, shots or training styles, tower, study.
 PLANNED = [
-    *[("emoji", 3, tower, "main") for tower in ("lite0", "vit")],
+    *[("emoji", 3, tower, "main") for tower in ("lite0", "vit", "mini-maple")],
     *[("cifar100-fewshot", shots, tower, "main") for tower in ("lite0", "vit") for shots in (1, 16)],
     *[
         ("cifar100-fewshot", 16, "lite0", study)
         for study in ("radius", "intermediate", "layers", "defects", "flat", "cross")
     ],
 ]
-TOWERS = {"lite0": "EfficientNet-Lite0 stages", "vit": "DINOv2 ViT-S/14 class tokens"}
+TOWERS = {
+    "lite0": "EfficientNet-Lite0 stages",
+    "vit": "DINOv2 ViT-S/14 class tokens",
+    "mini-maple": "MaPLe prompts on mini-CLIP",
+    "mini-promptsrc": "PromptSRC prompts on mini-CLIP",
+}
 STUDIES = {
     "main": "the variants",
     "radius": "unit features against the features' own radius",
@@ -115,20 +121,20 @@ def render(content: Sequence[Mapping], picture: str | None = None) -> str:
     found = {_key(entry): entry for entry in content}
     parts = [
         "# Modality Alignment across Trees on towers that are reachable",
-        "Generated from [mat-align.json](mat-align.json); no number was typed by hand:\n\n"
-        "```\npython apps/train mat --data emoji --seeds 3 --out runs/mat/emoji-lite0\n"
-        "python apps/train mat --data cifar100-fewshot --source DIR --size 96 --shots 16 --seeds 3 --out runs/mat/cifar-16-lite0\n"
-        "python apps/eval mat-page docs/results/mat-align.json docs/results/mat-align.md runs/mat/*\n```",
+        "Generated from [mat-align.json](mat-align.json); no number was typed by hand. The command of a run stands below its heading; "
+        "then\n\n```\npython apps/eval mat-page docs/results/mat-align.json docs/results/mat-align.md runs/mat/*\n```",
         "**These are not the paper's experiments.** The paper tunes the prompts of CLIP; no CLIP weights can be had here. The towers "
         "are frozen, their outputs cached; trained are one linear map for each depth, one of the text, the attention, the curvatures "
         "and the logit scale. VANILLA and PROTECT train the map of the last depth alone. So rows with several tokens have more "
-        "trainable numbers, which is printed. Values are means over seeds; brackets are 95 % percentile bootstraps over the test "
+        "trainable numbers, which is printed. On mini-CLIP, a small open_clip model made by `python apps/train mini-clip`, prompts are "
+        "tuned as in the paper. Values are means over seeds; brackets are 95 % percentile bootstraps over the test "
         "pictures, the same resamples for all rows and seeds; sd is the standard deviation over seeds.",
         _tuning(found),
+        verdicts(found, PLANNED, {key: _name(key) for key in found}),
         *[_section(found, key) for key in PLANNED],
         "" if picture is None else f"## Curvatures over the steps (HETEROGENEOUS)\n\n![Learned curvatures]({picture})",
         _in_words(found),
-        _published(),
+        published_tables(),
         "Twemoji graphics are licensed under CC BY 4.0, OpenMoji under CC BY-SA 4.0, Noto Emoji under OFL 1.1; no picture is part of "
         "this repository.",
     ]
@@ -165,6 +171,7 @@ def _section(found: Mapping, key: tuple) -> str:
         return f"{head}\n\nNot run."
     lines = [
         head,
+        f"```\n{_command(entry)}\n```",
         f"{entry['num_train']} training and {entry['num_test']} test pictures, {entry['num_nodes']} nodes, {entry['seeds']} seeds. "
         f"MTA of always naming the majority member of each cut: {entry['mta_majority']:.3f}. {_settings(entry['settings'])}",
         _table(entry),
@@ -178,12 +185,31 @@ def _section(found: Mapping, key: tuple) -> str:
     return "\n\n".join(lines)
 
 
-def _settings(fit: Mapping) -> str:
+def _command(entry: Mapping) -> str:
+    rows = [name for name in entry["rows"] if name not in CONTROLS]
+    seeds = f"--seeds {entry['seeds']}"
+    fit = entry["settings"]
+    if entry["recipe"] == "mat-mini":
+        changed = (
+            f"--method {fit['method']} --epochs {fit['epochs']} --batch-size {fit['batch_size']} --lr {fit['lr']:g}"
+        )
+        return f"python apps/train mini-clip\npython apps/train mat-mini {changed} --variant {' '.join(rows)} {seeds}"
+    source = "" if entry["data"] == "emoji" else f" --source DIR --shots {entry['shots']}"
+    quoted = " ".join(f'"{name}"' for name in rows)
+    main = entry["study"] == "main"
+    chosen = f"--variant {' '.join(rows)}" if main else f"--study {entry['study']} --rows {quoted}"
     return (
-        f"AdamW, {fit['epochs']} epochs of batches of {fit['batch_size']}, rate {fit['lr']:g} (curvatures and logit scale "
-        f"{fit['curvature_lr']:g}), dropout {fit['dropout']:g}, c_img {fit['c_img']:g}, c_txt {fit['c_txt']:g}, scale {fit['scale']:g} "
-        "at the start."
+        f"python apps/train mat --data {entry['data']}{source} --size {entry['size']} --tower {entry['tower']} {chosen} {seeds} "
+        f"--fit.epochs {fit['epochs']} --fit.lr {fit['lr']:g} --out runs/mat/NAME"
     )
+
+
+def _settings(fit: Mapping) -> str:
+    start = f"c_img {fit['c_img']:g}, c_txt {fit['c_txt']:g}, scale {fit['scale']:g} at the start."
+    how = f"AdamW, {fit['epochs']} epochs of batches of {fit['batch_size']}, rate {fit['lr']:g}"
+    if "dropout" not in fit:
+        return f"{how}, {start}"
+    return f"{how} (curvatures and logit scale {fit['curvature_lr']:g}), dropout {fit['dropout']:g}, {start}"
 
 
 def _second(entry: Mapping) -> str:
@@ -263,7 +289,7 @@ def _in_words(found: Mapping) -> str:
             continue
         lines.append(f"**{_name(key)}**")
         rows = found[key]["rows"]
-        if "VANILLA" not in rows or rows["VANILLA"]["against zero-shot"]["la"][1] <= 0:
+        if not plain_learns(found, key):
             lines.append("Inconclusive: the plain row does not beat zero-shot on LA, so nothing is ranked.")
             continue
         said = [_verdict(name, "PROTECT", row["against baseline"]) for name, row in rows.items() if name not in PLAIN]
@@ -287,22 +313,3 @@ def _verdict(name: str, other: str, differences: Mapping) -> str:
         word = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
         words.setdefault(word, []).append(TITLES[score])
     return f"{name} against {other}: " + "; ".join(f"{word}: {', '.join(which)}" for word, which in words.items()) + "."
-
-
-def _published() -> str:
-    lines = [
-        "## Published numbers (the paper's, not ours)",
-        "LA / HCA / MTA in percent with CLIP ViT-B/16 (BioCLIP for Rare Species), from the released README of arXiv 2510.27391; no "
-        "standard deviations are published. They are other models on other test sets: compare nothing across.",
-        "| shots | method | " + " | ".join(DATA) + " |",
-        "|---|---|" + "---|" * len(DATA),
-    ]
-    table = [
-        f"| {shots} | {method} {row} | " + " | ".join("/".join(f"{x:.2f}" for x in cell) for cell in cells) + " |"
-        for (shots, method, row), cells in TARGETS.items()
-    ]
-    table.append("| | majority MTA | " + " | ".join(f"{x:.1f}" for x in MAJORITY_MTA) + " |")
-    lines[2:] = ["\n".join([*lines[2:], *table])]
-    ablation = ["| 16-shot MaPLe, HCA | CIFAR-100 | SUN | Rare Species |", "|---|---|---|---|"]
-    ablation += [f"| {name} | " + " | ".join(f"{x:.2f}" for x in values) + " |" for name, values in ABLATION.items()]
-    return "\n\n".join([*lines, "\n".join(ablation)])

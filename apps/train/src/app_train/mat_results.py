@@ -110,8 +110,9 @@ def _row(results: list[dict], own: list[dict], every: dict[str, list[dict]], mor
         "against baseline": {s: v.as_json() for s, v in differences(own, every[baseline]).items()},
         "against zero-shot": {s: v.as_json() for s, v in differences(own, every["zero-shot"]).items()},
     }
-    if "EUCLIDEAN" in every:
-        summary["against EUCLIDEAN"] = {s: v.as_json() for s, v in differences(own, every["EUCLIDEAN"]).items()}
+    for other in ("EUCLIDEAN", "SHARED"):
+        if other in every:
+            summary[f"against {other}"] = {s: v.as_json() for s, v in differences(own, every[other]).items()}
     return summary | {name: [r[name] for r in results] for name in (*_KEPT, *more) if name in results[0]}
 
 
