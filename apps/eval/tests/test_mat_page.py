@@ -58,6 +58,28 @@ def test_verdicts():
     assert "7 epochs of batches of 8, rate 0.002" in text
     assert text.count("Not run.") == 12
     assert "the paper's, not ours" in text
+    assert (
+        "python apps/train mat --data emoji --size 128 --tower lite0 --variant VANILLA PROTECT HETEROGENEOUS --seeds 2 "
+        "--fit.epochs 7 --fit.lr 0.002 --out runs/mat/NAME\n"
+    ) in text
+
+
+def test_commands_of_other_runs():
+    study = entry() | {"study": "radius", "data": "cifar100-fewshot", "shots": 16, "size": 96}
+    assert (
+        'mat --data cifar100-fewshot --source DIR --shots 16 --size 96 --tower lite0 --study radius --rows "VANILLA" '
+        '"PROTECT" "HETEROGENEOUS" --seeds 2'
+    ) in render([study])
+    settings = {
+        "epochs": 2, "batch_size": 128, "lr": 0.002, "method": "maple", "c_img": 0.05, "c_txt": 0.025, "scale": 1.0,
+    }  # fmt: skip
+    mini = entry() | {"recipe": "mat-mini", "tower": "mini-maple", "settings": settings}
+    text = render([mini])
+    assert (
+        "python apps/train mat-mini --method maple --epochs 2 --batch-size 128 --lr 0.002 --variant VANILLA PROTECT "
+        "HETEROGENEOUS --seeds 2\n"
+    ) in text
+    assert "AdamW, 2 epochs of batches of 128, rate 0.002, c_img 0.05" in text
     assert "77.92/69.38/90.89" in text
 
 

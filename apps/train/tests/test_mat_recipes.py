@@ -163,6 +163,7 @@ def test_rows_of_the_studies():
     assert {row.variant.intermediate for row in study_rows("intermediate", ()).values()} >= {"chord", "exact-forward"}
     assert depths("rule", 12) == (4, 7, 11)
     assert [depths(name, 5)[-1] for name in ("rule", "last two", "every", "first three")] == [4] * 4
+    assert depths("shallower tower", 7) == (1, 2, 4)
     assert {row.variant.feature for row in study_rows("layers", ()).values()} == {"tokens", "mean", "last"}
 
 

@@ -184,7 +184,7 @@ def build_model(
         dim = features.text.shape[1]
         tokens = StageTokens([features.widths[i] for i in chosen], dim)
         tokens.fit_(features.train[:, columns(features.widths, chosen)], features.target, ridge)
-        if features.final is not None:
+        if features.final is not None and chosen[-1] == len(features.widths) - 1:
             tokens.maps[-1].load_state_dict(features.final.state_dict())
         table = {str(node): value for node, value in enumerate(features.text)} | (more_text or {})
         return FeatureMATModel(tokens, table, row.variant, radius=row.radius, **settings)
