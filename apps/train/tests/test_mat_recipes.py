@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, small, data, tmp_path):
         @property
         def exit_status(self):
             type(self).count += 1
-            return 143 if type(self).count > 8 else None
+            return 143 if type(self).count > 4 else None
 
         @exit_status.setter
         def exit_status(self, value):

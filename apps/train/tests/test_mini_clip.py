@@ -69,7 +69,7 @@ def test_augmented():
     assert found.dtype == torch.uint8
     assert torch.equal(found, mini_clip.augmented(batch, 32, np.random.default_rng(0)))
     assert not torch.equal(found, mini_clip.augmented(batch, 32, np.random.default_rng(1)))
-    white = torch.full((2, 3, 40, 40), 255, dtype=torch.uint8)
+    white = torch.full((16, 3, 40, 40), 255, dtype=torch.uint8)
     assert (mini_clip.augmented(white, 32, np.random.default_rng(0)) == 255).all()
     half = torch.zeros(64, 3, 40, 40, dtype=torch.uint8)
     half[..., :20] = 255
@@ -112,6 +112,7 @@ def test_a_stopped_training_goes_on_bit_for_bit_and_learns(tiny, tmp_path):
     assert last["step"] == 24
     with pytest.raises(Interrupted):
         fit(tmp_path / "parted", StopAt(9))
+    assert list((tmp_path / "parted").glob("checkpoint-*"))
     parted, again = fit(tmp_path / "parted", StopAt(999))
     for (name, a), b in zip(whole.state_dict().items(), parted.state_dict().values(), strict=True):
         assert torch.equal(a, b), name

@@ -261,7 +261,8 @@ def _curvatures(entry: Mapping) -> str:
         first = ", ".join(f"{c:.4f}" for c in row["curvatures"][0][0][1:])
         last = "; ".join(", ".join(f"{c:.4f}" for c in curve[-1][1:]) for curve in row["curvatures"])
         between = "; ".join(f"{100 * x:.0f} %" for x in row["c_mid_between"])
-        met = "; ".join("/".join("-" if x != x else f"{100 * x:.1f} %" for x in m.values()) for m in row["met"])
+        counted = ("/".join("-" if x != x else f"{100 * x:.1f} %" for x in m.values()) for m in row.get("met", []))
+        met = "; ".join(counted) or "not counted"
         lines.append(f"| {name} | {first} | {last} | {between} | {met} |")
     note = (
         "Cones are counted in fp64. With unit features of one scale no pair of different directions lies in its cone, so there only "

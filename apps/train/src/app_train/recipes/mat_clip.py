@@ -232,10 +232,11 @@ def fit(
             records.add(number + 1, lr=rate, **values)
             if batch == per_epoch - 1 and average is not None:
                 average.update(model.named_parameters())
-            if batch == per_epoch - 1 or stop.exit_status is not None:
+            status = stop.exit_status  # read once: a signal between two reads would leave without saving
+            if batch == per_epoch - 1 or status is not None:
                 save(number + 1)
-            if stop.exit_status is not None:
-                raise Interrupted(stop.exit_status)
+            if status is not None:
+                raise Interrupted(status)
     finally:
         records.close()
     if average is not None:

@@ -227,11 +227,12 @@ def fit(
                 model.clip.logit_scale.clamp_(0, _MOST_SCALE)
             values = {name: part.item() for name, part in parts.items()} | {"total": loss.item(), "lr": rate}
             records.add(number + 1, **values)
-            if stop.exit_status is not None or (batch == per_epoch - 1 and (epoch + 1) % 10 == 0):
+            status = stop.exit_status  # read once: a signal between two reads would leave without saving
+            if status is not None or (batch == per_epoch - 1 and (epoch + 1) % 10 == 0):
                 records.flush()
                 save_checkpoint(config.out, Checkpoint(parameters, optimizer.state_dict(), number + 1))
-            if stop.exit_status is not None:
-                raise Interrupted(stop.exit_status)
+            if status is not None:
+                raise Interrupted(status)
     finally:
         records.close()
     if not values:  # every step was taken before
