@@ -60,27 +60,33 @@ def test_verdicts():
     assert "the paper's, not ours" in text
     assert (
         "python apps/train mat --data emoji --size 128 --tower lite0 --variant VANILLA PROTECT HETEROGENEOUS --seeds 2 "
-        "--fit.epochs 7 --fit.lr 0.002 --out runs/mat/NAME\n"
+        "--fit.epochs 7 --fit.lr 0.002 --out runs/mat/emoji-3-lite0\n"
     ) in text
 
 
 def test_commands_of_other_runs():
     study = entry() | {"study": "radius", "data": "cifar100-fewshot", "shots": 16, "size": 96}
+    text = render([study])
     assert (
         'mat --data cifar100-fewshot --source DIR --shots 16 --size 96 --tower lite0 --study radius --rows "VANILLA" '
         '"PROTECT" "HETEROGENEOUS" --seeds 2'
-    ) in render([study])
+    ) in text
+    # What is still to be run says how.
+    assert (
+        "--tower lite0 --study flat --seeds 3 --fit.epochs 12 --fit.lr 0.002 --out runs/mat/cifar100-fewshot-16-lite0-flat\n"
+        in text
+    )
+    assert "python apps/train mat-mini --seeds 3 --method maple" in text
     settings = {
         "epochs": 2, "batch_size": 128, "lr": 0.002, "method": "maple", "c_img": 0.05, "c_txt": 0.025, "scale": 1.0,
     }  # fmt: skip
     mini = entry() | {"recipe": "mat-mini", "tower": "mini-maple", "settings": settings}
     text = render([mini])
     assert (
-        "python apps/train mat-mini --method maple --epochs 2 --batch-size 128 --lr 0.002 --variant VANILLA PROTECT "
-        "HETEROGENEOUS --seeds 2\n"
+        "python apps/train mat-mini --variant VANILLA PROTECT HETEROGENEOUS --seeds 2 --method maple --epochs 2 "
+        "--batch-size 128 --lr 0.002\n"
     ) in text
     assert "AdamW, 2 epochs of batches of 128, rate 0.002, c_img 0.05" in text
-    assert "77.92/69.38/90.89" in text
 
 
 def test_nothing_is_ranked_when_the_plain_row_does_not_beat_zero_shot():

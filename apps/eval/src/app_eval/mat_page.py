@@ -130,7 +130,7 @@ def render(content: Sequence[Mapping], picture: str | None = None) -> str:
         "tuned as in the paper. Values are means over seeds; brackets are 95 % percentile bootstraps over the test "
         "pictures, the same resamples for all rows and seeds; sd is the standard deviation over seeds.",
         _tuning(found),
-        verdicts(found, PLANNED, {key: _name(key) for key in found}),
+        verdicts(found, PLANNED, {key: _name(key).removesuffix(": the variants") for key in found}),
         *[_section(found, key) for key in PLANNED],
         "" if picture is None else f"## Curvatures over the steps (HETEROGENEOUS)\n\n![Learned curvatures]({picture})",
         _in_words(found),
@@ -143,7 +143,11 @@ def render(content: Sequence[Mapping], picture: str | None = None) -> str:
 
 def _name(key: tuple) -> str:
     data, shots, tower, study = key
-    what = f"emoji, {shots} training styles, an unseen artist" if data == "emoji" else f"CIFAR-100, {shots} shots"
+    what = (
+        f"emoji, {shots} training styles, an unseen artist"
+        if data == "emoji"
+        else f"CIFAR-100, {shots} shot{'s' * (shots > 1)}"
+    )
     return f"{what}, {TOWERS[tower]}: {STUDIES[study]}"
 
 
@@ -168,10 +172,10 @@ def _section(found: Mapping, key: tuple) -> str:
     head = f"## {_name(key)}"
     entry = found.get(key)
     if entry is None:
-        return f"{head}\n\nNot run."
+        return f"{head}\n\nNot run. The command:\n\n```\n{_command(key, None)}\n```"
     lines = [
         head,
-        f"```\n{_command(entry)}\n```",
+        f"```\n{_command(key, entry)}\n```",
         f"{entry['num_train']} training and {entry['num_test']} test pictures, {entry['num_nodes']} nodes, {entry['seeds']} seeds. "
         f"MTA of always naming the majority member of each cut: {entry['mta_majority']:.3f}. {_settings(entry['settings'])}",
         _table(entry),
@@ -185,23 +189,30 @@ def _section(found: Mapping, key: tuple) -> str:
     return "\n\n".join(lines)
 
 
-def _command(entry: Mapping) -> str:
-    rows = [name for name in entry["rows"] if name not in CONTROLS]
-    seeds = f"--seeds {entry['seeds']}"
-    fit = entry["settings"]
-    if entry["recipe"] == "mat-mini":
-        changed = (
-            f"--method {fit['method']} --epochs {fit['epochs']} --batch-size {fit['batch_size']} --lr {fit['lr']:g}"
-        )
-        return f"python apps/train mini-clip\npython apps/train mat-mini {changed} --variant {' '.join(rows)} {seeds}"
-    source = "" if entry["data"] == "emoji" else f" --source DIR --shots {entry['shots']}"
-    quoted = " ".join(f'"{name}"' for name in rows)
-    main = entry["study"] == "main"
-    chosen = f"--variant {' '.join(rows)}" if main else f"--study {entry['study']} --rows {quoted}"
-    return (
-        f"python apps/train mat --data {entry['data']}{source} --size {entry['size']} --tower {entry['tower']} {chosen} {seeds} "
-        f"--fit.epochs {fit['epochs']} --fit.lr {fit['lr']:g} --out runs/mat/NAME"
-    )
+def _command(key: tuple, entry: Mapping | None) -> str:
+    """The command of a run, or of one that is still to be made."""
+    data, shots, tower, study = key
+    if entry is None:
+        mini = {"method": tower.removeprefix("mini-"), "epochs": 1, "batch_size": 128, "lr": 4e-3}
+        plain = {"epochs": 8 if data == "emoji" else 150 if shots == 1 else 12, "lr": 0.002}
+        size = 128 if (data, tower) == ("emoji", "lite0") else 96
+        entry = {"rows": {}, "seeds": 3, "size": size, "settings": mini if tower.startswith("mini-") else plain}
+    rows, fit = [name for name in entry["rows"] if name not in CONTROLS], entry["settings"]
+    if study == "main":
+        words = ["--variant", *rows] if rows else []
+    else:
+        words = ["--study", study, *(["--rows", *(f'"{name}"' for name in rows)] if rows else [])]
+    words += ["--seeds", str(entry["seeds"])]
+    if tower.startswith("mini-"):
+        words += ["--method", fit["method"], "--epochs", str(fit["epochs"])]
+        words += ["--batch-size", str(fit["batch_size"]), "--lr", f"{fit['lr']:g}"]
+        return "python apps/train mini-clip\npython apps/train mat-mini " + " ".join(words)
+    start = ["--data", data, *([] if data == "emoji" else ["--source", "DIR", "--shots", str(shots)])]
+    start += ["--size", str(entry["size"]), "--tower", tower]
+    # Without a tree the data are others, so the folder is another; the other studies share their rows.
+    out = f"runs/mat/{data}-{shots}-{tower}" + ("-flat" if study == "flat" else "")
+    words += ["--fit.epochs", str(fit["epochs"]), "--fit.lr", f"{fit['lr']:g}", "--out", out]
+    return "python apps/train mat " + " ".join([*start, *words])
 
 
 def _settings(fit: Mapping) -> str:
