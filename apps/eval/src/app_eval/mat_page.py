@@ -11,6 +11,7 @@ from pathlib import Path
 from app_data.errors import DataError
 from app_eval.mat_published import published_tables
 from app_eval.mat_scores import SCORES, TITLES
+from app_eval.mat_solvers import solver_table
 from app_eval.mat_verdicts import CONTROLS, plain_learns, verdicts
 from app_eval.results import write_json
 
@@ -76,15 +77,20 @@ def write_mat_page(path: Path, page: Path) -> None:
         raise DataError(f"{path} does not exist: collect finished runs first")
     page.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(path.read_text(encoding="utf-8"))
-    curves = {_key(entry): entry["rows"]["HETEROGENEOUS"]["curvatures"] for entry in content if _has_curves(entry)}
+    curves = _curves(content)
     picture = page.with_name(f"{page.stem}-curvatures.png")
     if curves:
-        draw_curvatures({_name(key).rpartition(":")[0]: value for key, value in curves.items()}, picture)
+        draw_curvatures(curves, picture)
     page.write_text(render(content, picture.name if curves else None), encoding="utf-8")
 
 
-def _has_curves(entry: Mapping) -> bool:
-    return entry["study"] == "main" and "curvatures" in entry["rows"].get("HETEROGENEOUS", {})
+def _curves(content: Sequence[Mapping]) -> dict[str, Sequence]:
+    """Logged curvatures of HETEROGENEOUS, by seed, under the name of each run of the variants."""
+    return {
+        _name(_key(entry)).rpartition(":")[0]: entry["rows"]["HETEROGENEOUS"]["curvatures"]
+        for entry in content
+        if entry["study"] == "main" and "curvatures" in entry["rows"].get("HETEROGENEOUS", {})
+    }
 
 
 def draw_curvatures(curves: Mapping[str, Sequence], picture: Path) -> None:
@@ -127,12 +133,13 @@ def render(content: Sequence[Mapping], picture: str | None = None) -> str:
         "are frozen, their outputs cached; trained are one linear map for each depth, one of the text, the attention, the curvatures "
         "and the logit scale. VANILLA and PROTECT train the map of the last depth alone. So rows with several tokens have more "
         "trainable numbers, which is printed. On mini-CLIP, a small open_clip model made by `python apps/train mini-clip`, prompts are "
-        "tuned as in the paper. Values are means over seeds; brackets are 95 % percentile bootstraps over the test "
+        "tuned instead, for few steps. Values are means over seeds; brackets are 95 % percentile bootstraps over the test "
         "pictures, the same resamples for all rows and seeds; sd is the standard deviation over seeds.",
         _tuning(found),
         verdicts(found, PLANNED, {key: _name(key).removesuffix(": the variants") for key in found}),
         *[_section(found, key) for key in PLANNED],
         "" if picture is None else f"## Curvatures over the steps (HETEROGENEOUS)\n\n![Learned curvatures]({picture})",
+        solver_table(_curves(content)),
         _in_words(found),
         published_tables(),
         "Twemoji graphics are licensed under CC BY 4.0, OpenMoji under CC BY-SA 4.0, Noto Emoji under OFL 1.1; no picture is part of "
