@@ -57,6 +57,7 @@ def test_verdicts():
     assert "nearest picture against PROTECT: no difference shown" in text
     assert "7 epochs of batches of 8, rate 0.002" in text
     assert text.count("Not run.") == 12
+    assert "Not run here: EUCLIDEAN, SHARED, SEPARATE." in text
     assert "the paper's, not ours" in text
     assert (
         "python apps/train mat --data emoji --size 128 --tower lite0 --variant VANILLA PROTECT HETEROGENEOUS --seeds 2 "

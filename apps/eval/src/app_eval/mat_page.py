@@ -15,6 +15,7 @@ from app_eval.mat_solvers import solver_table
 from app_eval.mat_verdicts import CONTROLS, plain_learns, verdicts
 from app_eval.results import write_json
 
+VARIANTS = ("VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS")
 PLAIN = ("VANILLA", "zero-shot")
 # The runs of the evidence: data, shots or training styles, tower, study.
 PLANNED = [
@@ -187,6 +188,9 @@ def _section(found: Mapping, key: tuple) -> str:
         f"MTA of always naming the majority member of each cut: {entry['mta_majority']:.3f}. {_settings(entry['settings'])}",
         _table(entry),
     ]
+    missing = [name for name in VARIANTS if name not in entry["rows"]] if key[3] == "main" else []
+    if missing:
+        lines.append(f"Not run here: {', '.join(missing)}.")
     if any("curvatures" in row for row in entry["rows"].values()):
         lines.append(_curvatures(entry))
     if any("attention" in row for row in entry["rows"].values()):
