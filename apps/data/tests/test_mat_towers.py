@@ -40,17 +40,33 @@ def test_dinov2_in_the_form_of_open_clip():
 
 
 def test_features_are_computed_once(tmp_path):
-    calls = []
+    calls, whole = [], torch.arange(10.0).view(2, 5).T
 
-    def compute():
-        calls.append(1)
-        return torch.arange(6.0).view(2, 3).T
+    def compute(start, end):
+        calls.append((start, end))
+        return whole[start:end]
 
     for _ in range(2):
-        assert torch.equal(cached_features("a", compute, tmp_path), torch.arange(6.0).view(2, 3).T)
-    assert len(calls) == 1
+        assert torch.equal(cached_features("a", compute, 5, tmp_path), whole)
+    assert calls == [(0, 5)]
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(b"broken")
-    cached_features("a", compute, tmp_path)
-    cached_features("b", compute, tmp_path)
+    cached_features("a", compute, 5, tmp_path)
+    cached_features("b", compute, 5, tmp_path)
     assert len(calls) == 3
+
+
+def test_a_stopped_computation_goes_on(tmp_path):
+    calls, whole = [], torch.arange(10.0).view(2, 5).T
+
+    def compute(start, end):
+        calls.append((start, end))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole[start:end]
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_features("a", compute, 5, tmp_path, piece=2)
+    assert torch.equal(cached_features("a", compute, 5, tmp_path, piece=2), whole)
+    assert calls == [(0, 2), (2, 4), (4, 5), (4, 5)]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1

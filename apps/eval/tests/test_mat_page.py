@@ -37,7 +37,7 @@ def entry(plain=0.1):
     }
     return {
         "format": 1, "recipe": "mat", "study": "main", "data": "emoji", "shots": 3, "tower": "lite0", "num_train": 10,
-        "num_test": 20, "num_nodes": 30, "seeds": 2, "mta_majority": 0.4, "settings": SETTINGS,
+        "num_test": 20, "num_nodes": 30, "seeds": 2, "mta_majority": 0.4, "settings": SETTINGS, "size": 128,
         "rows": {
             "zero-shot": row(0.1, -0.2), "nearest picture": row(0.2, 0.0), "VANILLA": row(0.3, -0.1, plain),
             "PROTECT": row(0.4, 0.0), "HETEROGENEOUS": row(0.5, 0.1, **curved),
@@ -56,9 +56,38 @@ def test_verdicts():
     assert "HETEROGENEOUS 0.20 / 0.80" in text
     assert "nearest picture against PROTECT: no difference shown" in text
     assert "7 epochs of batches of 8, rate 0.002" in text
-    assert text.count("Not run.") == 11
+    assert text.count("Not run.") == 12
+    assert "Not run here: EUCLIDEAN, SHARED, SEPARATE." in text
     assert "the paper's, not ours" in text
-    assert "77.92/69.38/90.89" in text
+    assert (
+        "python apps/train mat --data emoji --size 128 --tower lite0 --variant VANILLA PROTECT HETEROGENEOUS --seeds 2 "
+        "--fit.epochs 7 --fit.lr 0.002 --out runs/mat/emoji-3-lite0\n"
+    ) in text
+
+
+def test_commands_of_other_runs():
+    study = entry() | {"study": "radius", "data": "cifar100-fewshot", "shots": 16, "size": 96}
+    text = render([study])
+    assert (
+        'mat --data cifar100-fewshot --source DIR --shots 16 --size 96 --tower lite0 --study radius --rows "VANILLA" '
+        '"PROTECT" "HETEROGENEOUS" --seeds 2'
+    ) in text
+    # What is still to be run says how.
+    assert (
+        "--tower lite0 --study flat --seeds 3 --fit.epochs 12 --fit.lr 0.002 --out runs/mat/cifar100-fewshot-16-lite0-flat\n"
+        in text
+    )
+    assert "python apps/train mat-mini --seeds 3 --method maple" in text
+    settings = {
+        "epochs": 2, "batch_size": 128, "lr": 0.002, "method": "maple", "c_img": 0.05, "c_txt": 0.025, "scale": 1.0,
+    }  # fmt: skip
+    mini = entry() | {"recipe": "mat-mini", "tower": "mini-maple", "settings": settings}
+    text = render([mini])
+    assert (
+        "python apps/train mat-mini --variant VANILLA PROTECT HETEROGENEOUS --seeds 2 --method maple --epochs 2 "
+        "--batch-size 128 --lr 0.002\n"
+    ) in text
+    assert "AdamW, 2 epochs of batches of 128, rate 0.002, c_img 0.05" in text
 
 
 def test_nothing_is_ranked_when_the_plain_row_does_not_beat_zero_shot():
@@ -87,5 +116,5 @@ def test_the_file_keeps_what_it_holds(tmp_path):
 
 def test_an_empty_file_says_so():
     text = render([])
-    assert text.count("Not run.") == 12
+    assert text.count("Not run.") == 13
     assert "Nothing has been run." in text

@@ -11,8 +11,8 @@ from PIL import Image
 
 from app_train.errors import Interrupted, RunError
 from app_train.interrupt import StopFlag
-from app_train.mat_rows import VARIANTS, depths, study_rows
-from app_train.recipes import mat_clip
+from app_train.mat_rows import VARIANTS, depths, study_rows, trained_as
+from app_train.recipes import mat, mat_clip
 from app_train.recipes.mat_published import PUBLISHED, published
 
 LEAVES = {"cat": (200, 40, 40), "dog": (40, 200, 40), "oak_tree": (40, 40, 200)}
@@ -127,7 +127,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, small, data, tmp_path):
         @property
         def exit_status(self):
             type(self).count += 1
-            return 143 if type(self).count > 8 else None
+            return 143 if type(self).count > 4 else None
 
         @exit_status.setter
         def exit_status(self, value):
@@ -163,4 +163,27 @@ def test_rows_of_the_studies():
     assert {row.variant.intermediate for row in study_rows("intermediate", ()).values()} >= {"chord", "exact-forward"}
     assert depths("rule", 12) == (4, 7, 11)
     assert [depths(name, 5)[-1] for name in ("rule", "last two", "every", "first three")] == [4] * 4
+    assert depths("shallower tower", 7) == (1, 2, 4)
     assert {row.variant.feature for row in study_rows("layers", ()).values()} == {"tokens", "mean", "last"}
+
+
+def test_a_row_of_several_studies_is_trained_under_one_name():
+    def home(study, name):
+        return trained_as(study_rows(study, ())[name])
+
+    assert home("radius", "HETEROGENEOUS, unit radius") == "HETEROGENEOUS"
+    assert home("intermediate", "c_mid: chord") == home("defects", "all fixed") == "HETEROGENEOUS"
+    assert home("layers", "tokens: rule") == "EUCLIDEAN"
+    assert home("layers", "tokens: last only") == "PROTECT"
+    assert home("cross", "HETEROGENEOUS, first tree") == "HETEROGENEOUS"
+    for study in ("radius", "intermediate", "layers", "defects", "cross"):
+        rows = study_rows(study, ())
+        assert len({trained_as(row) for row in rows.values()}) == len(rows)
+
+
+def test_rows_can_be_chosen():
+    rows = study_rows("layers", ())
+    assert list(mat._chosen(rows, None)) == list(rows)
+    assert list(mat._chosen(rows, ("tokens: every", "tokens: rule"))) == ["tokens: every", "tokens: rule"]
+    with pytest.raises(RunError, match="no row 'x' in this study"):
+        mat._chosen(rows, ("x",))

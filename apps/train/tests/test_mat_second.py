@@ -136,7 +136,13 @@ def test_the_recipe_on_a_few_pictures(few_shot, tmp_path):
     assert (tmp_path / "run" / "VANILLA" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == before
     # Unit features of one scale never meet a cone.
     assert first["rows"]["HETEROGENEOUS"]["met"] == [{"visual": 0.0, "textual": 0.0, "cross": 0.0}]
+    before_ours = (tmp_path / "run" / "HETEROGENEOUS" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns
     crossed = mat.run(config("cross", "run"))
+    # Trained by the first study, and scored on both trees by this one.
+    assert (tmp_path / "run" / "HETEROGENEOUS" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == before_ours
+    assert crossed["rows"]["HETEROGENEOUS, first tree"]["scores"] == first["rows"]["HETEROGENEOUS"]["scores"]
+    assert "second" in crossed["rows"]["HETEROGENEOUS, first tree"]
+    assert mat.run(config("main", "run")) == first
     second = crossed["rows"]["HETEROGENEOUS, both trees"]["second"][0]
     assert set(second) == {"second hca", "second mta", "violation", "auroc", "second auroc"}
     flat = mat.run(config("flat", "flat"))

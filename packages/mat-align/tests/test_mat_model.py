@@ -368,3 +368,20 @@ def test_other_towers_are_refused(clip, make_clip):
     assert isinstance(MATHead(8, EUCLIDEAN).attention, TextQueriedAttention)
     with pytest.raises(ValueError, match="n = 0"):
         MATHead(8, VANILLA).logits(torch.zeros(2, 1, 8), torch.zeros(0, 8), 0.0)
+
+
+def test_features_in_a_learned_mix(tax):
+    g, dim = seeded(), 8
+    text = {name: F.normalize(torch.randn(dim, generator=g), dim=0) for name in tax.names}
+    tokens = StageTokens((2, 3, 4, 5, 6, 7), dim)
+    model = FeatureMATModel(tokens, text, replace(EUCLIDEAN, mix="learned"))
+    images = torch.randn(5, 27, generator=g)
+    share = torch.full((3, 6), 0.02)
+    share[[0, 1, 2], [2, 3, 5]] = 0.9  # the depth rule for six stages
+    torch.testing.assert_close(model.encode_image(images), share @ tokens(images))
+    model(images, tax.names).logits.logsumexp(1).sum().backward()
+    assert bool(model.mix_logits.grad.abs().min() > 0)
+    fixed = FeatureMATModel(tokens, text, EUCLIDEAN)
+    assert fixed.mix_logits is None
+    with pytest.raises(ValueError, match="more than the last token"):
+        FeatureMATModel(tokens, text, replace(PROTECT, mix="learned"))

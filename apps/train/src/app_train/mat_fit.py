@@ -106,7 +106,7 @@ def fit_row(
             order = np.random.default_rng([seed, epoch]).permutation(len(features))
             rows = torch.from_numpy(order[batch * config.batch_size : (batch + 1) * config.batch_size])
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * _share(number, total, config.warmup)
+                group["lr"] = rate * rate_share(number, total, config.warmup)
             optimizer.zero_grad()
             generator = torch.Generator().manual_seed(1_000_003 * seed + number)
             with torch.random.fork_rng(devices=[]):
@@ -123,7 +123,8 @@ def fit_row(
             model.head.clamp_()
             values = {name: value.item() for name, value in losses[0]._asdict().items() if bool(value.isfinite())}
             records.add(
-                number + 1, **{**values, "total": loss.item(), "lr": rates[0] * _share(number, total, config.warmup)}
+                number + 1,
+                **{**values, "total": loss.item(), "lr": rates[0] * rate_share(number, total, config.warmup)},
             )
             if stop.exit_status is not None:
                 save(number + 1)
@@ -134,7 +135,8 @@ def fit_row(
         records.close()
 
 
-def _share(done: int, total: int, warmup: float) -> float:
+def rate_share(done: int, total: int, warmup: float) -> float:
+    """Share of the highest rate at a step: a linear warm-up, then a cosine to 0."""
     warm = max(1, round(warmup * total))
     if done < warm:
         return (done + 1) / warm

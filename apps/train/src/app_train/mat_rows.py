@@ -1,5 +1,6 @@
 """The rows that the recipe `mat` can train, and the studies they belong to."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +18,8 @@ class Row:
     Attributes:
         variant: what is computed and trained.
         radius: "unit" or "feature".
-        layers: which depths give tokens: "rule", "last two", "every" or "first three".
+        layers: which depths give tokens: "rule", "last two", "every", "first three" (two and the last), or
+            "shallower tower" (the rule in the first two thirds of the tower, without the rest).
         trees: which trees are trained on: "first", "second" or "both"; all but "first" need the study "cross".
     """
 
@@ -40,8 +42,8 @@ def study_rows(study: Study, names: tuple[str, ...]) -> dict[str, Row]:
     """The rows of a study.
 
     main: the chosen variants. radius: the published unit features against the features themselves, under the three
-    variants with curvatures. intermediate: how c_mid is found, with the controls. layers: which depths give tokens, and
-    their plain mean in place of the text-queried attention. defects: the released computation, and each of its defects
+    variants with curvatures. intermediate: how c_mid is found, with the controls. layers: which depths give tokens, a learned
+    mix, and their plain mean in place of the text-queried attention. defects: the released computation, and each of its defects
     alone. flat: no tree. cross: one tree, the other, or both.
     """
     if study == "main":
@@ -57,8 +59,9 @@ def study_rows(study: Study, names: tuple[str, ...]) -> dict[str, Row]:
     if study == "layers":
         rows = {
             f"tokens: {layers}": Row(EUCLIDEAN, layers=layers)
-            for layers in ("rule", "last two", "every", "first three")
+            for layers in ("rule", "last two", "every", "first three", "shallower tower")
         }
+        rows["tokens: learned mix of every"] = Row(replace(EUCLIDEAN, mix="learned"), layers="every")
         rows["tokens: mean, no text query"] = Row(replace(EUCLIDEAN, feature="mean"))
         rows["tokens: last only"] = Row(PROTECT)
         return rows
@@ -76,8 +79,15 @@ def study_rows(study: Study, names: tuple[str, ...]) -> dict[str, Row]:
     return rows
 
 
+def trained_as(row: Row) -> str:
+    """The first name under which a row stands in any study: what several studies share is trained once."""
+    studies = ("main", "radius", "intermediate", "layers", "defects", "cross")
+    names = (name for study in studies for name, other in study_rows(study, tuple(VARIANTS)).items() if other == row)
+    return next(names)
+
+
 def depths(layers: str, num: int) -> tuple[int, ...]:
-    """Numbers of the depths, out of `num`, that give tokens; the last depth is always one of them."""
+    """Numbers of the depths, out of `num`, that give tokens."""
     from mat_align import relative_layers
 
     return {
@@ -85,4 +95,5 @@ def depths(layers: str, num: int) -> tuple[int, ...]:
         "last two": lambda: (num - 2, num - 1),
         "every": lambda: tuple(range(num)),
         "first three": lambda: (0, 1, num - 1),
+        "shallower tower": lambda: relative_layers(math.ceil(2 * num / 3)),
     }[layers]()

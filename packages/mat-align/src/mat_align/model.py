@@ -20,7 +20,8 @@ from mat_align.prompts import PromptLearner, encode_text, label_text, template_f
 from mat_align.prompts._learners import LEARNERS
 from mat_align.prompts._text import context_length, text_tower, token_ids
 from mat_align.variants import HETEROGENEOUS, Variant
-from mat_align.visual_tree import LayerTokens, StageTokens, VisualPrompts
+from mat_align.visual_tree import LayerTokens, StageTokens, VisualPrompts, relative_layers
+from mat_align.visual_tree._layers import initial_mix
 
 _FORMAT = 1
 _CONFIG, _WEIGHTS = "mat_align.json", "mat_align.safetensors"
@@ -231,7 +232,8 @@ class FeatureMATModel(_Model):
     """The head of a variant over frozen towers whose outputs were computed once (ours).
 
     Pictures come as pooled stage features, labels as a table of text features. The stage maps and one linear map of the
-    text, the identity at first, train; a variant of the last token trains the last map alone.
+    text, the identity at first, train; a variant of the last token trains the last map alone. A variant with mix="learned"
+    makes three softmax mixtures of the tokens of all stages, started at the stages of `relative_layers`.
 
     Args:
         tokens: maps of the stages, fitted beforehand.
@@ -243,7 +245,7 @@ class FeatureMATModel(_Model):
         **settings: settings of `MATHead`.
 
     Raises:
-        ValueError: no text, widths that differ, or dropout out of range.
+        ValueError: no text, widths that differ, dropout out of range, or a learned mix of one token.
     """
 
     def __init__(
@@ -271,14 +273,20 @@ class FeatureMATModel(_Model):
         self.text_map.requires_grad_(train_text)
         if variant.feature == "last":
             self.tokens.maps[:-1].requires_grad_(False)
+        self.mix_logits = None
+        if variant.mix == "learned":
+            if variant.feature == "last":
+                raise ValueError("variant must use more than the last token for mix='learned', got feature='last'")
+            self.mix_logits = nn.Parameter(initial_mix(relative_layers(tokens.num_tokens), tokens.num_tokens))
         self._row = {name: row for row, name in enumerate(text)}
         self.register_buffer("table", torch.stack(tuple(text.values())), persistent=False)
         self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
         self.head = MATHead(tokens.dim, variant, **settings)
 
     def encode_image(self, images: Float[Tensor, "B features"]) -> Float[Tensor, "B M d"]:
-        """Tokens of pooled features; see `StageTokens`."""
-        return self.tokens(self.dropout(images))
+        """Tokens of pooled features, or learned mixtures of them; see `StageTokens`."""
+        tokens = self.tokens(self.dropout(images))
+        return tokens if self.mix_logits is None else self.mix_logits.softmax(dim=-1) @ tokens
 
     def encode_text(self, names: Sequence[str]) -> Float[Tensor, "n d"]:
         """Mapped text features of labels.

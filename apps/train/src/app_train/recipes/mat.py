@@ -23,17 +23,15 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
 from app_eval.embed import neighbour_logits
-from app_eval.mat_scores import SCORES, TITLES, differences, means, tree_scores
 from app_eval.results import write_json
 from app_train.checkpoint import remove_checkpoints
 from app_train.config import Frozen, claim_folder, config_hash
-from app_train.errors import Interrupted
+from app_train.errors import Interrupted, RunError
 from app_train.interrupt import StopFlag
 from app_train.mat_data import (
     Features,
@@ -47,15 +45,14 @@ from app_train.mat_data import (
     row_depths,
 )
 from app_train.mat_fit import MATFitConfig, fit_row
-from app_train.mat_rows import VARIANTS, Row, Study, VariantName, study_rows
+from app_train.mat_results import CONTROLS, folder_name, geometry, store, summarise, table
+from app_train.mat_rows import VARIANTS, Row, Study, VariantName, study_rows, trained_as
 from app_train.mat_second import SecondTree, second_scores, second_tree, without_tree
 from app_train.records import read_records
 from app_train.runs import finished
 from hier_losses import Taxonomy
-from hier_losses.metrics import mta_majority_baseline
-from mat_align import VANILLA, FeatureMATModel, MATObjective, fraction_met
+from mat_align import VANILLA, FeatureMATModel, MATObjective
 
-CONTROLS = ("zero-shot", "nearest picture")
 TRIALS = (3e-4, 1e-3, 3e-3)
 TUNED = ("VANILLA", "PROTECT", "EUCLIDEAN")
 
@@ -77,6 +74,8 @@ class MATConfig(Frozen):
     """Variants to train."""
     study: Study = "main"
     """Which rows: the variants, or those of an open question."""
+    rows: tuple[str, ...] | None = None
+    """Only these rows of the study, by name; the first of them is what the others are compared with."""
     seeds: int = Field(1, ge=1)
     """Seeds 0 .. seeds-1: initialisation, order of the data, tree cuts."""
     fit: MATFitConfig = MATFitConfig()
@@ -106,7 +105,7 @@ def run(config: MATConfig) -> dict:
         if config.study == "flat":
             pictures = without_tree(pictures)
         data = f"{pictures.train.fingerprint}-{pictures.test.fingerprint}"
-        claim_folder(config.out, config, data, ignored=("seeds", "variant", "study"))
+        claim_folder(config.out, config, data, ignored=("seeds", "variant", "study", "rows"))
         features = centred(compute_features(pictures, config.tower, config.cache_dir, check), pictures)
         if config.tune:
             return _tune(config, pictures, features, data, stop)
@@ -121,12 +120,22 @@ def _limited(pictures: Pictures, limit: int) -> Pictures:
     return replace(pictures, **parts)
 
 
+def _chosen(rows: dict[str, Row], names: tuple[str, ...] | None) -> dict[str, Row]:
+    if names is None:
+        return rows
+    unknown = [name for name in names if name not in rows]
+    if unknown:
+        raise RunError(f"--rows: no row {unknown[0]!r} in this study; it has {', '.join(map(repr, rows))}")
+    return {name: rows[name] for name in names}
+
+
 def _compare(config: MATConfig, pictures: Pictures, features: Features, data: str, stop: StopFlag) -> dict:
-    rows = study_rows(config.study, config.variant)
+    rows = _chosen(study_rows(config.study, config.variant), config.rows)
     tree = second_tree(pictures) if config.study == "cross" else None
+    homes = {name: name for name in CONTROLS} | {name: trained_as(row) for name, row in rows.items()}
     folders = {
-        name: [config.out / _folder_name(name) / f"seed-{seed}" for seed in range(config.seeds)]
-        for name in (*CONTROLS, *rows)
+        name: [config.out / folder_name(home) / f"seed-{seed}" for seed in range(config.seeds)]
+        for name, home in homes.items()
     }
     results: dict[str, list[dict]] = {}
     for name, places in folders.items():
@@ -136,9 +145,8 @@ def _compare(config: MATConfig, pictures: Pictures, features: Features, data: st
                 results[name].append(_control(config, pictures, features, data, name, folder))
             else:
                 results[name].append(
-                    train_row(config, rows[name], pictures, features, data, folder, seed, stop, name, tree)
+                    train_row(config, rows[name], pictures, features, data, folder, seed, stop, homes[name], tree)
                 )
-    scores = {name: [load_file(folder / "scores.safetensors") for folder in places] for name, places in folders.items()}
     content = {
         "format": 1,
         "recipe": "mat",
@@ -148,37 +156,15 @@ def _compare(config: MATConfig, pictures: Pictures, features: Features, data: st
         "tower": config.tower,
         "fingerprint": data,
         "num_train": len(pictures.train),
-        "num_test": len(pictures.test),
-        "num_nodes": pictures.train.taxonomy.num_nodes,
         "seeds": config.seeds,
+        "size": config.size,
         "settings": config.fit.model_dump(),
-        "mta_majority": float(mta_majority_baseline(torch.from_numpy(pictures.test.targets), pictures.cuts)),
-        "rows": {name: _summary(results[name], scores[name], scores) for name in folders},
+        **summarise(results, folders, pictures.test, pictures.cuts, ("second",) if config.study == "cross" else ()),
     }
     write_json(config.out / f"result-{config.study}.json", content)
-    print(_table(content))  # noqa: T201
+    print(table(content))  # noqa: T201
     print(f"\nresult: {config.out / f'result-{config.study}.json'}")  # noqa: T201
     return content
-
-
-def _summary(results: list[dict], own: list[dict], every: dict[str, list[dict]]) -> dict:
-    first_names = [name for name in every if name not in CONTROLS][:1]
-    baseline = "PROTECT" if "PROTECT" in every else first_names[0]
-    summary = {
-        "scores": {s: v.as_json() for s, v in means(own).items()},
-        "deviation": {s: float(np.std([x[s].mean() for x in own], ddof=1)) if len(own) > 1 else None for s in SCORES},
-        "baseline": baseline,
-        "against baseline": {s: v.as_json() for s, v in differences(own, every[baseline]).items()},
-        "against zero-shot": {s: v.as_json() for s, v in differences(own, every["zero-shot"]).items()},
-    }
-    if "EUCLIDEAN" in every:
-        summary["against EUCLIDEAN"] = {s: v.as_json() for s, v in differences(own, every["EUCLIDEAN"]).items()}
-    kept = ("num_trained", "curvatures", "met", "c_mid_between", "final_losses", "second", "attention")
-    return summary | {name: [r[name] for r in results] for name in kept if name in results[0]}
-
-
-def _folder_name(name: str) -> str:
-    return "".join(ch if ch.isalnum() else "-" for ch in name).strip("-")
 
 
 def _facts(config: MATConfig, name: str, row: Row | None, data: str) -> dict:
@@ -191,7 +177,6 @@ def _control(config: MATConfig, pictures: Pictures, features: Features, data: st
     known = finished(folder, facts)
     if known is not None:
         return known
-    folder.mkdir(parents=True, exist_ok=True)
     tax = pictures.test.taxonomy
     if name == "zero-shot":
         model = build_model(Row(VANILLA), features, config.fit.ridge, 0, **config.fit.head())
@@ -199,15 +184,7 @@ def _control(config: MATConfig, pictures: Pictures, features: Features, data: st
     else:
         train = torch.from_numpy(pictures.train.targets)
         logits = neighbour_logits(features.neighbour_train, train, features.neighbour_test, tax)
-    return _store(folder, logits, pictures, facts)
-
-
-def _store(folder: Path, logits: Tensor, pictures: Pictures, facts: dict) -> dict:
-    found = tree_scores(logits, pictures.test.targets, pictures.test.taxonomy, pictures.cuts)
-    save_file(found, folder / "scores.safetensors")
-    result = {**facts, "scores": {s: float(v.mean()) for s, v in found.items()}}
-    write_json(folder / "result.json", result)
-    return result
+    return store(folder, logits, pictures.test, pictures.cuts, facts)
 
 
 @torch.no_grad()
@@ -237,7 +214,8 @@ def train_row(
     """
     facts = _facts(config, name, row, data) | {"seed": seed}
     known = finished(folder, facts)
-    if known is not None:
+    # A row that another study has trained lacks the scores on the second tree: it is scored again.
+    if known is not None and (tree is None or "second" in known):
         return known
     tax = pictures.train.taxonomy
     fit = config.fit
@@ -265,50 +243,17 @@ def train_row(
         os.replace(unfinished, saved)
     model.eval()
     facts["num_trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    facts |= _geometry(model, objective, row, features, pictures, read_records(folder / "metrics.jsonl"))
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()
+        tokens = exact.encode_image(features.test[:, columns(features.widths, row_depths(row, features))].double())
+        text, target = exact.encode_text(objective.names), torch.from_numpy(pictures.test.targets)
+    facts |= geometry(exact, objective, tokens, text, target, read_records(folder / "metrics.jsonl"))
     logits = _logits(model, row, features, objective.names)
     if tree is not None:
         facts["second"] = second_scores(logits, _logits(model, row, features, tree.names), pictures, tree)
-    result = _store(folder, logits, pictures, facts)
+    result = store(folder, logits, pictures.test, pictures.cuts, facts)
     remove_checkpoints(folder)
     return result
-
-
-@torch.no_grad()
-def _geometry(
-    model: FeatureMATModel,
-    objective: MATObjective,
-    row: Row,
-    features: Features,
-    pictures: Pictures,
-    records: list[dict],
-) -> dict:
-    """What the attention looks at, curvatures over the steps, and the share of cone constraints met, on the test pictures."""
-    last = records[-max(1, len(records) // 10) :]
-    parts = ("leaf", "cut", "node", "visual", "textual", "cross")
-    facts = {"final_losses": {p: float(np.mean([line[p] for line in last])) for p in parts}}
-    # In fp64: on nearly parallel unit features the rounding of their norms in fp32 would decide whether a cone is met.
-    exact = copy.deepcopy(model).double()
-    inputs = features.test[:, columns(features.widths, row_depths(row, features))].double()
-    target = torch.from_numpy(pictures.test.targets)
-    tokens, text = exact.encode_image(inputs), exact.encode_text(objective.names)
-    if exact.head.attention is not None:
-        path = objective.taxonomy.paths[target]
-        asked = exact.head.attention.weights(tokens, text).gather(
-            1, path.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[1])
-        )
-        facts["attention"] = asked[path >= 0].mean(0).tolist()
-    if row.variant.curvature == "none":
-        return facts
-    curves = [[line[c] for c in ("c_img", "c_txt", "c_mid")] for line in records]
-    inside = [min(a, b) * (1 - 1e-6) <= m <= max(a, b) * (1 + 1e-6) for a, b, m in curves]
-    picked = np.linspace(0, len(records) - 1, min(25, len(records))).round().astype(int)
-    facts["curvatures"] = [[records[i]["step"], *(round(c, 6) for c in curves[i])] for i in picked]
-    facts["c_mid_between"] = float(np.mean(inside))
-    found, length = objective.path_features(exact, tokens, text, target)
-    shares = fraction_met(found, length, *objective.curvatures(exact, found, length), exact.head.min_radius)
-    facts["met"] = dict(zip(("visual", "textual", "cross"), shares, strict=True))
-    return facts
 
 
 def _tune(config: MATConfig, pictures: Pictures, features: Features, data: str, stop: StopFlag) -> dict:
@@ -344,13 +289,3 @@ def _tune(config: MATConfig, pictures: Pictures, features: Features, data: str, 
     write_json(config.out / "result-tuning.json", content)
     print(json.dumps(content, indent=1))  # noqa: T201
     return content
-
-
-def _table(content: dict) -> str:
-    width = max(map(len, content["rows"])) + 2
-    lines = [f"{'':<{width}}" + "".join(f"{TITLES[s]:>22}" for s in SCORES)]
-    for name, row in content["rows"].items():
-        cells = [f"{v:.3f} [{low:.3f}, {high:.3f}]".rjust(22) for v, low, high in (row["scores"][s] for s in SCORES)]
-        lines.append(f"{name:<{width}}" + "".join(cells))
-    lines.append(f"\nMTA of the majority member of every cut: {content['mta_majority']:.3f}")
-    return "\n".join(lines)

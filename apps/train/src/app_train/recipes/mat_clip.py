@@ -8,6 +8,7 @@ shots, in hours: not measured here, where such weights cannot be had; the path r
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +55,7 @@ class MATClipConfig(Frozen):
     weights: Path | None = None
     """Weights file for the model; open_clip's own download if not given."""
     model: str | None = None
-    """Another open_clip model than the published one."""
+    """Another open_clip model than the published one; `local-dir:FOLDER` is one that `mini-clip` wrote, with its weights."""
     variant: VariantName = "HETEROGENEOUS"
     released: bool = False
     """Repeat the defects of the released code."""
@@ -115,6 +116,8 @@ def load_clip(settings: PublishedConfig, weights: Path | None) -> nn.Module:
         source = str(weights)
         if name.startswith("hf-hub:"):
             name = "ViT-B-16"  # BioCLIP's configuration
+    elif name.startswith("local-dir:"):
+        source = None  # the folder holds its own weights
     try:
         return open_clip.create_model(name, pretrained=source, precision="fp32").eval()
     except (RuntimeError, OSError, ValueError, KeyError) as error:
@@ -193,7 +196,8 @@ def fit(
         regularizer if source else None,
     )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(parameters.values(), lr=settings.lr)
+    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    optimizer = kinds[settings.optimizer](parameters.values(), lr=settings.lr, weight_decay=0.0)
     average = GaussianPromptAverage(settings.epochs, settings.average_mean, settings.average_std) if source else None
     position = _resume(folder, parameters, optimizer, average, settings, len(train))
     per_epoch = math.ceil(len(train) / settings.batch_size)
@@ -228,10 +232,11 @@ def fit(
             records.add(number + 1, lr=rate, **values)
             if batch == per_epoch - 1 and average is not None:
                 average.update(model.named_parameters())
-            if batch == per_epoch - 1 or stop.exit_status is not None:
+            status = stop.exit_status  # read once: a signal between two reads would leave without saving
+            if batch == per_epoch - 1 or status is not None:
                 save(number + 1)
-            if stop.exit_status is not None:
-                raise Interrupted(stop.exit_status)
+            if status is not None:
+                raise Interrupted(status)
     finally:
         records.close()
     if average is not None:
@@ -274,11 +279,27 @@ def preprocess(clip: nn.Module, pictures: Tensor) -> Tensor:
 def evaluate(model: MATModel, test: PictureSet, stored: StoredTree, batch_size: int = 64) -> dict[str, np.ndarray]:
     """LA, HCA and MTA of each test picture."""
     model.eval()
-    device = model.logit_scale.device
-    text = torch.cat([model.encode_text(stored.node_text[i : i + 64]) for i in range(0, len(stored.node_text), 64)])
-    logits = []
-    for start in tqdm(range(0, len(test), batch_size), desc="scoring", disable=None, leave=False):
-        rows = range(start, min(start + batch_size, len(test)))
-        tokens = model.encode_image(preprocess(model.clip, test.batch(rows)).to(device))
-        logits.append(model.score(tokens, text).cpu())
-    return tree_scores(torch.cat(logits), test.targets, stored.taxonomy, stored.cuts)
+    tokens, text = encode(model, test, batch_size), encode_labels(model, stored.node_text)
+    return tree_scores(score(model, tokens, text, batch_size), test.targets, stored.taxonomy, stored.cuts)
+
+
+@torch.no_grad()
+def encode(model: MATModel, pictures: PictureSet, batch_size: int = 64) -> Tensor:
+    """Layer tokens of all pictures, on the CPU."""
+    device, found = model.logit_scale.device, []
+    for start in tqdm(range(0, len(pictures), batch_size), desc="encoding", disable=None, leave=False):
+        rows = range(start, min(start + batch_size, len(pictures)))
+        found.append(model.encode_image(preprocess(model.clip, pictures.batch(rows)).to(device)).cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def encode_labels(model: MATModel, names: Sequence[str], batch_size: int = 64) -> Tensor:
+    """Text features of labels, on the model's device."""
+    return torch.cat([model.encode_text(names[i : i + batch_size]) for i in range(0, len(names), batch_size)])
+
+
+@torch.no_grad()
+def score(model: MATModel, tokens: Tensor, text: Tensor, batch_size: int = 64) -> Tensor:
+    """Logits of encoded pictures, batch by batch, on the CPU."""
+    return torch.cat([model.score(part.to(text.device), text).cpu() for part in tokens.split(batch_size)])

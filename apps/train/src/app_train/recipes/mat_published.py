@@ -11,7 +11,7 @@ from pydantic import Field
 
 from app_train.config import Frozen
 
-DataName = Literal["cifar100", "sun", "imagenet", "rare"]
+DataName = Literal["cifar100", "sun", "imagenet", "rare", "emoji"]
 Method = Literal["maple", "promptsrc"]
 # (data, shots, method): lr, curv_init, c_img, c_txt, scale.
 _TABLE: dict[tuple[str, int, str], tuple[float, float, float, float, float]] = {
@@ -36,7 +36,7 @@ _EPOCHS_AND_BATCH = {"cifar100": (200, 8), "sun": (200, 8), "imagenet": (10, 2),
 
 
 class PublishedConfig(Frozen):
-    """One published configuration; plain SGD without momentum or decay, a cosine after one epoch of warm-up."""
+    """How prompts are tuned; the published rows use plain SGD without momentum or decay, a cosine after one warm-up epoch."""
 
     data: DataName
     shots: int = Field(ge=1)
@@ -53,6 +53,7 @@ class PublishedConfig(Frozen):
     """Name in open_clip; OpenAI's weights need the QuickGELU model, which their files do not record."""
     pretrained: str | None
     """Tag of open_clip's weights; None where the name carries them."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     warmup_epochs: int = 1
     warmup_lr: float = 1e-3
     treecut_weight: float = 1.0

@@ -104,6 +104,13 @@ def value_pass_through(block: nn.Module, h: Float[Tensor, "B m w"], mode: str = 
     return h + block.ls_2(block.mlp(block.ln_2(h)))
 
 
+def initial_mix(layers: Sequence[int], num: int) -> Float[Tensor, "M L"]:
+    """Logits of M softmax mixtures of L tokens, each with weight 0.9 on one of the layers."""
+    logits = torch.full((len(layers), num), math.log((1 - _START) / max(num - 1, 1)))
+    logits[torch.arange(len(layers)), torch.tensor(layers)] = math.log(_START)
+    return logits
+
+
 class LayerTokens(nn.Module):
     """Class tokens of M layers of an open_clip vision transformer, in the joint space.
 
@@ -148,10 +155,7 @@ class LayerTokens(nn.Module):
         self.pass_through = check_choice("pass_through", pass_through, ("value", "released"))
         self.mix = check_choice("mix", mix, ("fixed", "learned"))
         if mix == "learned":
-            rest = (1 - _START) / max(num_blocks - 1, 1)
-            logits = torch.full((len(self.layers), num_blocks), math.log(rest))
-            logits[torch.arange(len(self.layers)), torch.tensor(self.layers)] = math.log(_START)
-            self.mix_logits = nn.Parameter(logits)
+            self.mix_logits = nn.Parameter(initial_mix(self.layers, num_blocks))
 
     @property
     def visual(self) -> nn.Module:
