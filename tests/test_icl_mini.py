@@ -25,7 +25,8 @@ from app_data.icl_mini import (
 )
 from app_eval import icl_study
 from app_eval.icl_answers import AnswerReader
-from app_eval.icl_study import Task, read_cell, run_icl_study, summary
+from app_eval.icl_study import read_cell, run_icl_study, summary
+from app_eval.icl_task import Task
 from app_train.cli import main as train
 from app_train.errors import RunError
 from app_train.interrupt import StopFlag
