@@ -256,6 +256,7 @@ def test_run_study_and_go_on(patched, tmp_path, capsys, monkeypatch):
     assert train(["icl-mini", "--out", str(out), *QUICK]) == 0
     model = load_icl_mini(out, tiny_language())
     assert model.card["shots"] == [0, 2]
+    assert model.card["options"].startswith("--num-episodes ")
     assert not any(p.requires_grad for p in model.parameters())
     # LoRA is in the weights: they differ from the package's, in attention alone.
     plain = tiny_language()[0].state_dict()
@@ -498,8 +499,12 @@ def test_the_page_ranks_only_what_beats_no_demonstrations(tmp_path, capsys):
     assert "is better than" not in text.split("## Without")[0]
     assert "RICES | not run" in text
     assert "Cut short" in text
+    assert "`python apps/train icl-mini`, then" in text
     assert "a language model that reads the demonstrations" not in text
-    text = page(study_json((0.2, 0.5, 0.9)))[1]
+    named = study_json((0.2, 0.5, 0.9))
+    named["model"]["options"] = "--num-episodes 8"
+    text = page(named)[1]
+    assert "`python apps/train icl-mini --num-episodes 8`, then" in text
     assert "Inconclusive" not in text
     assert "Better than no demonstrations (2 of 2 rows)" in text
     assert "*random* is worse than *anchors, hyperbolic*" in text

@@ -45,8 +45,8 @@ def model_section(study: dict) -> str:
         f"Calibration strength, chosen on {strength['n']} held-out training questions with {strength['k']} random demonstrations: "
         f"{chosen}; calibration was tried at that K alone. "
         f"The study took {study['seconds'] / 60:.0f} minutes on one core and {study['peak_memory_mib']:,} MiB.",
-        "Commands: `python apps/train icl-mini`, then `python apps/eval icl-study runs/icl-mini --json "
-        "docs/results/hyper-icl-model.json`.",
+        f"Commands: `python apps/train icl-mini {card.get('options', '')}`, then `python apps/eval icl-study runs/icl-mini --json "
+        "docs/results/hyper-icl-model.json`.".replace(" `,", "`,"),
     ]
     if not study["complete"]:
         parts.append("**Cut short:** selectors and numbers of demonstrations that are missing below were not run.")

@@ -207,6 +207,7 @@ def run(config: IclMiniConfig) -> dict:
             "lora_scale": config.lora_alpha / config.rank if config.rank else 0.0,
             "eye_width": model.llava.config.vision_config.hidden_size,
             "shots": list(config.shots),
+            "options": f"--num-episodes {config.num_episodes} --align.epochs {config.align.epochs}",
             "emoji_answers_held_out": list(answers),
         }
         _publish(model, config.out / "model")
