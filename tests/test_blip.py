@@ -150,13 +150,25 @@ def test_verdicts():
 
 
 def test_a_page_of_weak_models_says_so():
-    from app_eval.blip_page import DUAL_ENCODER, _weak
+    from app_eval.blip_page import DUAL_ENCODER, _claims, _weak
+
+    def row(value):
+        levels = {"subgroup": {"txt_r1": value}, "group": {"txt_r1": value}}
+        return {
+            "retrieval": {"itc": {"txt_r1": value}, "levels": levels},
+            "radius": {"scores": {"radius": {"error_auroc": 0.5}}},
+        }
 
     def run(value):
-        return [{"lorentz": {"retrieval": {"itc": {"txt_r1": value}}}}]
+        return 3 * [{"lorentz": row(value), "euclidean": row(value / 2)}]
 
-    assert "the best TR@1 is 1.0" in _weak(run(1.0), ["lorentz"])[0]
-    assert _weak(run(DUAL_ENCODER), ["lorentz"]) == []
+    rows = ["euclidean", "lorentz"]
+    assert "the best TR@1 is 1.0" in _weak(run(1.0), rows)[0]
+    assert _weak(run(DUAL_ENCODER), rows) == []
+    claim = "A distance retrieves better than the Euclidean cosine (TR@1): "
+    assert f"{claim}**inconclusive** (mean difference +0.5)" in _claims(run(1.0), rows)[0]
+    assert f"{claim}**holds**" in _claims(run(10.0), rows)[0]
+    assert "not that of the distance alone" in _claims(run(1.0), rows)[0]
 
 
 def test_recipes_cross_the_settings_of_the_lorentz_row_only():

@@ -511,6 +511,10 @@ def test_the_page_ranks_only_what_beats_no_demonstrations(tmp_path, capsys):
     assert "of 2 comparisons 1 are better and 0 worse" in text
     assert "| both | 0.900" in text
     assert "better in 2 of 2 rows, worse in 0" in text
+    named["seeds"] = [0, 1, 2]
+    text = page(named)[1].split("## Without")[0]
+    assert "**Undecided.**" in text
+    assert "is worse than" not in text
     text = page(study_json((0.5, 0.2, 0.5)))[1]
     assert "1 of 2 rows are worse than none" in text
     for change, word in (({"quick": True}, "--quick"), ({"study": "x"}, "icl-study"), ({"tasks": []}, "no row")):

@@ -1,7 +1,8 @@
 """Turn the stored results of `blip-mini` into `docs/results/hyper-blip.md`.
 
 The sentences that judge are decided by numbers: a claim holds here only where every seed agrees and the mean difference is
-larger than twice its standard error over seeds; fewer than three seeds are called too few.
+larger than twice its standard error over seeds; fewer than three seeds are called too few. Where no row beats the dual encoder of the
+same towers before any training, every claim is inconclusive.
 """
 
 import json
@@ -119,7 +120,7 @@ def _weak(runs: list[dict], rows: Sequence[str]) -> list[str]:
     return [
         f"**No row comes near the {DUAL_ENCODER} % of leaves that the dual encoder of the same frozen towers names before any training "
         f"([first light](first-light.md)): the best TR@1 is {best:.1f}.** A Q-Former that starts without any tie between its two sides "
-        "needs far more pictures and steps than were spent here. What follows are differences between weak models."
+        "needs far more pictures and steps than were spent here. What follows are differences between weak models: nothing is ranked."
     ]
 
 
@@ -209,13 +210,19 @@ def _claims(runs: list[dict], rows: list[str]) -> list[str]:
             lambda f: _radius(f, 3),
         ),
     ]
+    weak = bool(_weak(runs, rows))
     lines = []
     for text, ours, other, value in found:
         if ours not in rows or other not in rows:
             lines.append(f"- {text}: **not run**.")
             continue
         differences = [value(seed[ours]) - value(seed[other]) for seed in runs]
-        lines.append(f"- {text}: **{verdict(differences)}** (mean difference {statistics.fmean(differences):+.3g}).")
+        said = "inconclusive" if weak else verdict(differences)
+        lines.append(f"- {text}: **{said}** (mean difference {statistics.fmean(differences):+.3g}).")
+    if "lorentz" in rows and "lorentz_plain" not in rows:
+        lines.append(
+            "- The Lorentz row has RQS and RTP as well: its difference to the Euclidean row is not that of the distance alone."
+        )
     return ["\n".join(lines)]
 
 

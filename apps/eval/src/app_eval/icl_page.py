@@ -6,6 +6,8 @@ __all__ = ["model_section"]
 
 ZERO, BLIND = "no demonstrations", "no demonstrations, no picture"
 OURS = "anchors, hyperbolic"
+# Selectors whose choice depends on the seed: by chance, or by the training of the lift.
+SEEDED = ("random", OURS, "anchors, Euclidean")
 # Name of the row, selector, calibration.
 ABLATION = (
     ("neither (random demonstrations)", "random", "none"),
@@ -39,8 +41,9 @@ def model_section(study: dict) -> str:
         "## With a language model",
         "One trained model (recipe `icl-mini`: frozen EfficientNet-Lite0 and SmolLM2-135M in a LLaVA, one token a picture; trained are "
         f"the connector and LoRA of rank {card['rank']}, {_steps(card)} on episodes of {_listed(card['shots'])} "
-        f"demonstrations), so nothing here says how another training would come out. {len(study['seeds'])} demonstration seeds for "
-        "random demonstrations and for the training of the anchors; the other selectors have no chance in them. Answers are scored by "
+        f"demonstrations), so nothing here says how another training would come out. {len(study['seeds'])} demonstration seeds are planned "
+        "for random demonstrations and for the training of the anchors (the tables say how many were run); the other selectors have no "
+        "chance in them. Answers are scored by "
         "likelihood over the closed set. Intervals are 95 % bootstrap intervals over the queries; differences are paired by query. "
         f"Calibration strength, chosen on {strength['n']} held-out training questions with {strength['k']} random demonstrations: "
         f"{chosen}; calibration was tried at that K alone. "
@@ -52,7 +55,7 @@ def model_section(study: dict) -> str:
         parts.append("**Cut short:** selectors and numbers of demonstrations that are missing below were not run.")
     for task in study["tasks"]:
         if task["rows"]:
-            parts.append(_task(task))
+            parts.append(_task(task, len(study["seeds"])))
     return "\n\n".join(parts)
 
 
@@ -69,7 +72,7 @@ def _by(task: dict) -> dict[tuple[str, int, str], dict]:
     return {(row["selector"], row["k"], row["calibration"]): row for row in task["rows"]}
 
 
-def _task(task: dict) -> str:
+def _task(task: dict, seeds: int) -> str:
     rows = _by(task)
     zero = rows[ZERO, 0, "none"]
     kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in zero["kinds"].items())
@@ -86,7 +89,7 @@ def _task(task: dict) -> str:
             "",
             f"Without demonstrations and without the picture {_interval(rows[BLIND, 0, 'none']['accuracy'])}.",
         ]
-    lines += ["", _verdict(task)]
+    lines += ["", _verdict(task, seeds)]
     for k in sorted({k for _, k, _ in rows} - {0}):
         heads = ("selector", "seeds", "accuracy", "against none", "against random")
         heads += ("calibrated, Lorentz: change", "calibrated, Euclidean: change", "vote, no language model")
@@ -118,12 +121,18 @@ def _ablation(rows: dict[tuple[str, int, str], dict]) -> list[str]:
     return lines
 
 
-def _verdict(task: dict) -> str:
-    """What the numbers say; where demonstrations do not help, nothing is ranked."""
+def _verdict(task: dict, seeds: int) -> str:
+    """What the numbers say; where demonstrations do not help, or seeds are missing, nothing is ranked."""
     rows = _by(task)
     plain = [row for (_, k, calibration), row in rows.items() if k and calibration == "none"]
     if not plain:
         return "Demonstrations: not run."
+    if any(row["selector"] in SEEDED and row["seeds"] < seeds for row in plain):
+        return (
+            f"**Undecided.** Rows with chance in them hold fewer than the {seeds} seeds planned, so nothing is ranked: the intervals "
+            "below are over queries, not over draws of demonstrations or trainings of the anchors. The anchors' lift is trained on the "
+            "pool's answers, so that their choice is a classifier already: compare with the vote."
+        )
     helped = [row for row in plain if row["to_zero_shot"][1] > 0]
     hurt = [row for row in plain if row["to_zero_shot"][2] < 0]
     if not helped:

@@ -22,8 +22,8 @@ from app_data.icl_mini import (
     load_icl_mini,
 )
 from app_eval.icl_answers import AnswerReader
-from app_eval.icl_page import BLIND, OURS, ZERO
-from app_eval.icl_task import CURVATURES, MU, SEEDED, Task, easy_vqa_tasks, emoji_task
+from app_eval.icl_page import BLIND, OURS, SEEDED, ZERO
+from app_eval.icl_task import CURVATURES, MU, Task, easy_vqa_tasks, emoji_task
 from app_eval.results import write_json
 from app_eval.scores import resamples
 from hyper_icl import (

@@ -34,13 +34,11 @@ from hyper_icl import (
     hierarchy_bias,
 )
 
-__all__ = ["CURVATURES", "MU", "SEEDED", "SELECTORS", "Task", "easy_vqa_tasks", "emoji_task"]
+__all__ = ["CURVATURES", "MU", "SELECTORS", "Task", "easy_vqa_tasks", "emoji_task"]
 
 # The distance of tangents at curvature c tends to the Euclidean one as c -> 0: one code for both.
 CURVATURES = {"lorentz": 1.0, "euclidean": 1e-6}
 MU = 0.3
-# Selectors whose choice depends on the seed: by chance, or by the training of the lift.
-SEEDED = ("random", OURS, "anchors, Euclidean")
 SELECTORS = ("random", OURS, "anchors, Euclidean", "RICES", "MMICES", "TopK-CLIP")
 POOL_ARTISTS = ("openmoji", "noto-300", "noto-700")
 

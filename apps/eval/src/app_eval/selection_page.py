@@ -88,8 +88,10 @@ def _verdict(study: dict) -> str:
     def compare(a: str, b: str) -> str:
         gap = rows[a]["scores"]["vote"] - rows[b]["scores"]["vote"]
         noise = max(rows[a]["spread"]["vote"], rows[b]["spread"]["vote"], _binomial(study, rows[b]))
-        word = "no clear difference to" if abs(gap) <= noise else "better than" if gap > 0 else "worse than"
-        return f"- *{a}* is {word} *{b}* ({gap:+.3f}; within {noise:.3f} counts as noise)."
+        word = (
+            "is not clearly different from" if abs(gap) <= noise else "is better than" if gap > 0 else "is worse than"
+        )
+        return f"- *{a}* {word} *{b}* ({gap:+.3f}; within {noise:.3f} counts as noise)."
 
     hyperbolic = "anchors, hyperbolic, mu 0"
     said = [compare(hyperbolic, "cosine of pictures (TopK-CLIP, RICES)"), compare(hyperbolic, "anchors, Euclidean")]
