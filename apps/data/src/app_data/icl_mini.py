@@ -194,15 +194,16 @@ def eye_features(
         cache_dir: Where features are kept; the user's cache folder if None.
     """
 
-    def compute() -> Tensor:
+    def compute(first: int, end: int) -> Tensor:
         trunk, found = lite0(0), []
-        for start in range(0, len(data.store), 64):
-            pixels = torch.from_numpy(np.array(data.store[start : start + 64])).permute(0, 3, 1, 2)
+        for start in range(first, end, 64):
+            pixels = torch.from_numpy(np.array(data.store[start : min(start + 64, end)])).permute(0, 3, 1, 2)
             ready = F.interpolate(lite0_preprocess(pixels), size=(size, size), mode="bilinear", antialias=True)
             found.append(lite0_stages(trunk, ready))
         return torch.cat(found)
 
-    return cached_features(f"icl-mini-1-{data.fingerprint}-{len(data.store)}-{size}", compute, cache_dir)
+    key = f"icl-mini-1-{data.fingerprint}-{len(data.store)}-{size}"
+    return cached_features(key, compute, len(data.store), cache_dir)
 
 
 def easy_vqa_items(data: QuestionSet, features: Float[Tensor, "pictures width"]) -> IclItems:

@@ -74,7 +74,7 @@ def matched_similarity(
     c: Tensor | float = 1.0,
     *,
     manifold: str = "poincare",
-) -> Float[Tensor, "batch *queries"]:
+) -> Float[Tensor, " batch *queries"]:
     """Similarity of each vector to its partner, to full precision however close the two are; see `pairwise_similarity`."""
     with torch.autocast(image.device.type, enabled=False):
         if mode == "cosine":

@@ -201,7 +201,7 @@ def augment_qk(
     q: Float[Tensor, "b h t d"],
     k: Float[Tensor, "b g s d"],
     v: Float[Tensor, "b g s d"],
-    table: Float[Tensor, "b #h z z"],
+    table: Float[Tensor, " b #h z z"],
     segments: Int64[Tensor, "b s"],
     scaling: float,
     *,

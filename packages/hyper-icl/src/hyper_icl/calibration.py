@@ -105,7 +105,7 @@ class CalibrationPlan:
         ValueError: shapes do not fit, or the bias is not finite.
     """
 
-    bias: Float[Tensor, "b *hk"]
+    bias: Float[Tensor, " b *hk"]
     segments: SegmentMap
     layers: dict[int, float] | None = None
     rows: str = "query"

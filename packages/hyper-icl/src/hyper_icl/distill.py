@@ -82,7 +82,7 @@ def segment_log_mass(
     return by_segment - scores.logsumexp(-1, keepdim=True)
 
 
-def tilt(log_mass: Float[Tensor, "b h r z"], bias: Float[Tensor, "b *hk"]) -> Float[Tensor, "b h r z"]:
+def tilt(log_mass: Float[Tensor, "b h r z"], bias: Float[Tensor, " b *hk"]) -> Float[Tensor, "b h r z"]:
     """The masses after calibration, from those before, without a second forward pass: softmax_s(log P_s + bias_s).
 
     Exact for a layer whose q and k the calibration has not changed yet, i.e. for the first calibrated layer.

@@ -56,7 +56,7 @@ class MATLosses(NamedTuple):
 def entailment_terms(
     img: Float[Tensor, "B H d"],
     txt: Float[Tensor, "B H d"],
-    length: Int[Tensor, "B"],
+    length: Int[Tensor, " B"],
     c_img: float | Tensor,
     c_txt: float | Tensor,
     c_mid: float | Tensor,
@@ -126,7 +126,7 @@ def entailment_terms(
 @torch.no_grad()
 def fraction_met(
     features: PathFeatures,
-    length: Int[Tensor, "B"],
+    length: Int[Tensor, " B"],
     c_img: float | Tensor,
     c_txt: float | Tensor,
     c_mid: float | Tensor,
@@ -213,7 +213,7 @@ class MATObjective:
         self,
         model: MATModel | FeatureMATModel,
         images: Tensor,
-        target: Int[Tensor, "B"],
+        target: Int[Tensor, " B"],
         generator: torch.Generator | None = None,
     ) -> MATLosses:
         """Compute the losses of a batch.
@@ -263,7 +263,7 @@ class MATObjective:
         logged = (c.detach() for c in (c_img, c_txt, c_mid))
         return MATLosses(total, leaf, cut_loss, node, *terms, scl, *logged)
 
-    def nodes_in_use(self, target: Int[Tensor, "B"], cut: TreeCut) -> Int[Tensor, "k"]:
+    def nodes_in_use(self, target: Int[Tensor, " B"], cut: TreeCut) -> Int[Tensor, " k"]:
         """Ids of the nodes whose text a batch needs: the members of the cut and the children of every node on a path."""
         tax = self.taxonomy.to(target.device)
         path = tax.paths[target]
@@ -275,7 +275,7 @@ class MATObjective:
         return wanted.nonzero().squeeze(1)
 
     def path_features(
-        self, model: MATModel | FeatureMATModel, tokens: Tensor, text: Tensor, target: Int[Tensor, "B"]
+        self, model: MATModel | FeatureMATModel, tokens: Tensor, text: Tensor, target: Int[Tensor, " B"]
     ) -> tuple[PathFeatures, Tensor]:
         """Features along each picture's path, and the lengths of the paths.
 
