@@ -54,6 +54,26 @@ def finished(assets, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_start_from_pairs(assets, tmp_path):
+    """Without a step the model of stage 1 is the start: its projections are tied, the words are MiniLM's."""
+    from app_data.blip_models import mini_model
+    from hyper_blip import HyperBlip2ForPretraining
+
+    found = {}
+    for start in ("pairs", "fresh"):
+        more = ("--start", start, "--stage1.epochs", "0", "--stage2.epochs", "0", "--num-captions", "0")
+        assert train(tmp_path / start, *more) == 0
+        found[start] = HyperBlip2ForPretraining.from_pretrained(tmp_path / start / "seed-0" / "lorentz" / "stage1")
+    fresh = mini_model(found["fresh"].config, 0)
+    for name, tied in (("text_projection", True), ("vision_projection", True), ("embeddings.word_embeddings", False)):
+        expected, without, with_pairs = (
+            m.blip2.get_submodule(name).weight for m in (fresh, found["fresh"], found["pairs"])
+        )
+        assert torch.equal(without, expected)
+        assert torch.equal(with_pairs, expected) != tied
+
+
+@pytest.mark.slow
 def test_run_is_complete(finished, capsys):
     row = finished / "seed-0" / "lorentz"
     result = json.loads((row / "result.json").read_text())

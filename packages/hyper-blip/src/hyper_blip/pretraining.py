@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
 from hyper_blip.base import HyperBlip2Model, _finished, copy_text_ffn, start_queries
-from hyper_blip.config import HyperBlip2Config, HyperbolicConfig
+from hyper_blip.config import HyperBlip2Config, HyperbolicConfig, check_positive
 from hyper_blip.diagnostics import stage1_diagnostics
 from hyper_blip.gather import fetch_rows, world
 from hyper_blip.losses import (
@@ -43,6 +43,7 @@ from hyper_blip.qformer import (
 )
 from hyper_blip.sampling import Priority, RandomQuerySelection, RandomTextPruning, stateless_seed, text_keys
 from hyper_blip.similarity import aggregate_queries, pairwise_similarity, query_midpoint
+from hyper_blip.start import Affine, apply_map, ridge_map, whitened_components
 from hyper_blip.weights import LoadingInfo, bert_state, load_into
 
 _LOG = logging.getLogger(__name__)
@@ -171,6 +172,68 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
                 starts[number] = False
         self.starts_word = starts
         return self
+
+    @torch.no_grad()
+    def start_from_pairs(
+        self,
+        pixel_values: Float[Tensor, "pictures channels height width"],
+        input_ids: Int[Tensor, "batch tokens"],
+        attention_mask: Int[Tensor, "rows places"],
+        *,
+        value_ridge: float = 1.0,
+        ridge: float = 0.1,
+        batch_size: int = 128,
+    ) -> "HyperBlip2ForPretraining":
+        """Tie queries and captions by least squares before the first step, so that few pictures suffice.
+
+        Set in closed form, in evaluation mode: the values of all cross-attentions (ridge regression of the mean patch on the
+        whitened principal components of the caption states, passed on unchanged), the text projection (those components), and
+        the vision projection (ridge regression of the queries on the projected captions). Features of both sides then have mean
+        norm sqrt(d), which the default `init_scale` turns into 1. Call it after `load_bert`, once. See `hyper_blip.start`.
+
+        Args:
+            pixel_values: training pictures.
+            input_ids: one caption of each, [CLS] ... [SEP], padded.
+            attention_mask: 1 at tokens.
+            value_ridge: penalty of the first regression in units of the mean variance of its inputs, > 0.
+            ridge: penalty of the second, > 0.
+            batch_size: pictures encoded at once.
+
+        Returns:
+            This model, in the mode it was in.
+
+        Raises:
+            ValueError: inputs that do not fit, pictures or captions that are all equal, or features that are not finite.
+        """
+        self._check_text(input_ids, attention_mask)
+        for name, value in (("value_ridge", value_ridge), ("ridge", ridge), ("batch_size", batch_size)):
+            check_positive(name, value)
+        if len(pixel_values) != len(input_ids):
+            raise ValueError(
+                f"pixel_values must hold {len(input_ids)} pictures, one per caption, got {len(pixel_values)}"
+            )
+        mode, qformer = self.training, self.blip2.qformer
+        self.eval()
+        pictures = [part.to(self.device) for part in pixel_values.split(batch_size)]
+        texts = zip(*(x.to(self.device).split(batch_size) for x in (input_ids, attention_mask)), strict=True)
+        words = torch.cat(
+            [joint_states(self.blip2, None, [Segment(*t, BIDIRECTIONAL)], queries=False)[0][:, 0] for t in texts]
+        )
+        patches = torch.cat([self.vision_features(part).mean(1) for part in pictures])
+        words, patches = _varied("input_ids", words), _varied("pixel_values", patches)
+
+        width = qformer.config.hidden_size
+        value = ridge_map(patches, apply_map(whitened_components(words, width), words), value_ridge)
+        for layer in qformer.encoder.layer:
+            if layer.has_cross_attention:
+                _set_linear(layer.crossattention.attention.value, value)
+                _set_linear(layer.crossattention.output.dense, Affine(torch.eye(width), torch.zeros(width)))
+        text = whitened_components(words, self.blip2.text_projection.out_features)
+        _set_linear(self.blip2.text_projection, text)
+        queries = torch.cat([joint_states(self.blip2, self.vision_features(part))[0] for part in pictures]).double()
+        targets = apply_map(text, words).repeat_interleave(queries.shape[1], 0)
+        _set_linear(self.blip2.vision_projection, ridge_map(queries.flatten(0, 1), targets, ridge))
+        return self.train(mode)
 
     # ------------------------------------------------------------------ encoding
 
@@ -431,6 +494,21 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             raise ValueError("step must be given in training with rqs_prob or rtp_prob > 0, got None")
         if self.training and hyper.similarity == "mix" and (progress is None or not 0 <= progress <= 1):
             raise ValueError(f"progress must be the fraction of training that is done, in [0, 1], got {progress}")
+
+
+@torch.no_grad()
+def _set_linear(linear: nn.Linear, affine: Affine) -> None:
+    linear.weight.copy_(affine.weight)
+    linear.bias.copy_(affine.bias)
+
+
+def _varied(name: str, states: Tensor) -> Tensor:
+    """The states in double precision, if a regression can use them."""
+    if not bool(states.isfinite().all()):
+        raise ValueError(f"{name} must give finite features, got NaN or infinity")
+    if bool((states == states[0]).all()):
+        raise ValueError(f"{name} must hold at least two different rows, got {len(states)} equal ones")
+    return states.double()
 
 
 @torch.no_grad()

@@ -96,6 +96,8 @@ class BlipMiniConfig(Frozen):
     """Use the pictures of this many leaves only, spread over the taxonomy (for trials)."""
     losses: tuple[LossName, ...] = ("itc", "itm", "lm")
     """Losses of stage 1; without "itm" nothing is re-ranked, and the contrastive loss alone is four times cheaper."""
+    start: Literal["pairs", "fresh"] = "pairs"
+    """Start of stage 1: "pairs" ties queries and captions by least squares, "fresh" leaves that to the contrastive loss."""
     stage1: FirstStage = FirstStage()
     stage2: SecondStage = SecondStage()
     num_queries: int = Field(16, ge=1)
@@ -236,6 +238,9 @@ def _first_stage(
     model = mini_model(made, seed)
     train, maps = features.train, features.maps("train", model)
     model.to(accelerator.device)
+    if config.start == "pairs":
+        captions = [_caption_of(train, i, seed, 0) for i in range(len(train))]
+        model.start_from_pairs(maps.float(), *caption_ids(captions, config.max_tokens))
     leaves = torch.from_numpy(train.targets)
 
     def forward(wrapped: nn.Module, rows: np.ndarray, epoch: int, number: int, share: float):

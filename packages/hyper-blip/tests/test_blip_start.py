@@ -1,0 +1,106 @@
+"""The start by least squares: closed forms, what it changes and what it leaves, bad input."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hyper_blip import HyperbolicConfig, recall_at_k
+from hyper_blip.start import FLOOR, apply_map, ridge_map, whitened_components
+
+SET = (
+    "crossattention.attention.value.weight",
+    "crossattention.attention.value.bias",
+    "crossattention.output.dense.weight",
+    "crossattention.output.dense.bias",
+    "blip2.text_projection.weight",
+    "blip2.text_projection.bias",
+    "blip2.vision_projection.weight",
+    "blip2.vision_projection.bias",
+)
+
+
+def test_components_are_damped_whitening():
+    x = np.random.default_rng(0).normal(size=(50, 6)) * [9, 5, 3, 1, 0.1, 0.01] + 4
+    found = apply_map(whitened_components(torch.from_numpy(x), 4), torch.from_numpy(x)).numpy()
+    left, singular, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    deviation = singular[:4] / math.sqrt(50)
+    expected = left[:, :4] * math.sqrt(50) * (deviation / (deviation + FLOOR * deviation[0]))
+    expected *= 2 / np.linalg.norm(expected, axis=1).mean()
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-9)
+
+
+def test_components_beyond_the_width_are_zero():
+    x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    affine = whitened_components(x, 5)
+    assert not affine.weight[3:].any()
+    assert apply_map(affine, x).norm(dim=1).mean().item() == pytest.approx(math.sqrt(5))
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 0.5])
+def test_ridge_map_is_the_regression(ridge):
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(40, 5)) + 2, rng.normal(size=(40, 3)) - 1
+    centred = x - x.mean(0)
+    gram = centred.T @ centred
+    weight = np.linalg.solve(gram + ridge * np.trace(gram) / 5 * np.eye(5), centred.T @ (y - y.mean(0)))
+    expected = centred @ weight + y.mean(0)
+    expected *= math.sqrt(3) / np.linalg.norm(expected, axis=1).mean()
+    found = apply_map(ridge_map(torch.from_numpy(x), torch.from_numpy(y), ridge), torch.from_numpy(x))
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
+
+
+def recall(model, pixels, ids, mask):
+    with torch.no_grad():
+        scores = model.similarity(model.encode_image(pixels), model.encode_text(ids, mask))
+    return recall_at_k(scores, list(range(len(ids))), [[i] for i in range(len(ids))])["txt_r1"]
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "distance"])
+@pytest.mark.parametrize("manifold", ["lorentz", "poincare"])
+def test_ties_pictures_to_captions(stage1, batch, similarity, manifold):
+    hyper = HyperbolicConfig(manifold=manifold, similarity=similarity, rqs_prob=0.0, rtp_prob=0.0)
+    model, (pixels, ids, mask) = stage1(hyper), batch(20)
+    with torch.no_grad():
+        model.blip2.qformer.encoder.layer[0].crossattention.output.dense.bias.fill_(
+            0.1
+        )  # 0 in a fresh model, and after
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    model.eval()
+    poor = recall(model, pixels, ids, mask)
+    model.train()
+    assert model.start_from_pairs(pixels, ids, mask, batch_size=7) is model
+    assert model.training
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert all(name.endswith(SET) for name in changed)
+    assert {s for s in SET if any(name.endswith(s) for name in changed)} == set(SET)
+    model.eval()
+    assert poor < 30
+    assert recall(model, pixels, ids, mask) > 80
+    image, text = model.encode_image(pixels), model.encode_text(ids, mask)
+    scale = 2 if manifold == "poincare" else 1
+    torch.testing.assert_close(text.radius.mean(), torch.tensor(float(scale)), rtol=1e-3, atol=0)
+    assert float(image.radius.detach().mean()) == pytest.approx(scale, rel=1e-3)
+
+
+def test_pieces_do_not_matter(stage1, batch):
+    a, b = (stage1(HyperbolicConfig.distance()).start_from_pairs(*batch(12), batch_size=n) for n in (5, 12))
+    for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_bad_input(stage1, batch):
+    model, (pixels, ids, mask) = stage1(), batch(4)
+    with pytest.raises(ValueError, match="pixel_values must hold 4 pictures, one per caption, got 3"):
+        model.start_from_pairs(pixels[:3], ids, mask)
+    with pytest.raises(ValueError, match="ridge must be finite and > 0, got 0"):
+        model.start_from_pairs(pixels, ids, mask, ridge=0.0)
+    with pytest.raises(ValueError, match="value_ridge must be finite and > 0, got -1"):
+        model.start_from_pairs(pixels, ids, mask, value_ridge=-1.0)
+    with pytest.raises(ValueError, match="pixel_values must give finite features"):
+        model.start_from_pairs(pixels * math.nan, ids, mask)
+    with pytest.raises(ValueError, match="pixel_values must hold at least two different rows, got 4 equal"):
+        model.start_from_pairs(pixels[:1].expand(4, -1, -1, -1), ids, mask)
+    with pytest.raises(ValueError, match="input_ids must hold at least two different rows, got 4 equal"):
+        model.start_from_pairs(pixels, ids[:1].expand(4, -1), mask[:1].expand(4, -1))
