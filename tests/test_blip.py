@@ -155,6 +155,13 @@ def test_caption_search_and_page(finished, tmp_path, capsys):
     again = tmp_path / "again.md"
     assert main(["blip-page", str(page.with_suffix(".json")), str(again)]) == 0
     assert again.read_text() == text
+    both = tmp_path / "both.md"
+    assert main(["blip-page", str(finished), str(page.with_suffix(".json")), str(both)]) == 0
+    assert both.read_text().count("## Stage 1 in full, then captions; tied by least squares at the start") == 2
+    assert "| cosine between queries |" in text
+    (tmp_path / "other.json").write_text("[1]")
+    assert main(["blip-page", str(tmp_path / "other.json"), str(both)]) == 2
+    assert "is no JSON of blip-page" in capsys.readouterr().err
     assert main(["blip-page", str(tmp_path), str(page)]) == 2
     assert "finish the run first" in capsys.readouterr().err
 
@@ -183,8 +190,9 @@ def test_a_page_of_weak_models_says_so():
         return 3 * [{"lorentz": row(value), "euclidean": row(value / 2)}]
 
     rows = ["euclidean", "lorentz"]
-    assert "the best TR@1 is 1.0" in _weak(run(1.0), rows)[0]
-    assert _weak(run(DUAL_ENCODER), rows) == []
+    assert "its TR@1 is 0.5" in _weak(run(1.0), rows)[0]
+    assert _weak(run(2 * DUAL_ENCODER), rows)
+    assert _weak(run(2 * DUAL_ENCODER + 0.1), rows) == []
     claim = "A distance retrieves better than the Euclidean cosine (TR@1): "
     assert f"{claim}**inconclusive** (mean difference +0.5)" in _claims(run(1.0), rows)[0]
     assert f"{claim}**holds**" in _claims(run(10.0), rows)[0]

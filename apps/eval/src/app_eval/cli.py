@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     search.add_argument("--top", type=int, default=5)
     search.set_defaults(run_command=_search)
     blip = _add_page(commands, "blip-page", "write the page of the recipe `blip-mini`", _blip)
-    blip.add_argument("run", type=Path, help="its run folder")
+    blip.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="its run folders, or the page's JSON")
     blip.add_argument("page", type=Path, help="the Markdown file to write")
     select_demos.add_arguments(commands)
     selection_study.add_arguments(commands)
@@ -82,7 +82,7 @@ def _mat(args: argparse.Namespace) -> None:
 def _blip(args: argparse.Namespace) -> None:
     from app_eval.blip_page import write_blip_page
 
-    write_blip_page(args.run, args.page)
+    write_blip_page(args.runs, args.page)
 
 
 def _caption(args: argparse.Namespace) -> int:
