@@ -29,12 +29,13 @@ from app_data.mat_towers import LITE0_WIDTHS
 from app_data.pictures import StoredPictures
 from app_eval import icl_study
 from app_eval.icl_answers import AnswerReader
+from app_eval.icl_page import distilled_section
 from app_eval.icl_study import read_cell, run_icl_study, summary
 from app_eval.icl_task import Task
 from app_train.cli import main as train
 from app_train.errors import RunError
 from app_train.interrupt import StopFlag
-from app_train.recipes import icl_mini
+from app_train.recipes import icl_distill, icl_mini
 from hyper_icl import CalibrationPlan, RandomSelector, SegmentMap, calibrate
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -306,6 +307,48 @@ def test_run_study_and_go_on(patched, tmp_path, capsys, monkeypatch):
         run_icl_study(out, other, **settings)
 
 
+DISTIL = ["--shots", "2", "--num-questions", "12", "--num-queries", "6", "--eval-seeds", "1", "--rank", "2"]
+DISTIL += ["--fit.epochs", "1", "--fit.lr", "0.02", "--strength", "4", "--no-tensorboard"]
+
+
+def test_distil(patched, tmp_path, monkeypatch, capsys):
+    """The teacher is the model itself, whatever the student learns; that the divergence falls is tested in hyper-icl."""
+    base, out = tmp_path / "base", tmp_path / "distilled"
+    assert train(["icl-mini", "--out", str(base), *QUICK]) == 0
+    monkeypatch.setattr(icl_distill, "load_model", lambda config: load_icl_mini(config.model, tiny_language()))
+
+    def both(config, model):
+        task = tasks(model)[1]
+        training = items(seed=2).select(range(12))
+        images = training.item_features - task.pool.item_features.mean(0)
+        texts = torch.eye(4)[[len(q) % 4 for q in training.questions]]
+        return task, Task("easy-vqa", task.pool, training, ANSWERS, task.pool_images, images, task.pool_texts, texts, 5)
+
+    monkeypatch.setattr(icl_distill, "load_tasks", both)
+    run = ["icl-distill", "--model", str(base), "--out", str(out), *DISTIL]
+    assert train(run) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["masses"]["student"] != result["masses"]["model"] > 0
+    assert [cell["selector"] for cell in result["cells"]] == ["random", icl_study.OURS]
+    assert {len(bits) for cell in result["cells"] for bits in cell["right"].values()} == {9}
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    # Without a step the student is the model.
+    assert train([*run, "--fit.epochs", "0", "--out", str(tmp_path / "none")]) == 0
+    none = json.loads((tmp_path / "none" / "result.json").read_text())
+    assert none["masses"]["student"] == none["masses"]["model"] == result["masses"]["model"]
+    for ours, other in zip(none["cells"], result["cells"], strict=True):
+        assert ours["right"]["distilled"] == ours["right"]["model"] == other["right"]["model"]
+        assert ours["right"]["calibrated"] == other["right"]["calibrated"]
+    section = distilled_section(result)
+    assert "| random | 1 |" in section
+    assert "3 steps of 4 training questions with 2 random demonstrations" in section
+    with pytest.raises(DataError, match="icl-distill"):
+        distilled_section({"format": 1})
+    capsys.readouterr()
+    assert train([*run, "--model", str(tmp_path / "nothing")]) == 2
+    assert "holds no trained icl-mini" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("steps", [2, 5])
 def test_stopped_and_resumed_is_bit_identical(patched, tmp_path, monkeypatch, steps):
     """Stopped with the connector alone, and in an episode between two checkpoints."""
@@ -508,10 +551,12 @@ def test_the_page_ranks_only_what_beats_no_demonstrations(tmp_path, capsys):
     study = {"format": 1, "quick": False, "seeds": [0], "steps": 20, "studies": [one]}
     (tmp_path / "a.json").write_text(json.dumps(study))
 
-    def page(model):
+    def page(model, distilled=None):
         (tmp_path / "b.json").write_text(json.dumps(model))
         files = [str(tmp_path / name) for name in ("a.json", "page.md", "b.json")]
-        status = main(["selection-page", files[0], files[1], "--model", files[2]])
+        more = [] if distilled is None else ["--distilled", str(tmp_path / "c.json")]
+        (tmp_path / "c.json").write_text(json.dumps(distilled))
+        status = main(["selection-page", files[0], files[1], "--model", files[2], *more])
         return status, (tmp_path / "page.md").read_text() if not status else capsys.readouterr().err
 
     status, text = page(study_json((0.5, 0.5, 0.5)))
@@ -540,6 +585,21 @@ def test_the_page_ranks_only_what_beats_no_demonstrations(tmp_path, capsys):
     assert "is worse than" not in text
     text = page(study_json((0.5, 0.2, 0.5)))[1]
     assert "1 of 2 rows are worse than none" in text
+    assert "- distilled against calibrated attention" in text
+    study = study_json((0.5, 0.5, 0.5))
+    right = {"model": "0" * 40, "calibrated": "01" * 20, "distilled": "1" * 40}
+    distilled = {"format": 1, "recipe": "icl-distill", "model": study["model"], "num_queries": 40, "layers": [3, 5]}
+    distilled |= {"masses": {"model": 0.5, "student": 0.1, "n": 8}, "cells": [{"selector": "random", "right": right}]}
+    options = ("strength", "rank", "steps", "batch_size", "shots", "lr", "kl", "ce", "base_kl")
+    distilled["options"] = dict.fromkeys(options, 1)
+    status, text = page(study, distilled)
+    assert status == 0
+    assert "the model 0.5, the student 0.1 (80 % less)" in text
+    assert "| random | 1 | 0.000 [0.000, 0.000] | 0.500 [" in text
+    assert "- distilled against calibrated attention" not in text
+    status, text = page(study, {**distilled, "model": {"steps": -1}})
+    assert status == 2
+    assert "of one model" in text
     for change, word in (({"quick": True}, "--quick"), ({"study": "x"}, "icl-study"), ({"tasks": []}, "no row")):
         status, text = page({**study_json((0.5, 0.5, 0.5)), **change})
         assert status == 2

@@ -1,8 +1,11 @@
 """The section "With a language model" of `docs/results/hyper-icl.md`, from the JSON of `python apps/eval icl-study`."""
 
-from app_data.errors import DataError
+import numpy as np
 
-__all__ = ["model_section"]
+from app_data.errors import DataError
+from app_eval.scores import resamples
+
+__all__ = ["distilled_section", "model_section"]
 
 ZERO, BLIND = "no demonstrations", "no demonstrations, no picture"
 OURS = "anchors, hyperbolic"
@@ -173,6 +176,51 @@ def _verdict(task: dict, seeds: int) -> str:
             f"interval; about {len(weighed) * 0.025:.0f} each way are expected by chance alone."
         )
     return "\n".join(said)
+
+
+def distilled_section(result: dict) -> str:
+    """The section "Distilled against calibrated", from the `result.json` of the recipe `icl-distill`.
+
+    Raises:
+        DataError: The JSON is of another kind.
+    """
+    if result.get("format") != 1 or result.get("recipe") != "icl-distill":
+        raise DataError("the third JSON must be the result.json of icl-distill")
+    options, masses, num = result["options"], result["masses"], result["num_queries"]
+    counts = resamples(num) / num
+    lines = [
+        "### Distilled against calibrated (easy-vqa)",
+        "",
+        "Teacher: the model above, its attention calibrated by hyperbolic distance with lambda "
+        f"{options['strength']:g}. Student: the same weights and LoRA of rank {options['rank']}, no calibration; "
+        f"{options['steps']} steps of {options['batch_size']} training questions with {options['shots']} random demonstrations, rate "
+        f"{options['lr']:g}, on the attention masses of layers {result['layers'][0]} to {result['layers'][-1]} "
+        f"(weights: masses {options['kl']:g}, answers {options['ce']:g}, closeness to the model {options['base_kl']:g}). One student, so "
+        "nothing here says how another would come out. Command: `python apps/train icl-distill`.",
+        "",
+        f"Divergence of the query's attention masses from the calibrated model, over {masses['n']} test questions with random "
+        f"demonstrations: the model {masses['model']:.4g}, the student {masses['student']:.4g} "
+        f"({100 * (1 - masses['student'] / masses['model']):.0f} % less)." if masses["model"] > 0 else "",
+        "",
+        "| demonstrations | seeds | the model | calibrated | distilled | calibrated - model | distilled - calibrated |",
+        "|---" * 7 + "|",
+    ]  # fmt: skip
+    for selector in dict.fromkeys(cell["selector"] for cell in result["cells"]):
+        cells = [cell["right"] for cell in result["cells"] if cell["selector"] == selector]
+        mean = {
+            name: np.array([[int(b) for b in right[name]] for right in cells]).mean(0)
+            for name in ("model", "calibrated", "distilled")
+        }
+
+        def interval(values: np.ndarray) -> list[float]:
+            return [float(values.mean()), *(float(x) for x in np.percentile(counts @ values, (2.5, 97.5)))]
+
+        shown = [_interval(interval(mean[name])) for name in ("model", "calibrated", "distilled")]
+        shown += [
+            _change(interval(mean[a] - mean[b])) for a, b in (("calibrated", "model"), ("distilled", "calibrated"))
+        ]
+        lines.append(f"| {selector} | {len(cells)} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 def _interval(values: list[float]) -> str:

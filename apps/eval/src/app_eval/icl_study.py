@@ -218,7 +218,7 @@ def run_icl_study(
     if make_tasks is None:
         size, steps = model.card["size"], 5 if quick else 150
         numbers = (60, num_queries, 4) if quick else (4000, num_queries, 50)
-        main, tuning = easy_vqa_tasks(size, cache_dir, *numbers, steps)
+        main, tuning, _ = easy_vqa_tasks(size, cache_dir, *numbers, steps)
         tasks = [main]
         if emoji and model.card.get("emoji_answers_held_out"):
             tasks.append(emoji_task(model, size, cache_dir, num_queries, steps))

@@ -115,33 +115,41 @@ class Task:
 
 @torch.no_grad()
 def easy_vqa_tasks(
-    size: int, cache_dir: Path | None, num_pool: int, num_queries: int, num_held_out: int, steps: int
-) -> tuple[Task, Task]:
-    """The test questions, and held-out training questions with the same pool."""
-    parts = load_easy_vqa()
-    train, test = (easy_vqa_items(parts[p], eye_features(parts[p], size, cache_dir)) for p in ("train", "test"))
+    size: int,
+    cache_dir: Path | None,
+    num_pool: int,
+    num_queries: int,
+    num_held_out: int,
+    steps: int,
+    num_training: int = 0,
+) -> tuple[Task, Task, Task]:
+    """Test questions, held-out training questions, and training questions outside the pool; the pool is the same for all."""
+    data = load_easy_vqa()
+    train, test = (easy_vqa_items(data[p], eye_features(data[p], size, cache_dir)) for p in ("train", "test"))
     draw = np.random.default_rng(0)
 
     def take(items: IclItems, among: np.ndarray, num: int) -> IclItems:
         return items.select(np.sort(draw.permutation(among)[:num]))
 
     held = held_out_pictures(train)
-    pool = take(train, np.flatnonzero(~held), num_pool)
+    order = draw.permutation(np.flatnonzero(~held))
+    pool, rest = train.select(np.sort(order[:num_pool])), train.select(order[num_pool : num_pool + num_training])
     query = take(test, np.arange(len(test)), num_queries)
     tuning = take(train, np.flatnonzero(held), num_held_out)
-    unique = sorted({q for items in (pool, query, tuning) for q in items.questions})
+    parts = (pool, query, tuning, rest)
+    unique = sorted({q for items in parts for q in items.questions})
     embedded = MiniLM()(unique)
     at = {question: row for row, question in enumerate(unique)}
-    texts = [embedded[[at[q] for q in items.questions]] for items in (pool, query, tuning)]
+    texts = [embedded[[at[q] for q in items.questions]] for items in parts]
     # The network's own pooled features stand in for CLIP's.
-    images = [items.item_features[:, -LITE0_WIDTHS[-1] :] for items in (pool, query, tuning)]
+    images = [items.item_features[:, -LITE0_WIDTHS[-1] :] for items in parts]
     images, texts = ([F.normalize(x - group[0].mean(0), dim=-1) for x in group] for group in (images, texts))
     answers = tuple(sorted({a for items in (train, test) for a in items.answers}))
-    made = [
+    return tuple(
         Task("easy-vqa", pool, items, answers, images[0], images[i], texts[0], texts[i], steps)
-        for i, items in ((1, query), (2, tuning))
-    ]
-    return made[0], made[1]
+        for i, items in enumerate(parts)
+        if i
+    )
 
 
 def emoji_task(model: IclMini, size: int, cache_dir: Path | None, num_queries: int, steps: int) -> Task:

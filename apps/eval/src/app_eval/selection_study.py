@@ -265,6 +265,7 @@ def add_arguments(commands) -> None:
     page.add_argument("json", type=Path)
     page.add_argument("page", type=Path)
     page.add_argument("--model", type=Path, help="the JSON of icl-study, which then comes first")
+    page.add_argument("--distilled", type=Path, help="the result.json of icl-distill on that model")
     page.set_defaults(run_command=_page)
 
 
@@ -277,7 +278,8 @@ def _run(args) -> int:
 
 def _page(args) -> int:
     model = None if args.model is None else _read(args.model, "icl-study")
-    write_page(_read(args.json, "selection-study"), args.page, model)
+    distilled = None if args.distilled is None else _read(args.distilled, "icl-distill")
+    write_page(_read(args.json, "selection-study"), args.page, model, distilled)
     return 0
 
 

@@ -76,6 +76,9 @@ RECIPES = {
         "hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO, several cards", "blip2_opt", "Blip2OptConfig"
     ),
     "icl-mini": Recipe("a small LLaVA that reads demonstrations: easy-VQA and emoji", "icl_mini", "IclMiniConfig"),
+    "icl-distill": Recipe(
+        "calibrated attention distilled into LoRA weights of a finished icl-mini", "icl_distill", "IclDistillConfig"
+    ),
 }
 
 
