@@ -167,11 +167,13 @@ def test_caption_search_and_page(finished, tmp_path, capsys):
 
 
 def test_verdicts():
-    from app_eval.blip_page import verdict
+    from app_eval.blip_page import interval, verdict
 
     assert verdict([1.0, 1.2, 0.9]) == "holds"
     assert verdict([-1.0, -1.2, -0.9]).startswith("does not hold")
     assert verdict([1.0, -0.2, 0.5]) == "does not show"
+    assert verdict([1.0, 0.2, 0.5]) == "does not show"  # every seed agrees, but three are few
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
     assert "too few" in verdict([1.0, 1.0])
     assert "undefined" in verdict([1.0, math.nan, 1.0])
 
@@ -194,7 +196,7 @@ def test_a_page_of_weak_models_says_so():
     assert _weak(run(2 * DUAL_ENCODER), rows)
     assert _weak(run(2 * DUAL_ENCODER + 0.1), rows) == []
     claim = "A distance retrieves better than the Euclidean cosine (TR@1): "
-    assert f"{claim}**inconclusive** (mean difference +0.5)" in _claims(run(1.0), rows)[0]
+    assert f"{claim}**inconclusive** (mean difference +0.5 [+0.5, +0.5])" in _claims(run(1.0), rows)[0]
     assert f"{claim}**holds**" in _claims(run(10.0), rows)[0]
     assert "not that of the distance alone" in _claims(run(1.0), rows)[0]
 

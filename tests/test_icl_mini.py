@@ -579,6 +579,10 @@ def test_the_page_ranks_only_what_beats_no_demonstrations(tmp_path, capsys):
     assert "of 2 comparisons 1 are better and 0 worse" in text
     assert "| both | 0.900" in text
     assert "better in 2 of 2 rows, worse in 0" in text
+    text = page(study_json((0.5, 0.5, 0.9)))[1].split("## Without")[0]
+    assert "Random demonstrations, the plain row, are not better than none (at best, with K = 4: +0.000" in text
+    assert "Better than no demonstrations (1 of 2 rows)" in text
+    assert "*random* is worse than" not in text
     named["seeds"] = [0, 1, 2]
     text = page(named)[1].split("## Without")[0]
     assert "**Undecided.**" in text

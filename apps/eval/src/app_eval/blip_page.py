@@ -1,7 +1,7 @@
 """Turn the stored results of `blip-mini` into `docs/results/hyper-blip.md`.
 
-The sentences that judge are decided by numbers: a claim holds here only where every seed agrees and the mean difference is
-larger than twice its standard error over seeds; fewer than three seeds are called too few. Where the plain row does not beat the dual
+The sentences that judge are decided by numbers: a claim holds here only where the 95 % interval of the mean difference over
+seeds excludes 0; fewer than three seeds are called too few. Where the plain row does not beat the dual
 encoder of the same towers before any training, every claim is inconclusive.
 """
 
@@ -38,6 +38,8 @@ DIAGNOSTICS = {
     "c": "c",
 }
 LEAST_SEEDS = 3
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 # Leaves that the dual encoder of the same towers names before any training, in percent: docs/results/first-light.md.
 DUAL_ENCODER = 4.6
 
@@ -93,9 +95,9 @@ def render(studies: Sequence[dict]) -> str:
         "means over seeds, +- is the standard deviation over seeds.",
         "A cosine after the exponential map at the origin **is** the Euclidean cosine (the map keeps directions): the row with the "
         "paper's cosine differs from Euclidean BLIP-2 by RQS and RTP alone, and its radius is trained by no contrastive loss.",
-        "A claim *holds* where it does in every seed and the mean difference is more than twice its standard error over seeds; fewer than "
-        f"{LEAST_SEEDS} seeds decide nothing. Where the plain row does not beat the dual encoder of the same frozen towers before any "
-        f"training, which names {DUAL_ENCODER} % of the leaves ([first light](first-light.md); after training it names several times "
+        "A claim *holds* where the 95 % interval of the mean difference (Student's t over seeds) excludes 0; fewer than "
+        f"{LEAST_SEEDS} seeds decide nothing, and nothing corrects for the number of claims. Where the plain row does not beat the dual "
+        f"encoder of the same frozen towers before any training, which names {DUAL_ENCODER} % of the leaves ([first light](first-light.md); after training it names several times "
         "more), every claim is inconclusive.",
     ]
     for study in studies:
@@ -309,12 +311,22 @@ def _claims(runs: list[dict], rows: list[str]) -> list[str]:
             continue
         differences = [value(seed[ours]) - value(seed[other]) for seed in runs]
         said = "inconclusive" if weak else verdict(differences)
-        lines.append(f"- {text}: **{said}** (mean difference {statistics.fmean(differences):+.3g}).")
+        mean = f"mean difference {statistics.fmean(differences):+.3g}"
+        if len(differences) >= LEAST_SEEDS and not any(map(math.isnan, differences)):
+            mean += " [{:+.3g}, {:+.3g}]".format(*interval(differences))
+        lines.append(f"- {text}: **{said}** ({mean}).")
     if "lorentz" in rows and "lorentz_plain" not in rows:
         lines.append(
             "- The Lorentz row has RQS and RTP as well: its difference to the Euclidean row is not that of the distance alone."
         )
     return ["\n".join(lines)]
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean difference over seeds, by Student's t."""
+    mean, num = statistics.fmean(differences), len(differences)
+    half = T_975[min(num - 1, len(T_975)) - 1] * statistics.stdev(differences) / math.sqrt(num)
+    return mean - half, mean + half
 
 
 def verdict(differences: Sequence[float]) -> str:
@@ -323,9 +335,7 @@ def verdict(differences: Sequence[float]) -> str:
         return "undecided (a score is undefined)"
     if len(differences) < LEAST_SEEDS:
         return f"undecided ({len(differences)} seed(s) are too few)"
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    if all(d > 0 for d in differences) and mean > 2 * error:
+    low, high = interval(differences)
+    if low > 0:
         return "holds"
-    if all(d < 0 for d in differences) and -mean > 2 * error:
-        return "does not hold: the opposite shows"
-    return "does not show"
+    return "does not hold: the opposite shows" if high < 0 else "does not show"

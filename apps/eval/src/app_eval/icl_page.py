@@ -125,7 +125,7 @@ def _ablation(rows: dict[tuple[str, int, str], dict]) -> list[str]:
 
 
 def _verdict(task: dict, seeds: int) -> str:
-    """What the numbers say; where demonstrations do not help, or seeds are missing, nothing is ranked."""
+    """What the numbers say; where random demonstrations do not help, or seeds are missing, nothing is ranked."""
     rows = _by(task)
     plain = [row for (_, k, calibration), row in rows.items() if k and calibration == "none"]
     if not plain:
@@ -147,8 +147,8 @@ def _verdict(task: dict, seeds: int) -> str:
         if hurt:
             said += f", and {len(hurt)} of {len(plain)} rows are worse than none"
         return (
-            said
-            + ". The model does not learn from its context here, so selectors and calibrations are not ranked; the vote "
+            f"{said}"
+            ". The model does not learn from its context here, so selectors and calibrations are not ranked; the vote "
             "shows what selection yields without a language model."
         )
     names = "; ".join(f"*{row['selector']}* K = {row['k']} ({_change(row['to_zero_shot'])})" for row in helped)
@@ -156,8 +156,16 @@ def _verdict(task: dict, seeds: int) -> str:
     if hurt:
         names = "; ".join(f"*{row['selector']}* K = {row['k']} ({_change(row['to_zero_shot'])})" for row in hurt)
         said.append(f"- Worse than no demonstrations: {names}.")
+    by_chance = max((row for row in plain if row["selector"] == "random"), key=lambda row: row["accuracy"][0])
+    ranks = by_chance["to_zero_shot"][1] > 0
+    if not ranks:
+        said.insert(
+            0,
+            "**Inconclusive.** Random demonstrations, the plain row, are not better than none (at best, with K = "
+            f"{by_chance['k']}: {_change(by_chance['to_zero_shot'])}), so the selectors are not ranked. What the intervals say of each:\n",
+        )
     k = max(row["k"] for row in helped)
-    for row in (row for row in plain if row["k"] == k and "to_ours" in row):
+    for row in (row for row in plain if ranks and row["k"] == k and "to_ours" in row):
         value, low, high = row["to_ours"]
         word = "is no different from" if low <= 0 <= high else "is better than" if value > 0 else "is worse than"
         said.append(f"- K = {k}: *{row['selector']}* {word} *{OURS}* ({_change(row['to_ours'])}).")
@@ -173,7 +181,7 @@ def _verdict(task: dict, seeds: int) -> str:
     if weighed:
         said.append(
             f"- Calibration: of {len(weighed)} comparisons {up} are better and {down} worse than uncalibrated attention beyond their "
-            f"interval; about {len(weighed) * 0.025:.0f} each way are expected by chance alone."
+            f"interval; about {len(weighed) * 0.025:.1f} each way are expected by chance alone."
         )
     return "\n".join(said)
 
