@@ -96,9 +96,9 @@ def render(studies: Sequence[dict]) -> str:
         "A cosine after the exponential map at the origin **is** the Euclidean cosine (the map keeps directions): the row with the "
         "paper's cosine differs from Euclidean BLIP-2 by RQS and RTP alone, and its radius is trained by no contrastive loss.",
         "A claim *holds* where the 95 % interval of the mean difference (Student's t over seeds) excludes 0; fewer than "
-        f"{LEAST_SEEDS} seeds decide nothing, and nothing corrects for the number of claims. Where the plain row does not beat the dual "
-        f"encoder of the same frozen towers before any training, which names {DUAL_ENCODER} % of the leaves ([first light](first-light.md); after training it names several times "
-        "more), every claim is inconclusive.",
+        f"{LEAST_SEEDS} seeds decide nothing, and nothing corrects for the number of claims. Where the plain row does not beat the "
+        f"dual encoder of the same frozen towers before any training, which names {DUAL_ENCODER} % of the leaves "
+        "([first light](first-light.md); after training it names several times more), every claim is inconclusive.",
     ]
     for study in studies:
         parts += _study(study["result"], study["settings"]["config"])
