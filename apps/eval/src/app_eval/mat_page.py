@@ -19,7 +19,7 @@ VARIANTS = ("VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENE
 PLAIN = ("VANILLA", "zero-shot")
 # The runs of the evidence: data, shots or training styles, tower, study.
 PLANNED = [
-    *[("emoji", 3, tower, "main") for tower in ("lite0", "vit", "mini-maple")],
+    *[("emoji", 3, tower, "main") for tower in ("lite0", "vit", "mini-maple", "mini-promptsrc")],
     *[("cifar100-fewshot", shots, tower, "main") for tower in ("lite0", "vit") for shots in (1, 16)],
     *[
         ("cifar100-fewshot", 16, "lite0", study)
@@ -217,6 +217,7 @@ def _command(key: tuple, entry: Mapping | None) -> str:
     if tower.startswith("mini-"):
         words += ["--method", fit["method"], "--epochs", str(fit["epochs"])]
         words += ["--batch-size", str(fit["batch_size"]), "--lr", f"{fit['lr']:g}"]
+        words += [] if fit["method"] == "maple" else ["--out", f"runs/mat/emoji-{tower}"]
         return "python apps/train mini-clip\npython apps/train mat-mini " + " ".join(words)
     start = ["--data", data, *([] if data == "emoji" else ["--source", "DIR", "--shots", str(shots)])]
     start += ["--size", str(entry["size"]), "--tower", tower]
