@@ -56,7 +56,7 @@ def test_verdicts():
     assert "HETEROGENEOUS 0.20 / 0.80" in text
     assert "nearest picture against PROTECT: no difference shown" in text
     assert "7 epochs of batches of 8, rate 0.002" in text
-    assert text.count("Not run.") == 12
+    assert text.count("Not run.") == 13
     assert "Not run here: EUCLIDEAN, SHARED, SEPARATE." in text
     assert "the paper's, not ours" in text
     assert (
@@ -116,5 +116,5 @@ def test_the_file_keeps_what_it_holds(tmp_path):
 
 def test_an_empty_file_says_so():
     text = render([])
-    assert text.count("Not run.") == 13
+    assert text.count("Not run.") == 14
     assert "Nothing has been run." in text
