@@ -201,6 +201,17 @@ def test_a_page_of_weak_models_says_so():
     assert "not that of the distance alone" in _claims(run(1.0), rows)[0]
 
 
+def test_a_page_says_where_texts_are_at_the_clip():
+    from app_eval.blip_page import ROWS, _at_the_clip
+
+    def runs(shares):
+        return [{"lorentz": {"diagnostics": {"clipped_text": x}}, "euclidean": {}} for x in shares]
+
+    assert _at_the_clip(runs([1.0, 0.9]), ["lorentz", "euclidean"])[0].count(ROWS["lorentz"]) == 1
+    assert "every row" in _at_the_clip(runs([1.0, 0.9]), ["lorentz"])[0]
+    assert _at_the_clip(runs([1.0, 0.1]), ["lorentz"]) == []
+
+
 def test_recipes_cross_the_settings_of_the_lorentz_row_only():
     from app_train.recipes.blip_mini import ROWS, hyperbolic
 

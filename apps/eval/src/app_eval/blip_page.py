@@ -32,6 +32,7 @@ DIAGNOSTICS = {
     "radius_image_mean": "radius, pictures",
     "radius_text_mean": "radius, texts",
     "clipped_image": "clipped, pictures",
+    "clipped_text": "clipped, texts",
     "query_entropy": "query entropy / ln Q",
     "query_cosine": "cosine between queries",
     "tau": "tau",
@@ -154,6 +155,7 @@ def _study(result: dict, config: dict) -> list[str]:
         "control of the radius itself: there it is a monotone function of the Euclidean norm.",
         "### At the last step",
         _optional(runs, rows, "diagnostics", tuple(DIAGNOSTICS.values()), _diagnostic),
+        *_at_the_clip(runs, rows),
         "### Which claims hold in this setting",
         *_claims(runs, rows),
         "Not run: " + ("; ".join(absent) if absent else "nothing of the planned rows") + ".",
@@ -236,6 +238,20 @@ def _samples(runs: list[dict], rows: Sequence[str]) -> list[str]:
     return [f"{runs[0][rows[0]]['captions']['n']} test pictures, beam 3. Of the first seed:", "\n".join(lines)]
 
 
+def _at_the_clip(runs: list[dict], rows: Sequence[str]) -> list[str]:
+    """A warning where most texts of a batch sit at the largest radius."""
+    clipped = [
+        ROWS[r] for r in rows if min(seed[r].get("diagnostics", {}).get("clipped_text", 0.0) for seed in runs) > 0.5
+    ]
+    if not clipped:
+        return []
+    which = "every row" if len(clipped) == len(rows) else "; ".join(clipped)
+    return [
+        f"**In training, more than half of the texts sit at the largest radius in: {which}.** Their radius was not trained there, so the "
+        "numbers on caption length say nothing about what training could make of it. Why: [decisions](../adr/0004-hyper-blip.md).",
+    ]
+
+
 def _diagnostic(found: dict, column: int) -> float:
     return found["diagnostics"][list(DIAGNOSTICS)[column]]
 
@@ -273,7 +289,7 @@ def _optional(
     runs: list[dict], rows: list[str], key: str, columns: Sequence[str], value: Callable[[dict, int], float]
 ) -> str:
     if not all(key in seed[row] for seed in runs for row in rows):
-        return "Not run."
+        return "Not recorded." if key == "diagnostics" else "Not run."
     return _table(columns, {ROWS[r]: _cells(runs, r, value, len(columns)) for r in rows})
 
 
