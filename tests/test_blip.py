@@ -201,6 +201,12 @@ def test_a_page_of_weak_models_says_so():
     assert "not that of the distance alone" in _claims(run(1.0), rows)[0]
 
 
+def test_captions_become_cells():
+    from app_eval.blip_page import _cell
+
+    assert _cell("a | caf\u00e9\n of two") == "a / caf? of two"
+
+
 def test_a_page_says_where_texts_are_at_the_clip():
     from app_eval.blip_page import ROWS, _at_the_clip
 

@@ -234,8 +234,13 @@ def _samples(runs: list[dict], rows: Sequence[str]) -> list[str]:
     heads = ["reference", *(ROWS[row] for row in rows)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for samples in zip(*shown.values(), strict=True):
-        lines.append("| " + " | ".join([samples[0]["reference"], *(s["caption"] for s in samples)]) + " |")
+        lines.append("| " + " | ".join(map(_cell, [samples[0]["reference"], *(s["caption"] for s in samples)])) + " |")
     return [f"{runs[0][rows[0]]['captions']['n']} test pictures, beam 3. Of the first seed:", "\n".join(lines)]
+
+
+def _cell(text: str) -> str:
+    """A generated caption as the cell of a table: one line, ASCII, no bars."""
+    return " ".join(text.split()).replace("|", "/").encode("ascii", "replace").decode()
 
 
 def _at_the_clip(runs: list[dict], rows: Sequence[str]) -> list[str]:
