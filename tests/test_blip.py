@@ -129,8 +129,13 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, s
 
 
 @pytest.mark.slow
-def test_caption_search_and_page(finished, tmp_path, capsys):
+def test_caption_search_and_page(finished, tmp_path, capsys, monkeypatch):
+    from app_data.blip_models import PROMPT
+    from app_eval import blip_cli
     from app_eval.cli import main
+
+    asked, describe = {}, blip_cli.generate_captions
+    monkeypatch.setattr(blip_cli, "generate_captions", lambda *a, **k: asked.update(k) or describe(*a, **k))
 
     for name, colour in (("red", (220, 30, 30)), ("blue", (30, 60, 220))):
         Image.fromarray(np.full((40, 40, 3), colour, np.uint8)).save(tmp_path / f"{name}.png")
@@ -139,6 +144,7 @@ def test_caption_search_and_page(finished, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "red.png:" in out
     assert "radius" in out
+    assert asked["prompt"] == PROMPT  # the model describes after what it was trained after
     assert "bad.png" in err
     assert main(["search", str(finished), "a red apple", "--images", str(tmp_path), "--top", "2"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2

@@ -32,6 +32,7 @@ from hyper_blip import (
 __all__ = [
     "IMAGE_TOKEN",
     "LANGUAGE",
+    "PROMPT",
     "VISION",
     "Lite0Map",
     "caption_ids",
@@ -45,6 +46,8 @@ VISION, LANGUAGE = "pip-vision:lite0-map", "pip-lm:smollm2"
 _WIDTH = 1280
 # A control token of SmolLM2 that no text holds marks the places of the queries.
 IMAGE_TOKEN = "<file_sep>"
+# What captions begin with, in training as later: SmolLM2 was never trained with BLIP-2's prompt.
+PROMPT = ""
 
 
 class Lite0Map(nn.Module):

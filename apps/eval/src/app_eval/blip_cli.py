@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from app_data.blip_models import caption_ids, language_tokenizer
+from app_data.blip_models import PROMPT, caption_ids, language_tokenizer
 from app_data.errors import DataError, MissingAssetError
 from app_data.pictures import load_picture
 from app_data.pip_models import lite0_preprocess, to_uint8
@@ -62,8 +62,9 @@ def print_captions(run: Path, pictures: Sequence[Path], num_beams: int = 3) -> i
     if good:
         ready = lite0_preprocess(pixels)
         captions = generate_captions(
-            model, ready, language_tokenizer(), num_beams=num_beams, min_new_tokens=2, max_new_tokens=MAX_TOKENS
-        )
+            model, ready, language_tokenizer(), prompt=PROMPT, num_beams=num_beams, min_new_tokens=2,
+            max_new_tokens=MAX_TOKENS,
+        )  # fmt: skip
         for path, caption, radius in zip(good, captions, model.radius(ready).tolist(), strict=True):
             print(f"{path}: {caption}   (radius {radius:.3f})")  # noqa: T201
     return 1 if len(good) < len(pictures) else 0

@@ -235,7 +235,16 @@ def _samples(runs: list[dict], rows: Sequence[str]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for samples in zip(*shown.values(), strict=True):
         lines.append("| " + " | ".join(map(_cell, [samples[0]["reference"], *(s["caption"] for s in samples)])) + " |")
-    return [f"{runs[0][rows[0]]['captions']['n']} test pictures, beam 3. Of the first seed:", "\n".join(lines)]
+    said = [f"{runs[0][rows[0]]['captions']['n']} test pictures, beam 3. Of the first seed:", "\n".join(lines)]
+    for row in rows:
+        stored = [[sample["caption"] for sample in seed[row]["samples"]] for seed in runs]
+        different = statistics.fmean(len(set(captions)) / len(captions) for captions in stored)
+        if different < 0.5:
+            said.append(
+                f"**{ROWS[row]}: the captions hardly depend on the picture** ({100 * different:.0f} % of {len(stored[0])} stored captions of a "
+                "seed differ). What they score, they score for their common words."
+            )
+    return said
 
 
 def _cell(text: str) -> str:

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from app_data.blip_models import IMAGE_TOKEN, LANGUAGE, caption_ids, language_tokenizer, mini_config, mini_model
+from app_data.blip_models import IMAGE_TOKEN, LANGUAGE, PROMPT, caption_ids, language_tokenizer, mini_config, mini_model
 from app_data.captions import CaptionSet
 from app_data.coco import load_coco_mini
 from app_data.emoji import load_emoji_captions
@@ -45,7 +45,6 @@ from hyper_blip import (
 )
 
 TEST_ARTIST = "twemoji"
-PROMPT = ""
 LossName = Literal["itc", "itm", "lm"]
 RowName = Literal["euclidean", "cosine", "lorentz", "poincare", "mix", "lorentz_max", "lorentz_whole", "lorentz_plain"]
 _LORENTZ = {"manifold": "lorentz", "similarity": "distance"}
