@@ -241,8 +241,8 @@ def _samples(runs: list[dict], rows: Sequence[str]) -> list[str]:
         different = statistics.fmean(len(set(captions)) / len(captions) for captions in stored)
         if different < 0.5:
             said.append(
-                f"**{ROWS[row]}: the captions hardly depend on the picture** ({100 * different:.0f} % of {len(stored[0])} stored captions of "
-                "a seed differ). What they score, they score for their common words."
+                f"**{ROWS[row]}: the captions hardly depend on the picture** ({100 * different:.0f} % of {len(stored[0])} captions of a "
+                "seed differ). What they score, they score for their common words."
             )
     return said
 
