@@ -207,6 +207,22 @@ def test_a_page_of_weak_models_says_so():
     assert "not that of the distance alone" in _claims(run(1.0), rows)[0]
 
 
+def test_a_page_says_where_matching_costs():
+    from app_eval.blip_page import ROWS, _claims, _worse_by_matching
+
+    def row(itc, itm):
+        levels = {name: {"txt_r1": 1.0} for name in ("subgroup", "group")}
+        found = {"itc": {"txt_r1": itc}, "itm": {"txt_r1": itm}, "levels": levels}
+        return {"retrieval": found, "radius": {"scores": {"radius": {"error_auroc": 0.5}}}}
+
+    runs = 3 * [{"lorentz": row(9.0, 2.0), "euclidean": row(8.0, 8.5)}]
+    rows = ["euclidean", "lorentz"]
+    assert _worse_by_matching(runs, rows)[0].count(ROWS["lorentz"]) == 1
+    assert ROWS["euclidean"] not in _worse_by_matching(runs, rows)[0]
+    assert "cosine (TR@1): **holds** (mean difference +1 " in _claims(runs, rows)[0]
+    assert "before re-ranking" in _claims(runs, rows)[0]
+
+
 def test_captions_become_cells():
     from app_eval.blip_page import _cell
 
