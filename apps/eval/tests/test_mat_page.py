@@ -96,7 +96,7 @@ def test_nothing_is_ranked_when_the_plain_row_does_not_beat_zero_shot():
     assert "better: " not in text.split("## In words")[1]
 
 
-def test_the_file_keeps_what_it_holds(tmp_path):
+def test_the_file_keeps_what_it_holds(tmp_path, capsys):
     run, path, page = tmp_path / "run", tmp_path / "all.json", tmp_path / "page.md"
     run.mkdir()
     with pytest.raises(DataError, match="no finished result"):
@@ -112,6 +112,11 @@ def test_the_file_keeps_what_it_holds(tmp_path):
     assert main(["mat-page", str(path), str(page)]) == 0
     assert page.read_text() == before
     assert main(["mat-page", str(tmp_path / "none.json"), str(page)]) == 2
+    for damaged in ("", "[1]", '[{"data": "emoji"}]'):
+        path.write_text(damaged)
+        assert main(["mat-page", str(path), str(page)]) == 2
+        assert main(["mat-page", str(path), str(page), str(run)]) == 2
+    assert "is no collection of mat results" in capsys.readouterr().err
 
 
 def test_an_empty_file_says_so():

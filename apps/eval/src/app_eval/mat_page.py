@@ -51,9 +51,9 @@ def collect(runs: Sequence[Path], path: Path) -> list[dict]:
         path: the file; what it holds already stays unless a run replaces it.
 
     Raises:
-        DataError: a folder without results.
+        DataError: a folder without results, or a damaged file.
     """
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    known = _entries(path) if path.exists() else []
     found = {_key(entry): entry for entry in known}
     for run in runs:
         files = sorted(run.glob("result-*.json"))
@@ -68,16 +68,29 @@ def collect(runs: Sequence[Path], path: Path) -> list[dict]:
     return content
 
 
+def _entries(path: Path) -> list[dict]:
+    """What the file holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for entry in found:
+            _key(entry)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no collection of mat results ({error}): restore it, or delete it and collect again"
+        ) from error
+    return found
+
+
 def write_mat_page(path: Path, page: Path) -> None:
     """Write the page from the JSON file.
 
     Raises:
-        DataError: no such file.
+        DataError: no such file, or a damaged one.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist: collect finished runs first")
     page.parent.mkdir(parents=True, exist_ok=True)
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _entries(path)
     curves = _curves(content)
     picture = page.with_name(f"{page.stem}-curvatures.png")
     if curves:
