@@ -271,7 +271,8 @@ def _at_the_clip(runs: list[dict], rows: Sequence[str]) -> list[str]:
     which = "every row" if len(clipped) == len(rows) else "; ".join(clipped)
     return [
         f"**In training, more than half of the texts sit at the largest radius in: {which}.** Their radius was not trained there, so the "
-        "numbers on caption length say nothing about what training could make of it. Why: [decisions](../adr/0004-hyper-blip.md).",
+        "numbers on caption length say nothing about what training could make of it; and the distances are distances to one sphere, so a "
+        "verdict on them below is one on this case. Why: [decisions](../adr/0004-hyper-blip.md).",
     ]
 
 
