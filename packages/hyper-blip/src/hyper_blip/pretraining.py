@@ -6,7 +6,7 @@ those of LAVIS's stage 1.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -212,14 +212,26 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             raise ValueError(
                 f"pixel_values must hold {len(input_ids)} pictures, one per caption, got {len(pixel_values)}"
             )
-        mode, qformer = self.training, self.blip2.qformer
+        if len(input_ids) < 2:
+            raise ValueError(f"input_ids must hold at least two different rows, got {len(input_ids)}")
+        mode = self.training
         self.eval()
-        pictures = [part.to(self.device) for part in pixel_values.split(batch_size)]
-        texts = zip(*(x.to(self.device).split(batch_size) for x in (input_ids, attention_mask)), strict=True)
+        try:
+            self._tie(pixel_values.split(batch_size), input_ids, attention_mask, value_ridge, ridge)
+        finally:
+            self.train(mode)
+        return self
+
+    def _tie(
+        self, pictures: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, value_ridge: float, ridge: float
+    ) -> None:
+        """`start_from_pairs` in evaluation mode; the vision encoder runs twice, so that its features need not be kept."""
+        qformer, device = self.blip2.qformer, self.device
+        texts = zip(*(x.to(device).split(len(pictures[0])) for x in (input_ids, attention_mask)), strict=True)
         words = torch.cat(
             [joint_states(self.blip2, None, [Segment(*t, BIDIRECTIONAL)], queries=False)[0][:, 0] for t in texts]
         )
-        patches = torch.cat([self.vision_features(part).mean(1) for part in pictures])
+        patches = torch.cat([self.vision_features(part.to(device)).mean(1) for part in pictures])
         words, patches = _varied("input_ids", words), _varied("pixel_values", patches)
 
         width = qformer.config.hidden_size
@@ -230,10 +242,10 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
                 _set_linear(layer.crossattention.output.dense, Affine(torch.eye(width), torch.zeros(width)))
         text = whitened_components(words, self.blip2.text_projection.out_features)
         _set_linear(self.blip2.text_projection, text)
-        queries = torch.cat([joint_states(self.blip2, self.vision_features(part))[0] for part in pictures]).double()
+        features = (self.vision_features(part.to(device)) for part in pictures)
+        queries = torch.cat([joint_states(self.blip2, image)[0] for image in features]).double()
         targets = apply_map(text, words).repeat_interleave(queries.shape[1], 0)
         _set_linear(self.blip2.vision_projection, ridge_map(queries.flatten(0, 1), targets, ridge))
-        return self.train(mode)
 
     # ------------------------------------------------------------------ encoding
 
