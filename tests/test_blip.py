@@ -142,7 +142,7 @@ def test_caption_search_and_page(finished, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.png").write_text("no picture")
     assert main(["caption", str(finished), str(tmp_path / "red.png"), str(tmp_path / "bad.png")]) == 1
     out, err = capsys.readouterr()
-    assert "red.png:" in out
+    assert f"red.png: {PROMPT} " in out
     assert "radius" in out
     assert asked["prompt"] == PROMPT  # the model describes after what it was trained after
     assert "bad.png" in err
@@ -221,6 +221,79 @@ def test_a_page_says_where_matching_costs():
     assert ROWS["euclidean"] not in _worse_by_matching(runs, rows)[0]
     assert "cosine (TR@1): **holds** (mean difference +1 " in _claims(runs, rows)[0]
     assert "before re-ranking" in _claims(runs, rows)[0]
+
+
+@pytest.mark.slow
+def test_the_language_model_starts_from_its_words(assets, tmp_path, monkeypatch):
+    """With "pairs" the queries enter stage 2 as words of their captions, without the prompt that all share."""
+    from app_data.blip_models import PROMPT, language_tokenizer
+    from hyper_blip import HyperBlip2ForConditionalGeneration as Second
+
+    seen, start = [], Second.start_from_captions
+    monkeypatch.setattr(Second, "start_from_captions", lambda m, x, labels: seen.append(labels) or start(m, x, labels))
+    # The least training that saves a model: one step at a rate that changes nothing.
+    more = ["--stage1.epochs", "0", "--stage2.lr", "1e-12", "--stage2.batch-size", "8", "--num-captions", "0"]
+    found = {}
+    for name in ("pairs", "fresh"):
+        assert train(tmp_path / name, "--start", name, *more) == 0
+        model = Second.from_pretrained(tmp_path / name / "seed-0" / "lorentz" / "stage2")
+        found[name] = model.blip2.language_projection.weight.detach()
+    assert len(seen) == 1
+    texts = language_tokenizer().batch_decode([row[row >= 0] for row in seen[0]])
+    assert all(text.strip() and PROMPT not in text for text in texts)
+    assert not torch.allclose(found["pairs"], found["fresh"], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_small_q_former_takes_the_last_layers(assets):
+    """MiniLM's first layers leave [CLS] as it is: all captions would look alike."""
+    from safetensors.torch import load_file
+
+    from app_data.blip_models import _minilm_folder, caption_ids, mini_config, mini_model
+    from hyper_blip import HyperbolicConfig
+
+    state = load_file(_minilm_folder() / "model.safetensors")
+    model = mini_model(mini_config(HyperbolicConfig.euclidean(), 4, 2), 0).eval()
+    for layer, source in ((0, 0), (1, 5)):
+        found = model.blip2.qformer.encoder.layer[layer].attention.attention.query.weight
+        assert torch.equal(found, state[f"encoder.layer.{source}.attention.self.query.weight"])
+    with torch.no_grad():
+        cat, dog, car = model._class_states(*([x] for x in caption_ids(["a cat", "a dog", "a car"], 8)))
+    assert min((cat - car).norm(), (cat - dog).norm(), (dog - car).norm()) > 1  # 0.02 with the first two layers
+
+
+def test_kept_layers():
+    from app_data.blip_models import kept_layers
+
+    assert [kept_layers(n, 6) for n in (1, 2, 6)] == [[5], [0, 5], [0, 1, 2, 3, 4, 5]]
+    for wrong in (0, 7):
+        with pytest.raises(ValueError, match=f"num must lie in 1 .. 6, got {wrong}"):
+            kept_layers(wrong, 6)
+
+
+def test_exact_and_distinct_captions():
+    from types import SimpleNamespace
+
+    from app_eval.blip_scores import caption_scores
+
+    data = SimpleNamespace(ids=(7, 8, 9), captions=(("a cat", "a tom"), ("a dog",), ("a car",)))
+    found = caption_scores(data, ["a tom", "a dog", "a dog"], [0, 1, 2])
+    assert found["exact"] == pytest.approx(2 / 3)
+    assert found["distinct"] == pytest.approx(2 / 3)
+    assert caption_scores(data, ["a cat"] * 2, [1, 2])["distinct"] == 0.5
+
+
+def test_a_page_says_where_captions_do_not_depend_on_the_picture():
+    from app_eval.blip_page import ROWS, _samples
+
+    def row(distinct):
+        sample = {"id": "1", "caption": "a picture of a car", "reference": "a picture of a cat"}
+        return {"captions": {"n": 60, "distinct": distinct}, "samples": [sample] * 12}
+
+    found = _samples(2 * [{"lorentz": row(0.1), "euclidean": row(0.9)}], ["euclidean", "lorentz"])
+    assert found[1].count("a picture of a car") == 12
+    assert next(text for text in found if "hardly depend" in text).startswith(f"**{ROWS['lorentz']}")
+    assert sum("hardly depend" in text for text in found) == 1
 
 
 def test_captions_become_cells():

@@ -260,3 +260,46 @@ def test_encoder_decoder_models_are_refused(blip2_config):
     config.use_decoder_only_language_model = False
     with pytest.raises(ValueError, match="decoder-only"):
         HyperBlip2ForConditionalGeneration(HyperBlip2Config(config))
+
+
+def test_start_from_captions(stage2, batch):
+    model, pixels = stage2().train(), batch(12)[0]
+    labels = torch.randint(5, 110, (12, 4), generator=torch.Generator().manual_seed(1))
+    labels[:, 0], labels[::2, 3] = 7, -100  # one word for all, and captions of two lengths
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    assert model.start_from_captions(pixels, labels, ridge=1e-6, batch_size=5) is model
+    assert model.training
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {"blip2.language_projection.weight", "blip2.language_projection.bias"}
+    table = model.blip2.language_model.get_input_embeddings().weight.detach()
+    model.eval()
+    with torch.no_grad():
+        seen = model.blip2.get_image_features(pixels).pooler_output
+    norms = seen.norm(dim=-1).mean()
+    torch.testing.assert_close(norms, table.norm(dim=1).mean(), rtol=1e-3, atol=0)
+    words = torch.stack([table[row[1:][row[1:] >= 0]].mean(0) for row in labels])
+    centred = [x - x.mean(0) for x in (seen.mean(1), words)]
+    found = torch.nn.functional.cosine_similarity(
+        *(x[:, None] if i == 0 else x[None] for i, x in enumerate(centred)), dim=-1
+    )
+    assert (found.argmax(1) == torch.arange(12)).float().mean() > 0.8
+
+
+def test_start_from_captions_bad_input(stage2, batch):
+    model, pixels = stage2().train(), batch(4)[0]
+    labels = torch.tensor([[5, 6], [7, 8], [9, 10], [11, 12]])
+    with pytest.raises(ValueError, match="pixel_values must hold 4 pictures, one per caption, got 3"):
+        model.start_from_captions(pixels[:3], labels)
+    with pytest.raises(ValueError, match="ridge must be finite and > 0, got 0"):
+        model.start_from_captions(pixels, labels, ridge=0)
+    with pytest.raises(ValueError, match="labels must hold at least two different rows, got 4 equal"):
+        model.start_from_captions(pixels, labels[:1].expand(4, -1))
+    with pytest.raises(ValueError, match="labels must hold at least two different rows, got 0"):
+        model.start_from_captions(pixels[:0], labels[:0])
+    with pytest.raises(ValueError, match=r"labels must hold a token in every row, got none in \[3\]"):
+        model.start_from_captions(pixels, torch.tensor([[5, 6], [7, 8], [9, 10], [-100, -100]]))
+    with pytest.raises(ValueError, match="pixel_values must give finite features"):
+        model.start_from_captions(pixels * float("nan"), labels)
+    with pytest.raises(ValueError, match="pixel_values must hold at least two different rows, got 4 equal"):
+        model.start_from_captions(pixels[:1].expand(4, -1, -1, -1), labels)
+    assert model.training

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hyper_blip import HyperbolicConfig, recall_at_k
-from hyper_blip.start import FLOOR, apply_map, ridge_map, whitened_components
+from hyper_blip.start import FLOOR, apply_map, mean_words, ridge_map, whitened_components
 
 SET = (
     "crossattention.attention.value.weight",
@@ -84,6 +84,31 @@ def test_ties_pictures_to_captions(stage1, batch, similarity, manifold):
     assert float(image.radius.detach().mean()) == pytest.approx(scale, rel=1e-3)
 
 
+def test_components_are_those_of_training(stage1, batch):
+    """Dropout is part of what the text projection whitens: texts have radius 1 in training, not some multiple of it."""
+    pixels, ids, mask = batch(40)
+    made = []
+    for seed in (1, 2):
+        model = stage1(HyperbolicConfig(manifold="lorentz", similarity="distance", rqs_prob=0.0, rtp_prob=0.0))
+        for module in model.blip2.qformer.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        torch.manual_seed(seed)
+        expected = torch.rand(1)
+        torch.manual_seed(seed)
+        model.start_from_pairs(pixels, ids, mask, dropout_passes=20)
+        assert torch.equal(torch.rand(1), expected)  # the caller's random numbers are left alone
+        made.append(model)
+    one, two = made
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    one.train()
+    with torch.no_grad():
+        trained = torch.stack([one.encode_text(ids, mask).radius for _ in range(20)]).mean()
+        asked = one.eval().encode_text(ids, mask).radius.mean()
+    assert float(trained) == pytest.approx(1, abs=0.05)
+    assert float(asked) < 0.8
+
+
 def test_pieces_do_not_matter(stage1, batch):
     a, b = (stage1(HyperbolicConfig.distance()).start_from_pairs(*batch(12), batch_size=n) for n in (5, 12))
     for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
@@ -104,7 +129,26 @@ def test_bad_input(stage1, batch):
         model.start_from_pairs(pixels[:1].expand(4, -1, -1, -1), ids, mask)
     with pytest.raises(ValueError, match="input_ids must hold at least two different rows, got 0"):
         model.start_from_pairs(pixels[:0], ids[:0], mask[:0])
+    with pytest.raises(ValueError, match="dropout_passes must be finite and > 0, got 0"):
+        model.start_from_pairs(pixels, ids, mask, dropout_passes=0)
     model.train()
     with pytest.raises(ValueError, match="input_ids must hold at least two different rows, got 4 equal"):
         model.start_from_pairs(pixels, ids[:1].expand(4, -1), mask[:1].expand(4, -1))
     assert model.training
+
+
+def test_mean_words_weigh_by_rarity():
+    table = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[-100, 1, 2, 3], [1, 2, -100, -100], [1, 5, 5, -100], [1, 1, -100, -100]])
+    common, rare, two = 0.0, math.log(4), math.log(2)
+    expected = torch.stack(
+        [
+            (common * table[1] + two * table[2] + rare * table[3]) / (two + rare),
+            table[2],
+            table[5],
+            table[1],  # nothing but what all hold: the plain mean
+        ]
+    )
+    torch.testing.assert_close(mean_words(labels, table), expected)
+    with pytest.raises(ValueError, match=r"labels must hold a token in every row, got none in \[1\]"):
+        mean_words(torch.tensor([[1], [-100]]), table)

@@ -36,6 +36,7 @@ __all__ = [
     "VISION",
     "Lite0Map",
     "caption_ids",
+    "kept_layers",
     "language_tokenizer",
     "mini_config",
     "mini_model",
@@ -46,8 +47,8 @@ VISION, LANGUAGE = "pip-vision:lite0-map", "pip-lm:smollm2"
 _WIDTH = 1280
 # A control token of SmolLM2 that no text holds marks the places of the queries.
 IMAGE_TOKEN = "<file_sep>"
-# What captions begin with, in training as later: SmolLM2 was never trained with BLIP-2's prompt.
-PROMPT = ""
+# What captions begin with, as those of the emoji do; the language model is given it and trained on what follows.
+PROMPT = "a picture of"
 
 
 class Lite0Map(nn.Module):
@@ -116,7 +117,7 @@ def mini_config(hyperbolic: HyperbolicConfig, num_queries: int = 16, num_layers:
     Args:
         hyperbolic: its hyperbolic settings.
         num_queries: Q.
-        num_layers: how many of MiniLM's six layers the Q-Former takes.
+        num_layers: how many of MiniLM's six layers the Q-Former takes, see `kept_layers`.
     """
     bert = BertConfig.from_pretrained(_minilm_folder(), local_files_only=True)
     qformer = Blip2QFormerConfig(
@@ -144,12 +145,31 @@ def mini_model(config: HyperBlip2Config, seed: int) -> HyperBlip2ForPretraining:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HyperBlip2ForPretraining.from_config(config)
-    state = load_file(_minilm_folder() / "model.safetensors")
-    layers = config.blip2.qformer_config.num_hidden_layers
-    kept = {
-        name: value
-        for name, value in state.items()
-        if not (found := re.match(r"encoder\.layer\.(\d+)\.", name)) or int(found.group(1)) < layers
-    }
-    model.load_bert(kept)
+    bert = BertConfig.from_pretrained(_minilm_folder(), local_files_only=True)
+    kept = kept_layers(config.blip2.qformer_config.num_hidden_layers, bert.num_hidden_layers)
+    state = {}
+    for name, value in load_file(_minilm_folder() / "model.safetensors").items():
+        found = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", name)
+        if found is None:
+            state[name] = value
+        elif int(found.group(1)) in kept:
+            state[f"encoder.layer.{kept.index(int(found.group(1)))}.{found.group(2)}"] = value
+    model.load_bert(state)
     return model.use_tokenizer(text_tokenizer())
+
+
+def kept_layers(num: int, available: int) -> list[int]:
+    """Which layers of a text encoder a smaller one starts from: the first and the last ones.
+
+    What [CLS] knows of a caption it learns in the last layers: with MiniLM's first two, its state hardly depends on the caption.
+
+    Raises:
+        ValueError: num outside 1 .. available.
+
+    >>> kept_layers(3, 6)
+    [0, 4, 5]
+    """
+    if not 1 <= num <= available:
+        raise ValueError(f"num must lie in 1 .. {available}, got {num}")
+    last = list(range(available - num + 1, available))
+    return [0, *last] if last else [available - 1]

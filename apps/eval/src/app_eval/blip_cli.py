@@ -66,7 +66,7 @@ def print_captions(run: Path, pictures: Sequence[Path], num_beams: int = 3) -> i
             max_new_tokens=MAX_TOKENS,
         )  # fmt: skip
         for path, caption, radius in zip(good, captions, model.radius(ready).tolist(), strict=True):
-            print(f"{path}: {caption}   (radius {radius:.3f})")  # noqa: T201
+            print(f"{path}: {PROMPT} {caption}   (radius {radius:.3f})")  # noqa: T201
     return 1 if len(good) < len(pictures) else 0
 
 

@@ -136,7 +136,7 @@ def _study(result: dict, config: dict) -> list[str]:
         *_coco_words(runs, rows, config),
         _optional(runs, rows, "coco_mini", ("TR@1", "TR@5", "IR@1", "IR@5"), _coco),
         "### Captions",
-        _optional(runs, rows, "captions", ("BLEU-4", "ROUGE-L", "CIDEr"), _captions),
+        _optional(runs, rows, "captions", ("BLEU-4", "ROUGE-L", "CIDEr", "exactly right", "different"), _captions),
         *_samples(runs, rows),
         "### Does the radius mean anything?",
         _table(
@@ -244,14 +244,17 @@ def _samples(runs: list[dict], rows: Sequence[str]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for samples in zip(*shown.values(), strict=True):
         lines.append("| " + " | ".join(map(_cell, [samples[0]["reference"], *(s["caption"] for s in samples)])) + " |")
-    said = [f"{runs[0][rows[0]]['captions']['n']} test pictures, beam 3. Of the first seed:", "\n".join(lines)]
+    said = [
+        f'{runs[0][rows[0]]["captions"]["n"]} test pictures, beam 3; "exactly right" is the share that is one of the picture\'s captions, '
+        '"different" the number of different captions as a share of all. Of the first seed:',
+        "\n".join(lines),
+    ]
     for row in rows:
-        stored = [[sample["caption"] for sample in seed[row]["samples"]] for seed in runs]
-        different = statistics.fmean(len(set(captions)) / len(captions) for captions in stored)
+        different = statistics.fmean(seed[row]["captions"]["distinct"] for seed in runs)
         if different < 0.5:
             said.append(
-                f"**{ROWS[row]}: the captions hardly depend on the picture** ({100 * different:.0f} % of {len(stored[0])} captions of a "
-                "seed differ). What they score, they score for their common words."
+                f"**{ROWS[row]}: the captions hardly depend on the picture** ({100 * different:.0f} % of the captions of a seed differ). "
+                "What they score, they score for their common words."
             )
     return said
 
@@ -282,7 +285,7 @@ def _diagnostic(found: dict, column: int) -> float:
 
 def _captions(found: dict, column: int) -> float:
     table = {k.lower().replace("-", "_"): v for k, v in found["captions"].items()}
-    return table[("bleu_4", "rouge_l", "cider")[column]]
+    return table.get(("bleu_4", "rouge_l", "cider", "exact", "distinct")[column], math.nan)
 
 
 def _radius(found: dict, column: int) -> float:

@@ -196,10 +196,15 @@ def radii(
 
 
 def caption_scores(data: CaptionSet, captions: Sequence[str], rows: Sequence[int]) -> dict[str, float]:
-    """BLEU, ROUGE-L and CIDEr of captions of the pictures `rows`."""
+    """BLEU, ROUGE-L and CIDEr of captions of the pictures `rows`.
+
+    Beside them "exact", the share that is one of the picture's captions, and "distinct", different captions as a share of all.
+    """
     references = {str(data.ids[i]): list(data.captions[i]) for i in rows}
     hypotheses = {str(data.ids[i]): text or "." for i, text in zip(rows, captions, strict=True)}
-    return score_captions(references, hypotheses)
+    exact = [text in data.captions[i] for i, text in zip(rows, captions, strict=True)]
+    shares = {"exact": float(np.mean(exact)), "distinct": len(set(captions)) / len(captions)}
+    return {**score_captions(references, hypotheses), **shares}
 
 
 __all__ = [

@@ -13,9 +13,10 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedM
 from transformers.modeling_outputs import ModelOutput
 
 from hyper_blip.base import HyperBlip2Model, _finished, start_queries
-from hyper_blip.config import HyperBlip2Config, HyperbolicConfig
+from hyper_blip.config import HyperBlip2Config, HyperbolicConfig, check_positive
 from hyper_blip.pretraining import HyperBlip2ForPretraining
 from hyper_blip.projection import HyperbolicFeatures
+from hyper_blip.start import Affine, check_varied, mean_words, ridge_map, set_linear
 from hyper_blip.vision import load_module
 from hyper_blip.weights import LoadingInfo, load_into
 
@@ -150,6 +151,53 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         fresh = tuple(n for n, _ in model.named_parameters() if n.startswith("vision_projection."))
         return _finished(model, LoadingInfo(fresh, ()), output_loading_info)
 
+    @torch.no_grad()
+    def start_from_captions(
+        self,
+        pixel_values: Float[Tensor, "pictures channels height width"],
+        labels: Int[Tensor, "batch tokens"],
+        *,
+        ridge: float = 0.1,
+        batch_size: int = 128,
+    ) -> "HyperBlip2ForConditionalGeneration":
+        """Point the language projection at the words of the captions before the first step, so that few pictures suffice.
+
+        A fresh projection gives the language model noise in the place of pictures: it first learns to ignore them, and with few
+        pictures it stays there. Set in closed form, in evaluation mode: the ridge regression of the queries on their caption's
+        mean word embedding, scaled to the mean norm of the word embeddings. In that mean a word weighs ln(pictures / captions
+        that hold it), so what all captions share counts nothing. See `hyper_blip.start`.
+
+        Args:
+            pixel_values: training pictures.
+            labels: one caption of each as token ids, -100 elsewhere (see `caption_batch`).
+            ridge: penalty in units of the mean variance of the queries, > 0.
+            batch_size: pictures encoded at once.
+
+        Returns:
+            This model, in the mode it was in.
+
+        Raises:
+            ValueError: inputs that do not fit, pictures or captions that are all equal, or features that are not finite.
+        """
+        for name, value in (("ridge", ridge), ("batch_size", batch_size)):
+            check_positive(name, value)
+        if len(pixel_values) != len(labels):
+            raise ValueError(f"pixel_values must hold {len(labels)} pictures, one per caption, got {len(pixel_values)}")
+        table = self.blip2.language_model.get_input_embeddings().weight
+        check_varied("labels", labels)
+        words = mean_words(labels.to(table.device), table)
+        mode = self.training
+        self.eval()
+        try:
+            parts = [self._queries(part.to(self.device)) for part in pixel_values.split(batch_size)]
+            queries = check_varied("pixel_values", torch.cat(parts)).double()
+        finally:
+            self.train(mode)
+        affine = ridge_map(queries.flatten(0, 1), words.repeat_interleave(queries.shape[1], 0), ridge)
+        norm = table.float().norm(dim=1).mean().item() / len(affine.bias) ** 0.5
+        set_linear(self.blip2.language_projection, Affine(affine.weight * norm, affine.bias * norm))
+        return self
+
     # ------------------------------------------------------------------ use
 
     def forward(
@@ -210,11 +258,14 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
     @torch.no_grad()
     def encode_image(self, pixel_values: Float[Tensor, "batch channels height width"]) -> HyperbolicFeatures:
         """Hyperbolic features of all queries of each picture, parts `(B, Q, ...)`."""
-        states = self.blip2.qformer(
+        return self._lift(self.image_projector, self.vision_projection(self._queries(pixel_values)), "pixel_values")
+
+    def _queries(self, pixel_values: Tensor) -> Tensor:
+        """States of the queries `(B, Q, width)`."""
+        return self.blip2.qformer(
             query_embeds=self.blip2.query_tokens.expand(len(pixel_values), -1, -1),
             encoder_hidden_states=self.vision_features(pixel_values),
         ).last_hidden_state
-        return self._lift(self.image_projector, self.vision_projection(states), "pixel_values")
 
     def radius(self, pixel_values: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
         """Mean distance of a picture's queries to the origin; low for vague pictures, if training made it so."""

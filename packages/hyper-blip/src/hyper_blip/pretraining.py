@@ -43,7 +43,7 @@ from hyper_blip.qformer import (
 )
 from hyper_blip.sampling import Priority, RandomQuerySelection, RandomTextPruning, stateless_seed, text_keys
 from hyper_blip.similarity import aggregate_queries, pairwise_similarity, query_midpoint
-from hyper_blip.start import Affine, apply_map, ridge_map, whitened_components
+from hyper_blip.start import Affine, apply_map, check_varied, ridge_map, set_linear, whitened_components
 from hyper_blip.weights import LoadingInfo, bert_state, load_into
 
 _LOG = logging.getLogger(__name__)
@@ -182,14 +182,16 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         *,
         value_ridge: float = 1.0,
         ridge: float = 0.1,
+        dropout_passes: int = 4,
         batch_size: int = 128,
     ) -> "HyperBlip2ForPretraining":
         """Tie queries and captions by least squares before the first step, so that few pictures suffice.
 
-        Set in closed form, in evaluation mode: the values of all cross-attentions (ridge regression of the mean patch on the
-        whitened principal components of the caption states, passed on unchanged), the text projection (those components), and
-        the vision projection (ridge regression of the queries on the projected captions). Features of both sides then have mean
-        norm sqrt(d), which the default `init_scale` turns into 1. Call it after `load_bert`, once. See `hyper_blip.start`.
+        Set in closed form: the values of all cross-attentions (ridge regression of the mean patch on the whitened principal
+        components of the caption states, passed on unchanged), the text projection (such components, of the states as training
+        sees them, with dropout), and the vision projection (ridge regression of the queries on the projected captions). Features
+        of both sides then have mean norm sqrt(d), texts in training and pictures in evaluation; the default `init_scale` turns
+        it into 1. Call it after `load_bert`, once. See `hyper_blip.start`.
 
         Args:
             pixel_values: training pictures.
@@ -197,6 +199,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             attention_mask: 1 at tokens.
             value_ridge: penalty of the first regression in units of the mean variance of its inputs, > 0.
             ridge: penalty of the second, > 0.
+            dropout_passes: how often each caption is read with dropout; its random numbers depend on `hyperbolic.seed` alone.
             batch_size: pictures encoded at once.
 
         Returns:
@@ -206,46 +209,61 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             ValueError: inputs that do not fit, pictures or captions that are all equal, or features that are not finite.
         """
         self._check_text(input_ids, attention_mask)
-        for name, value in (("value_ridge", value_ridge), ("ridge", ridge), ("batch_size", batch_size)):
+        counts = {"dropout_passes": dropout_passes, "batch_size": batch_size}
+        for name, value in {"value_ridge": value_ridge, "ridge": ridge, **counts}.items():
             check_positive(name, value)
         if len(pixel_values) != len(input_ids):
             raise ValueError(
                 f"pixel_values must hold {len(input_ids)} pictures, one per caption, got {len(pixel_values)}"
             )
-        if len(input_ids) < 2:
-            raise ValueError(f"input_ids must hold at least two different rows, got {len(input_ids)}")
+        check_varied("input_ids", input_ids)
         mode = self.training
         self.eval()
         try:
-            self._tie(pixel_values.split(batch_size), input_ids, attention_mask, value_ridge, ridge)
+            self._tie(pixel_values.split(batch_size), input_ids, attention_mask, value_ridge, ridge, dropout_passes)
         finally:
             self.train(mode)
         return self
 
     def _tie(
-        self, pictures: Sequence[Tensor], input_ids: Tensor, attention_mask: Tensor, value_ridge: float, ridge: float
+        self,
+        pictures: Sequence[Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        value_ridge: float,
+        ridge: float,
+        dropout_passes: int,
     ) -> None:
         """`start_from_pairs` in evaluation mode; the vision encoder runs twice, so that its features need not be kept."""
         qformer, device = self.blip2.qformer, self.device
-        texts = zip(*(x.to(device).split(len(pictures[0])) for x in (input_ids, attention_mask)), strict=True)
-        words = torch.cat(
-            [joint_states(self.blip2, None, [Segment(*t, BIDIRECTIONAL)], queries=False)[0][:, 0] for t in texts]
-        )
+        texts = [x.to(device).split(len(pictures[0])) for x in (input_ids, attention_mask)]
+        words = self._class_states(*texts)
         patches = torch.cat([self.vision_features(part.to(device)).mean(1) for part in pictures])
-        words, patches = _varied("input_ids", words), _varied("pixel_values", patches)
+        words = check_varied("input_ids", words).double()
+        patches = check_varied("pixel_values", patches).double()
 
         width = qformer.config.hidden_size
         value = ridge_map(patches, apply_map(whitened_components(words, width), words), value_ridge)
         for layer in qformer.encoder.layer:
             if layer.has_cross_attention:
-                _set_linear(layer.crossattention.attention.value, value)
-                _set_linear(layer.crossattention.output.dense, Affine(torch.eye(width), torch.zeros(width)))
-        text = whitened_components(words, self.blip2.text_projection.out_features)
-        _set_linear(self.blip2.text_projection, text)
+                set_linear(layer.crossattention.attention.value, value)
+                set_linear(layer.crossattention.output.dense, Affine(torch.eye(width), torch.zeros(width)))
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.hyperbolic.seed)
+            qformer.train()
+            read = torch.cat([self._class_states(*texts) for _ in range(dropout_passes)]).double()
+            qformer.eval()
+        text = whitened_components(read, self.blip2.text_projection.out_features)
+        set_linear(self.blip2.text_projection, text)
         features = (self.vision_features(part.to(device)) for part in pictures)
         queries = torch.cat([joint_states(self.blip2, image)[0] for image in features]).double()
         targets = apply_map(text, words).repeat_interleave(queries.shape[1], 0)
-        _set_linear(self.blip2.vision_projection, ridge_map(queries.flatten(0, 1), targets, ridge))
+        set_linear(self.blip2.vision_projection, ridge_map(queries.flatten(0, 1), targets, ridge))
+
+    def _class_states(self, ids: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+        """States of [CLS] of captions `(n width)`, read part by part."""
+        segments = (Segment(*part, BIDIRECTIONAL) for part in zip(ids, masks, strict=True))
+        return torch.cat([joint_states(self.blip2, None, [s], queries=False)[0][:, 0] for s in segments])
 
     # ------------------------------------------------------------------ encoding
 
@@ -506,21 +524,6 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             raise ValueError("step must be given in training with rqs_prob or rtp_prob > 0, got None")
         if self.training and hyper.similarity == "mix" and (progress is None or not 0 <= progress <= 1):
             raise ValueError(f"progress must be the fraction of training that is done, in [0, 1], got {progress}")
-
-
-@torch.no_grad()
-def _set_linear(linear: nn.Linear, affine: Affine) -> None:
-    linear.weight.copy_(affine.weight)
-    linear.bias.copy_(affine.bias)
-
-
-def _varied(name: str, states: Tensor) -> Tensor:
-    """The states in double precision, if a regression can use them."""
-    if not bool(states.isfinite().all()):
-        raise ValueError(f"{name} must give finite features, got NaN or infinity")
-    if bool((states == states[0]).all()):
-        raise ValueError(f"{name} must hold at least two different rows, got {len(states)} equal ones")
-    return states.double()
 
 
 @torch.no_grad()

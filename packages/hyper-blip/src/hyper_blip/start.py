@@ -1,15 +1,19 @@
-"""The closed forms with which `HyperBlip2ForPretraining.start_from_pairs` ties the two sides of a fresh Q-Former.
+"""The closed forms with which both stages start where pictures are few.
 
 A Q-Former that starts from BERT knows words but no pictures: its contrastive loss stays at ln B until a tie has formed, which
 takes more steps than small data allow. Principal components of the caption states and ridge regressions onto them give one at
-once. Neither paper has this; with millions of pictures it is not needed.
+once (`HyperBlip2ForPretraining.start_from_pairs`). In the same way the projection of stage 2 starts from a ridge regression on
+word embeddings (`HyperBlip2ForConditionalGeneration.start_from_captions`). No paper has this; with millions of pictures it is
+not needed.
 """
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hyper_blip.losses import IGNORED
 
 # Principal components are damped below this share of the largest deviation: there they are noise.
 FLOOR = 0.1
@@ -64,9 +68,66 @@ def ridge_map(x: Float[Tensor, "rows width"], targets: Float[Tensor, "rows dim"]
     return _of_norm(Affine(weight, aim - weight @ mean), x)
 
 
+def mean_words(
+    labels: Int[Tensor, "rows tokens"], table: Float[Tensor, "vocabulary width"]
+) -> Float[Tensor, "rows width"]:
+    """Mean word embedding of each row, a word weighing ln(rows / rows that hold it).
+
+    Args:
+        labels: token ids, -100 where there is none.
+        table: word embeddings.
+
+    Returns:
+        Means in double precision; the plain mean of a row whose words are all in every row.
+
+    Raises:
+        ValueError: a row without a token.
+    """
+    kept = labels != IGNORED
+    empty = (~kept.any(1)).nonzero()[:, 0].tolist()
+    if empty:
+        raise ValueError(f"labels must hold a token in every row, got none in {empty[:6]}")
+    ids = labels.clamp_min(0)
+    # A word counts once in a row, wherever it stands.
+    row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    rows_with = torch.unique(torch.stack([row[kept], ids[kept]]), dim=1)[1].bincount(minlength=len(table))
+    weights = (len(ids) / rows_with.clamp_min(1)).log().double()[ids] * kept
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, kept.double())
+    return torch.einsum("rt,rtw->rw", weights / weights.sum(1, keepdim=True), table.double()[ids])
+
+
+def check_varied(name: str, states: Tensor) -> Tensor:
+    """The states, if a regression can use them: finite, not all rows equal."""
+    if not bool(states.isfinite().all()):
+        raise ValueError(f"{name} must give finite features, got NaN or infinity")
+    if len(states) < 2 or bool((states == states[0]).all()):
+        raise ValueError(f"{name} must hold at least two different rows, got {_equal(len(states))}")
+    return states
+
+
+def _equal(num: int) -> str:
+    return f"{num} equal ones" if num > 1 else str(num)
+
+
+@torch.no_grad()
+def set_linear(linear: nn.Linear, affine: Affine) -> None:
+    """Copy the map into a layer."""
+    linear.weight.copy_(affine.weight)
+    linear.bias.copy_(affine.bias)
+
+
 def _of_norm(affine: Affine, x: Tensor) -> Affine:
     scale = len(affine.weight) ** 0.5 / apply_map(affine, x).norm(dim=1).mean()
     return Affine(affine.weight * scale, affine.bias * scale)
 
 
-__all__ = ["FLOOR", "Affine", "apply_map", "ridge_map", "whitened_components"]
+__all__ = [
+    "FLOOR",
+    "Affine",
+    "apply_map",
+    "check_varied",
+    "mean_words",
+    "ridge_map",
+    "set_linear",
+    "whitened_components",
+]

@@ -96,12 +96,13 @@ class BlipMiniConfig(Frozen):
     losses: tuple[LossName, ...] = ("itc", "itm", "lm")
     """Losses of stage 1; without "itm" nothing is re-ranked, and the contrastive loss alone is four times cheaper."""
     start: Literal["pairs", "fresh"] = "pairs"
-    """Start of stage 1: "pairs" ties queries and captions by least squares, "fresh" leaves that to the contrastive loss."""
+    """Start of both stages: "pairs" ties queries to captions, then to the language model's words, by least squares; "fresh"
+    leaves that to the losses."""
     stage1: FirstStage = FirstStage()
     stage2: SecondStage = SecondStage()
     num_queries: int = Field(16, ge=1)
     num_layers: int = Field(6, ge=1, le=6)
-    """How many of MiniLM's layers the Q-Former takes."""
+    """How many of MiniLM's layers the Q-Former takes: the first and the last ones."""
     max_tokens: int = Field(16, ge=4, le=64)
     """Tokens of a caption."""
     k_test: int = Field(16, ge=1)
@@ -280,17 +281,21 @@ def _second_stage(
     train, maps = features.train, features.maps("train", model)
     model.to(accelerator.device)
 
-    def forward(wrapped: nn.Module, rows: np.ndarray, epoch: int, number: int, share: float):
-        captions = [_caption_of(train, int(i), seed, epoch) for i in rows]
-        batch = caption_batch(
-            captions,
+    def texts(rows: Sequence[int] | np.ndarray, epoch: int) -> dict[str, Tensor]:
+        return caption_batch(
+            [_caption_of(train, int(i), seed, epoch).removeprefix(f"{PROMPT} ") for i in rows],
             tokenizer,
             num_queries=model.num_queries,
             image_token_id=image_token,
             prompt=PROMPT,
             max_tokens=config.max_tokens,
         )
-        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
+
+    if config.start == "pairs":
+        model.start_from_captions(maps.float(), texts(range(len(train)), 0)["labels"])
+
+    def forward(wrapped: nn.Module, rows: np.ndarray, epoch: int, number: int, share: float):
+        batch = {k: v.to(accelerator.device) for k, v in texts(rows, epoch).items()}
         return wrapped(maps[rows].to(accelerator.device).float(), **batch).loss, {}
 
     _fit(config, config.stage2, model, forward, len(train), folder / "train-2", seed, label, stop, accelerator)
@@ -337,10 +342,11 @@ def _score(
         _check(stop)
     if second is not None and config.num_captions:
         rows = np.linspace(0, len(test) - 1, min(config.num_captions, len(test))).round().astype(int).tolist()
-        captions = generate_captions(
+        said = generate_captions(
             second, maps[rows], language_tokenizer(), prompt=PROMPT, num_beams=3, min_new_tokens=2,
             max_new_tokens=config.max_tokens,
         )  # fmt: skip
+        captions = [f"{PROMPT} {text}" for text in said]
         scores["captions"] = {"n": len(rows), **caption_scores(test, captions, rows)}
         scores["samples"] = [
             {"id": str(test.ids[i]), "caption": c, "reference": test.captions[i][0]}
