@@ -386,10 +386,80 @@ def test_the_memory_table_counts_the_whole_model(plans):
     assert {row.part: row.activations > 0 for row in plans[2]} == {"vision": False, "qformer": True, "language": True}
 
 
+def test_the_memory_table_spreads_frozen_layers(plans):
+    from app_train.recipes.blip2_opt import build_on_meta, count_frozen_layers, memory_plan
+
+    layers = {part: len(found) for part, found in count_frozen_layers(build_on_meta(2)).items()}
+    assert layers == {"vision": 39, "qformer": 0, "language": 32}
+    for stage, pairs in ((1, 100), (2, 64)):
+        for whole, spread in zip(plans[stage], memory_plan(stage, pairs=pairs, shards=8), strict=True):
+            assert spread.parameters == whole.parameters
+            if whole.part == "qformer":
+                assert spread == whole
+            else:
+                assert whole.weights / 8 < spread.weights < whole.weights / 3
+
+
+LOOP = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+from conftest import tiny_config
+from app_train.blip_loop import blip_accelerator, fit_blip
+from app_train.config import StageConfig
+from app_train.interrupt import StopFlag
+from hyper_blip import HyperBlip2ForPretraining, HyperbolicConfig
+
+generator = torch.Generator().manual_seed(0)
+pixels, ids = torch.randn(16, 3, 28, 28, generator=generator), torch.randint(10, 90, (16, 6), generator=generator)
+ids[:, 0], ids[:, -1] = 1, 2
+for name in ("whole", "spread"):
+    accelerator = blip_accelerator()
+    torch.manual_seed(0)
+    model = HyperBlip2ForPretraining(tiny_config(HyperbolicConfig.distance()))
+    if name == "spread":
+        model.shard_frozen()
+    forward = lambda m, rows, epoch, number, done: (
+        m(pixels[rows], ids[rows], torch.ones_like(ids[rows]), step=number).loss, {})
+    with StopFlag() as stop:
+        fit_blip(model, forward, 16, StageConfig(epochs=2, lr=1e-3, batch_size=8, weight_decay=0.0), Path(sys.argv[2]) / name,
+                 seed=0, stop=stop, accelerator=accelerator, label="x", save_every=2)
+    if name == "spread" or accelerator.is_main_process:
+        model.save_pretrained(Path(sys.argv[2]) / f"{name}-model")
+    accelerator.wait_for_everyone()
+"""
+
+
+@pytest.mark.slow
+def test_the_loop_trains_a_spread_model(tmp_path):
+    """Two processes by torchrun: frozen layers spread by FSDP2, the rest by accelerate's DistributedDataParallel."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    program = tmp_path / "loop.py"
+    program.write_text(LOOP)
+    tests = Path(__file__).parents[1] / "packages" / "hyper-blip" / "tests"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29547"]
+    found = subprocess.run(
+        [*torchrun, str(program), str(tests), str(tmp_path)], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    whole, spread = (load_file(tmp_path / f"{name}-model" / "model.safetensors") for name in ("whole", "spread"))
+    torch.testing.assert_close(spread, whole, rtol=1e-4, atol=1e-5)
+    fresh = [json.loads(line) for line in (tmp_path / "spread" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in fresh] == [1, 2, 3, 4]
+
+
 def test_the_large_recipe_says_what_it_needs(tmp_path, capsys):
     from app_train.cli import main
 
     assert main(["blip2-opt-2.7b", "--plan-only"]) == 0
     assert "GiB a card" in capsys.readouterr().out
+    assert main(["blip2-opt-2.7b", "--plan-only", "--shard", "--cards", "4"]) == 0
+    assert "4 cards, frozen layers spread over them" in capsys.readouterr().out
     assert main(["blip2-opt-2.7b", "--out", str(tmp_path / "x")]) == 2
     assert "--annotations and --pictures are missing" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -89,6 +90,48 @@ class HyperBlip2Model(nn.Module):
         self.blip2.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return self
 
+    def shard_frozen(self, mesh: Any = None) -> "HyperBlip2Model":
+        """Spread the frozen layers of the vision encoder and of the language model over all ranks (FSDP2).
+
+        Each rank then holds 1 / ranks of them and gathers one layer at a time. What trains stays whole on every rank, for
+        `DistributedDataParallel` or accelerate, which leave the spread layers alone. Call it before either of them; every rank
+        must then take part in every forward pass and in `save_pretrained`.
+
+        Args:
+            mesh: a one-dimensional `DeviceMesh`; all ranks, on CUDA if there is any, if None.
+
+        Returns:
+            This model.
+
+        Raises:
+            ValueError: no process group, or no list of layers with frozen weights to spread.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "shard_frozen needs an initialised process group: start with torchrun or accelerate launch"
+            )
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor
+
+        if mesh is None:
+            mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
+        parts = [self.blip2.vision_model, getattr(self.blip2, "language_model", None)]
+        lists = [m for part in parts if part is not None for m in part.modules() if isinstance(m, nn.ModuleList)]
+        done: list[nn.Module] = []
+        for layer in (layer for layers in lists for layer in layers):
+            inside = any(layer is inner for outer in done for inner in outer.modules())
+            trained = {p for p in layer.parameters() if p.requires_grad}
+            if not inside and any(not p.requires_grad for p in layer.parameters()):
+                fully_shard(layer, mesh=mesh, **({"ignored_params": trained} if trained else {}))
+                done.append(layer)
+        if not done:
+            raise ValueError("shard_frozen found no frozen layers in a ModuleList: there is nothing to spread")
+        # DistributedDataParallel reads this attribute; its broadcast at the start knows no DTensor.
+        spread = [n for n, p in self.named_parameters() if isinstance(p, DTensor)]
+        self._ddp_params_and_buffers_to_ignore = spread
+        return self
+
     @torch.no_grad()
     def clamp_(self) -> "HyperBlip2Model":
         """Move curvature, scales and temperature back to their bounds, in place: call it after each optimizer step."""
@@ -123,14 +166,20 @@ class HyperBlip2Model(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `hyper_blip.json`.
 
-        Frozen parameters of a module that has a locator are not written.
+        Frozen parameters of a module that has a locator are not written. After `shard_frozen` call it on every rank: rank 0 writes.
 
         Raises:
             ValueError: the vision module was given without a locator in the configuration.
         """
         if self._external_vision and not self.config.vision_locator:
             raise ValueError("config.vision_locator must name where the vision module comes from, got ''")
-        write_folder(Path(folder), type(self).__name__, self.config.to_dict(), own_state(self, self._left_out()))
+        state = own_state(self, self._left_out())
+        if hasattr(self, "_ddp_params_and_buffers_to_ignore"):
+            # One weight after the other leaves the device before the next is gathered.
+            state = {n: v.full_tensor().cpu() if hasattr(v, "full_tensor") else v for n, v in state.items()}
+            if dist.get_rank():
+                return
+        write_folder(Path(folder), type(self).__name__, self.config.to_dict(), state)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, output_loading_info: bool = False, **modules: nn.Module) -> Any:

@@ -4,11 +4,14 @@
     accelerate launch --num_processes 8 apps/train blip2-opt-2.7b --annotations dataset_coco.json --pictures coco/ --stage 1
     accelerate launch --num_processes 8 apps/train blip2-opt-2.7b --annotations dataset_coco.json --pictures coco/ --stage 2
 
+--shard spreads the layers of the frozen parts over the cards (FSDP2); what trains stays whole on each of them.
+
 Settings of Li et al., "BLIP-2", ICML 2023, where they are published; the hyperbolic part is a reconstruction of Mandica et
 al., arXiv:2408.05097. NOT RUN by us: no machine here can hold the weights or reach the hub that has them. What is tested is
 the memory table against a build of the whole model on the meta device, and every step of the loop on small models.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,6 +72,8 @@ class Blip2OptConfig(Frozen):
     max_tokens: int = Field(32, ge=4)
     checkpointing: bool = True
     """Recompute activations in the backward pass."""
+    shard: bool = False
+    """Spread the layers of the frozen parts over the cards (FSDP2)."""
     cards: int = Field(8, ge=1)
     """For the memory table."""
     plan_only: bool = False
@@ -111,24 +116,40 @@ def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {part: (a, b) for part, (a, b) in found.items()}
 
 
-def memory_plan(stage: int, *, pairs: int, tokens: int = 32, checkpointing: bool = True) -> list[MemoryRow]:
+def count_frozen_layers(model: nn.Module) -> dict[str, list[int]]:
+    """Frozen parameters of every layer that `shard_frozen` spreads, for each part."""
+    found: dict[str, dict[str, int]] = {"vision": {}, "qformer": {}, "language": {}}
+    for name, p in model.named_parameters():
+        layer = re.match(r".*?\.(vision_model|language_model)\..*?\.\d+\.", name)
+        if layer and not p.requires_grad:
+            part = found["vision" if layer[1] == "vision_model" else "language"]
+            part[layer[0]] = part.get(layer[0], 0) + p.numel()
+    return {part: list(layers.values()) for part, layers in found.items()}
+
+
+def memory_plan(
+    stage: int, *, pairs: int, tokens: int = 32, checkpointing: bool = True, shards: int = 1
+) -> list[MemoryRow]:
     """Bytes on one card for weights, gradients, AdamW and activations, part by part.
 
     Frozen parts are held in bf16 and have no gradients; trained ones in fp32 with two fp32 moments. Activations of a layer
     with width h, a heads and s tokens: s b h (34 + 5 a s / h) bytes in half precision (Korthikanti et al., 2022), or 2 s b h
     with checkpointing and one layer whole. A frozen part has them only where gradients pass through it: the language model in
-    stage 2, not the vision encoder. The contrastive matrix and temporary buffers are not counted.
+    stage 2, not the vision encoder. Of frozen layers that are spread, a card holds its share, the layer at work and the one
+    fetched meanwhile; embeddings stay whole. The contrastive matrix and temporary buffers are not counted.
 
     Args:
         stage: 1 or 2.
         pairs: pictures on one card.
         tokens: of a caption.
         checkpointing: recompute layers.
+        shards: cards over which the frozen parts are spread; 1 for a whole copy on each.
 
     Returns:
         One `MemoryRow` for each part.
     """
-    counts = count_parts(build_on_meta(stage))
+    model = build_on_meta(stage)
+    counts, layered = count_parts(model), count_frozen_layers(model)
 
     def layers(num: int, s: int, b: int, h: int, a: int) -> int:
         whole = int(s * b * h * (34 + 5 * a * s / h))
@@ -147,7 +168,10 @@ def memory_plan(stage: int, *, pairs: int, tokens: int = 32, checkpointing: bool
     rows = []
     for part, (total, trained) in counts.items():
         if total:
-            state = [2 * (total - trained) + 4 * trained, 4 * trained, 8 * trained]
+            frozen = total - trained
+            if shards > 1 and layered[part]:
+                frozen += -(-sum(layered[part]) // shards) - sum(layered[part]) + 2 * max(layered[part])
+            state = [2 * frozen + 4 * trained, 4 * trained, 8 * trained]
             rows.append(MemoryRow(part, total, trained > total // 2, *state, activations[part]))
     return rows
 
@@ -177,8 +201,10 @@ def run(config: Blip2OptConfig) -> dict:
         pairs=pairs,
         tokens=config.max_tokens,
         checkpointing=config.checkpointing,
+        shards=config.cards if config.shard else 1,
     )
-    print(f"stage {config.stage}, {pairs} pairs a card, {config.cards} cards\n{memory_table(plan)}")  # noqa: T201
+    spread = ", frozen layers spread over them" if config.shard else ""
+    print(f"stage {config.stage}, {pairs} pairs a card, {config.cards} cards{spread}\n{memory_table(plan)}")  # noqa: T201
     if config.plan_only:
         return {"plan": [row.__dict__ for row in plan]}
     if config.annotations is None or config.pictures is None:
@@ -197,13 +223,18 @@ def run(config: Blip2OptConfig) -> dict:
         model, forward = (_first if config.stage == 1 else _second)(config, data, accelerator)
         if config.checkpointing:
             model.gradient_checkpointing_enable()
+        if config.shard:
+            if accelerator.num_processes < 2:
+                raise RunError("--shard needs several processes: start with accelerate launch or torchrun")
+            model.shard_frozen()
         fit_blip(
             model, forward, len(data), config.fit, folder, seed=0, stop=stop, accelerator=accelerator,
             label=f"stage {config.stage}", save_every=config.save_every, tensorboard=config.tensorboard,
         )  # fmt: skip
+        if config.shard or accelerator.is_main_process:
+            model.save_pretrained(config.out / f"stage{config.stage}")
         if not accelerator.is_main_process:
             return {}
-        model.save_pretrained(config.out / f"stage{config.stage}")
     result = {"format": 1, "recipe": "blip2-opt-2.7b", "stage": config.stage, "data": data.fingerprint, "n": len(data)}
     write_json(config.out / f"result-{config.stage}.json", result)
     return result
@@ -269,6 +300,7 @@ __all__ = [
     "Blip2OptConfig",
     "MemoryRow",
     "build_on_meta",
+    "count_frozen_layers",
     "count_parts",
     "memory_plan",
     "memory_table",
