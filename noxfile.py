@@ -71,10 +71,11 @@ def evaluate(session: nox.Session) -> None:
 
 @nox.session
 def test(session: nox.Session) -> None:
-    """Everything that needs no GPU: lint, import direction, unit, compile, end-to-end tests, isolated hier-losses."""
-    _install(session, "assets", "more-assets", "test", "peers", "lint")
+    """Everything that needs no GPU: lint, import direction, wrong calls, unit, compile, end-to-end tests, isolated hier-losses."""
+    _install(session, "assets", "more-assets", "test", "peers", "lint", "types")
     _lint(session)
     _imports(session)
+    _calls(session)
     paths = session.posargs or ["packages", "apps", "tests"]
     pytest = ["pytest", "-q", "-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
     # Shapes are checked by the import hook in one run; compiled code and the examples in docstrings run without it.
@@ -111,10 +112,15 @@ def imports(session: nox.Session) -> None:
     _imports(session)
 
 
+def _calls(session: nox.Session) -> None:
+    session.run("mypy", "--config-file", "apps/mypy.ini", *[str(folder) for folder in sorted(ROOT.glob("*/*/src"))])
+
+
 @nox.session
 def types(session: nox.Session) -> None:
-    """Static types of the packages."""
+    """Wrong calls everywhere, static types of three packages."""
     _install(session, "types")
+    _calls(session)
     session.run("mypy", *[f"packages/{name}/src" for name in ("hyper-geom", "hier-losses", "hier-lora")])
 
 

@@ -62,7 +62,8 @@ class StoredPictures:
             elif value:
                 taken[name] = tuple(value[i] for i in chosen)
         key = {"of": self.fingerprint, "rows": self._identity(chosen)}
-        return replace(self, fingerprint=fingerprint(key), rows=self.rows[chosen], **taken)
+        # The fingerprint is a field of those who inherit.
+        return replace(self, fingerprint=fingerprint(key), rows=self.rows[chosen], **taken)  # type: ignore[call-arg]
 
     def _identity(self, chosen: np.ndarray) -> list[int]:
         """What tells a selection from others, for its fingerprint."""

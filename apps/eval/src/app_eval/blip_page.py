@@ -38,6 +38,19 @@ DIAGNOSTICS = {
     "tau": "tau",
     "c": "c",
 }
+RADIUS_COLUMNS = (
+    "rho with caption length",
+    "with crop fraction",
+    "with blur",
+    "AUROC(error)",
+    "AURC",
+    "AURC, random",
+    "AURC, softmax",
+    "-S R^2",
+    "-S R^2, softmax",
+    "text below its picture",
+    "group word below text",
+)
 LEAST_SEEDS = 3
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -139,21 +152,12 @@ def _study(result: dict, config: dict) -> list[str]:
         _optional(runs, rows, "captions", ("BLEU-4", "ROUGE-L", "CIDEr", "exactly right", "different"), _captions),
         *_samples(runs, rows),
         "### Does the radius mean anything?",
-        _table(
-            (
-                "rho with caption length",
-                "with crop fraction",
-                "with blur",
-                "AUROC(error)",
-                "AURC",
-                "AURC, random",
-                "AURC, softmax",
-            ),
-            {ROWS[row]: _cells(runs, row, _radius, 7) for row in rows},
-        ),
-        "Spearman correlations of the radius (of the text in the first column, of the picture in the others); AUROC of -radius for "
-        "wrong first answers (0.5 is noise), area under risk-coverage (lower is better) beside its controls. The Euclidean row is the "
-        "control of the radius itself: there it is a monotone function of the Euclidean norm.",
+        _table(RADIUS_COLUMNS, {ROWS[row]: _cells(runs, row, _radius, len(RADIUS_COLUMNS)) for row in rows}),
+        "Spearman correlations of the radius (of the text in the first column, of the picture in the next two); AUROC of -radius for "
+        "wrong first answers (0.5 is noise); area under risk-coverage (lower is better) beside its controls; -S R^2 of recall in ten "
+        "bins of the radius (1: recall rises with it in a straight line; ProbVLM's measure) beside that of the largest softmax; the share "
+        "of pictures whose text has the smaller radius, and of texts whose group word (animals) has a smaller radius still. The Euclidean "
+        "row is the control of the radius itself: there it is a monotone function of the Euclidean norm.",
         "### At the last step",
         _optional(runs, rows, "diagnostics", tuple(DIAGNOSTICS.values()), _diagnostic),
         *_at_the_clip(runs, rows),
@@ -250,7 +254,7 @@ def _samples(runs: list[dict], rows: Sequence[str]) -> list[str]:
         "\n".join(lines),
     ]
     for row in rows:
-        different = statistics.fmean(seed[row]["captions"]["distinct"] for seed in runs)
+        different = statistics.fmean(seed[row]["captions"].get("distinct", math.nan) for seed in runs)
         if different < 0.5:
             said.append(
                 f"**{ROWS[row]}: the captions hardly depend on the picture** ({100 * different:.0f} % of the captions of a seed differ). "
@@ -292,9 +296,11 @@ def _radius(found: dict, column: int) -> float:
     report = found["radius"]
     if column < 3:
         value = report[("caption_length", "crop", "blur")[column]]["spearman"]
+    elif column < 9:
+        name = ("radius", "radius", "random", "largest softmax", "radius", "largest softmax")[column - 3]
+        value = report["scores"][name][("error_auroc", "aurc", "aurc", "aurc", "minus_s_r2", "minus_s_r2")[column - 3]]
     else:
-        name = ("radius", "radius", "random", "largest softmax")[column - 3]
-        value = report["scores"][name]["error_auroc" if column == 3 else "aurc"]
+        value = report[("text_below_image", "group_word_below_caption")[column - 9]]
     return math.nan if value is None else value
 
 

@@ -139,7 +139,7 @@ def easy_vqa_study(encoder: Lite0MiniLM, num_pool: int, num_queries: int) -> Stu
         tuple((kind, answers[0]) for kind, answers in zip(data.kinds, data.answers, strict=True))
         for data in (pool, query)
     ]
-    return Study("easy-vqa", *joint, *images, *texts, *paths, _codes(paths[0]))
+    return Study("easy-vqa", *joint, *images, *texts, *paths, _codes(paths[0]))  # type: ignore[call-arg]
 
 
 def emoji_study(encoder: Lite0MiniLM, num_queries: int) -> Study:
@@ -160,7 +160,7 @@ def emoji_study(encoder: Lite0MiniLM, num_queries: int) -> Study:
         nodes = tree.paths[torch.from_numpy(data.targets)].tolist()
         paths.append(tuple(tuple(str(node) for node in path if node >= 0) for path in nodes))
     classes = _codes([path[:-1] for path in paths[0]])
-    return Study("emoji", *images, *images, None, None, *paths, classes)
+    return Study("emoji", *images, *images, None, None, *paths, classes)  # type: ignore[call-arg]
 
 
 def _lifted(study: Study, c: float, seed: int, steps: int) -> tuple[Tensor, Tensor]:

@@ -94,8 +94,8 @@ def load_study_data(name: str, base: nn.Module, folder: Path, data: Path | None,
     else:
         train, test, cuts = load_cifar100_fewshot(data, decoding=Decoding(size=CIFAR_SIZE, cache_dir=cache_dir))
         centred, template = False, "a picture of {}."
-    parts = [Split(part, _features(part, base, folder)) for part in (train, test)]
-    return StudyData(name, *parts, cuts, centred, template)
+    first, second = (Split(part, _features(part, base, folder)) for part in (train, test))
+    return StudyData(name, first, second, cuts, centred, template)
 
 
 def _features(pictures: PictureSet, base: nn.Module, folder: Path) -> Tensor:

@@ -392,11 +392,11 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         total = sum(weights[name] * loss for name, loss in losses.items())
         total = self._finite(total)
         return PretrainingOutput(
-            total,
-            *losses.values(),
-            image_features.tangent,
-            text_features.tangent,
-            stage1_diagnostics(self, image_features, text_features),
+            loss=total,
+            image_features=image_features.tangent,
+            text_features=text_features.tangent,
+            diagnostics=stage1_diagnostics(self, image_features, text_features),
+            **{f"loss_{name}": loss for name, loss in losses.items()},
         )
 
     def _prune(self, ids: Tensor, mask: Tensor, step: int | None) -> dict[str, tuple[Tensor, Tensor]]:

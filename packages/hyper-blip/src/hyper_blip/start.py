@@ -87,13 +87,18 @@ def mean_words(
     empty = (~kept.any(1)).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(f"labels must hold a token in every row, got none in {empty[:6]}")
-    ids = labels.clamp_min(0)
-    # A word counts once in a row, wherever it stands.
-    row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
-    rows_with = torch.unique(torch.stack([row[kept], ids[kept]]), dim=1)[1].bincount(minlength=len(table))
-    weights = (len(ids) / rows_with.clamp_min(1)).log().double()[ids] * kept
-    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, kept.double())
-    return torch.einsum("rt,rtw->rw", weights / weights.sum(1, keepdim=True), table.double()[ids])
+    row = kept.nonzero()[:, 0]
+    used, word = torch.unique(labels[kept], return_inverse=True)
+    # A word counts once in a row, however often it stands there.
+    rows_with = (torch.unique(row * len(used) + word) % len(used)).bincount(minlength=len(used))
+    weights = (len(labels) / rows_with.double()).log()[word]
+    totals = weights.new_zeros(len(labels)).index_add_(0, row, weights)
+    weights = torch.where(totals[row] > 0, weights, 1.0)
+    totals = torch.zeros_like(totals).index_add_(0, row, weights)
+    matrix = torch.sparse_coo_tensor(
+        torch.stack([row, word]), weights / totals[row], (len(labels), len(used)), check_invariants=True
+    )
+    return torch.sparse.mm(matrix, table[used].double())
 
 
 def check_varied(name: str, states: Tensor) -> Tensor:

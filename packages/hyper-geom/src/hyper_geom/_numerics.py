@@ -67,9 +67,9 @@ def geometry(num_vectors: int, *, first: int = 0, matrices: bool = False) -> Cal
             device = vectors[vector_names[0]].device
             kwargs["c"] = curvature_tensor(c, dtype, device)
             if not torch.is_autocast_enabled(device.type):
-                return function(**kwargs)
+                return function(**kwargs)  # type: ignore[call-arg]
             with torch.autocast(device.type, enabled=False):
-                return function(**kwargs)
+                return function(**kwargs)  # type: ignore[call-arg]
 
         return wrapper
 

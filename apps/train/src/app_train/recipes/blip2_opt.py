@@ -171,8 +171,10 @@ def memory_plan(
             frozen = total - trained
             if shards > 1 and layered[part]:
                 frozen += -(-sum(layered[part]) // shards) - sum(layered[part]) + 2 * max(layered[part])
-            state = [2 * frozen + 4 * trained, 4 * trained, 8 * trained]
-            rows.append(MemoryRow(part, total, trained > total // 2, *state, activations[part]))
+            weights = 2 * frozen + 4 * trained
+            rows.append(
+                MemoryRow(part, total, trained > total // 2, weights, 4 * trained, 8 * trained, activations[part])
+            )
     return rows
 
 
