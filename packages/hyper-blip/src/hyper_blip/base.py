@@ -33,6 +33,7 @@ class HyperBlip2Model(nn.Module):
         if vision is None and config.vision_locator:
             vision = load_module(config.vision_locator)
         self._external_vision = vision is not None
+        self._sharded = False
         if vision is not None:
             blip2.vision_model = VisionAdapter(vision, config.blip2.vision_config.hidden_size)
         hyper = config.hyperbolic
@@ -128,8 +129,8 @@ class HyperBlip2Model(nn.Module):
         if not done:
             raise ValueError("shard_frozen found no frozen layers in a ModuleList: there is nothing to spread")
         # DistributedDataParallel reads this attribute; its broadcast at the start knows no DTensor.
-        spread = [n for n, p in self.named_parameters() if isinstance(p, DTensor)]
-        self._ddp_params_and_buffers_to_ignore = spread
+        self._ddp_params_and_buffers_to_ignore = [n for n, p in self.named_parameters() if isinstance(p, DTensor)]
+        self._sharded = True
         return self
 
     @torch.no_grad()
@@ -174,7 +175,7 @@ class HyperBlip2Model(nn.Module):
         if self._external_vision and not self.config.vision_locator:
             raise ValueError("config.vision_locator must name where the vision module comes from, got ''")
         state = own_state(self, self._left_out())
-        if hasattr(self, "_ddp_params_and_buffers_to_ignore"):
+        if self._sharded:
             # One weight after the other leaves the device before the next is gathered.
             state = {n: v.full_tensor().cpu() if hasattr(v, "full_tensor") else v for n, v in state.items()}
             if dist.get_rank():
