@@ -216,8 +216,11 @@ def test_a_page_says_where_matching_costs():
         return {"retrieval": found, "radius": {"scores": {"radius": {"error_auroc": 0.5}}}}
 
     runs = 3 * [{"lorentz": row(9.0, 2.0), "euclidean": row(8.0, 8.5)}]
+    for seed in runs:
+        seed["lorentz"]["diagnostics"] = seed["euclidean"]["diagnostics"] = {"loss/itm": 0.64}
     rows = ["euclidean", "lorentz"]
     assert _worse_by_matching(runs, rows)[0].count(ROWS["lorentz"]) == 1
+    assert "its loss is 0.64 +- 0, and that of a constant is 0.637" in _worse_by_matching(runs, rows)[0]
     assert ROWS["euclidean"] not in _worse_by_matching(runs, rows)[0]
     assert "cosine (TR@1): **holds** (mean difference +1 " in _claims(runs, rows)[0]
     assert "before re-ranking" in _claims(runs, rows)[0]
