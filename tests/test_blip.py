@@ -78,6 +78,8 @@ def test_run_is_complete(finished, capsys):
     row = finished / "seed-0" / "lorentz"
     result = json.loads((row / "result.json").read_text())
     assert 0 <= result["retrieval"]["itm"]["txt_r1"] <= 100
+    assert 0 <= result["retrieval"]["cosine"]["txt_r1"] <= 100
+    assert 1 / 8 <= result["retrieval"]["commonest_answer"] <= 1
     assert set(result["retrieval"]["levels"]) == {"group", "subgroup", "leaf"}
     assert len(result["radius"]["crop"]["mean_radius"]) == 5
     assert result["captions"]["n"] == 2
@@ -297,6 +299,20 @@ def test_a_page_says_where_captions_do_not_depend_on_the_picture():
     assert found[1].count("a picture of a car") == 12
     assert next(text for text in found if "hardly depend" in text).startswith(f"**{ROWS['lorentz']}")
     assert sum("hardly depend" in text for text in found) == 1
+
+
+def test_a_page_ranks_by_the_cosine_of_the_same_features():
+    from app_eval.blip_page import ROWS, _hubs
+
+    def row(**more):
+        return {"retrieval": {"itc": {"txt_r1": 9.0, "img_r1": 8.0}, "commonest_answer": 0.25, **more}}
+
+    runs = [{"lorentz": row(cosine={"txt_r1": 12.0, "img_r1": 11.0}), "euclidean": row()}]
+    table = _hubs(runs, ["euclidean", "lorentz"])[1]
+    assert f"| {ROWS['euclidean']} | 9 | 9 | 8 | 8 | 25 |" in table
+    assert f"| {ROWS['lorentz']} | 9 | 12 | 8 | 11 | 25 |" in table
+    del runs[0]["euclidean"]["retrieval"]["commonest_answer"]
+    assert _hubs(runs, ["euclidean", "lorentz"]) == []  # a study from before it was recorded
 
 
 def test_captions_become_cells():

@@ -182,3 +182,23 @@ def test_radius_report():
     )
     with pytest.raises(ValueError, match=r"controls\['norm'\] must have 200 values"):
         radius_report(rho, right, controls={"norm": rho[:5]})
+
+
+def test_another_similarity_than_the_trained_one(stage1, batch):
+    """Features of a distance, ranked by their cosine: what the Euclidean preset says of the same weights."""
+    model, (pixels, ids, mask) = stage1(HyperbolicConfig.distance()), batch(5)
+    plain = stage1(HyperbolicConfig.euclidean())
+    plain.load_state_dict(model.state_dict())
+    found = retrieval_scores(model, pixels, (ids, mask), 1, "none", mode="cosine").image_to_text
+    torch.testing.assert_close(found, retrieval_scores(plain, pixels, (ids, mask), 1, "none").image_to_text)
+    own = retrieval_scores(model, pixels, (ids, mask), 1, "none").image_to_text
+    torch.testing.assert_close(
+        retrieval_scores(model, pixels, (ids, mask), 1, "none", mode="distance").image_to_text, own
+    )
+    assert not torch.allclose(own, found, atol=1e-3)
+    # Re-ranking follows: a cosine may be added to the matching logit, a distance may not.
+    retrieval_scores(model, pixels, (ids, mask), 2, "itm+itc", mode="cosine")
+    with pytest.raises(ValueError, match="'itm\\+itc' needs similarity 'cosine', got 'distance'"):
+        retrieval_scores(plain, pixels, (ids, mask), 2, "itm+itc", mode="distance")
+    with pytest.raises(ValueError, match="mode must be one of"):
+        retrieval_scores(model, pixels, (ids, mask), 1, "none", mode="dot")

@@ -59,7 +59,9 @@ def retrieval(
         first_only: use the first caption of each picture alone.
 
     Returns:
-        Numbers for JSON; `hits` says of each picture whether its first answer was right, `confidence` holds controls.
+        Numbers for JSON. `hits` says of each picture whether its first answer was right, `max_softmax` is a control of the radius;
+        `cosine` is recall by the cosine of the same features where another similarity was trained, `commonest_answer` the share of
+        pictures whose first answer is the one text that most of them have.
     """
     chosen = [captions[:1] if first_only else captions for captions in data.captions]
     texts = [caption for captions in chosen for caption in captions]
@@ -71,7 +73,11 @@ def retrieval(
         "n_images": len(data),
         "n_texts": len(texts),
         "itc": recall_at_k(itc, owner.tolist(), own),
+        "commonest_answer": int(itc.argmax(1).bincount().max()) / len(data),
     }
+    if model.config.hyperbolic.eval_similarity != "cosine":
+        cosine = pair_scores(model, maps, ids, 1, "none", mode="cosine").image_to_text
+        found["cosine"] = recall_at_k(cosine, owner.tolist(), own)
     if k_test:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fewer texts than k_test in a trial

@@ -288,7 +288,11 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         return self._lift(self.text_projector, self.blip2.text_projection(states[:, 0]), "input_ids")
 
     def similarity(
-        self, image: HyperbolicFeatures, text: HyperbolicFeatures, query_agg: str | None = None
+        self,
+        image: HyperbolicFeatures,
+        text: HyperbolicFeatures,
+        query_agg: str | None = None,
+        mode: str | None = None,
     ) -> Float[Tensor, "images texts"]:
         """Similarity of pictures (features of all queries) to texts, as after training.
 
@@ -296,13 +300,14 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             image: from `encode_image`.
             text: from `encode_text`.
             query_agg: "max", "mean", "fixed", "random" or "midpoint"; that of the configuration if None.
+            mode: "cosine", "distance", "inner" or "angle"; that of the configuration if None.
         """
         hyper = self.config.hyperbolic
-        how, c = query_agg or hyper.query_agg, self.curvature()
+        how, mode, c = query_agg or hyper.query_agg, mode or hyper.eval_similarity, self.curvature()
         if how == "midpoint":
             one = query_midpoint(image, c, manifold=hyper.manifold)
-            return pairwise_similarity(one, text.tangent, hyper.eval_similarity, c, manifold=hyper.manifold)
-        each = pairwise_similarity(image.tangent, text.tangent, hyper.eval_similarity, c, manifold=hyper.manifold)
+            return pairwise_similarity(one, text.tangent, mode, c, manifold=hyper.manifold)
+        each = pairwise_similarity(image.tangent, text.tangent, mode, c, manifold=hyper.manifold)
         return aggregate_queries(each, how)
 
     def itm_logits(

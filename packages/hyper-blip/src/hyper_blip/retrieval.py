@@ -40,6 +40,7 @@ def retrieval_scores(
     rerank: str | None = None,
     *,
     query_agg: str | None = None,
+    mode: str | None = None,
     batch_size: int = 64,
 ) -> RetrievalScores:
     """Score all pictures against all texts.
@@ -55,6 +56,7 @@ def retrieval_scores(
         rerank: "itm+itc" (sum of matching logit and cosine), "itm", "itm+zitc" (the similarity standardised over all pairs),
             "none"; None is "itm+itc" for the cosine and "itm" otherwise.
         query_agg: see `HyperBlip2ForPretraining.similarity`.
+        mode: the contrastive similarity, see there; `rerank` follows it.
         batch_size: pictures, texts and pairs in one pass.
 
     Returns:
@@ -67,12 +69,12 @@ def retrieval_scores(
         raise ValueError(f"k_test must be >= 1, got {k_test}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    cosine = model.config.hyperbolic.eval_similarity == "cosine"
+    cosine = (mode or model.config.hyperbolic.eval_similarity) == "cosine"
     rerank = ("itm+itc" if cosine else "itm") if rerank is None else rerank
     check_choice("rerank", rerank, RERANK)
     if rerank == "itm+itc" and not cosine:
         raise ValueError(
-            f"rerank 'itm+itc' needs similarity 'cosine', got {model.config.hyperbolic.similarity!r}: take 'itm+zitc'"
+            f"rerank 'itm+itc' needs similarity 'cosine', got {mode or model.config.hyperbolic.similarity!r}: take 'itm+zitc'"
         )
     model.eval()
     ids, mask = texts
@@ -85,7 +87,7 @@ def retrieval_scores(
     for pixels in batches:
         features = model.vision_features(pixels.to(model.device))
         lifted = model.project_queries(joint_states(model.blip2, features)[0])
-        rows.append(model.similarity(lifted, text, query_agg).float().cpu())
+        rows.append(model.similarity(lifted, text, query_agg, mode).float().cpu())
         # Kept on the CPU: 5,000 pictures of 257 x 1,408 are 7 GB.
         visual.append(features.cpu())
     itc = torch.cat(rows)
