@@ -248,8 +248,8 @@ def _hubs(runs: list[dict], rows: Sequence[str]) -> list[str]:
             ("TR@1", "TR@1 by cosine", "IR@1", "IR@1 by cosine", "commonest first answer, %"),
             {ROWS[row]: _cells(runs, row, _hub, 5) for row in rows},
         ),
-        "By the contrastive similarity, without re-ranking. A text that is the first answer of many pictures is a hub: for a distance, texts "
-        "of small radius are near to everything.",
+        "By the contrastive similarity, without re-ranking. A text that is the first answer of many pictures is a hub: for a distance, "
+        "texts of small radius are near to everything.",
     ]
 
 
