@@ -286,6 +286,12 @@ def test_exact_and_distinct_captions():
     assert found["exact"] == pytest.approx(2 / 3)
     assert found["distinct"] == pytest.approx(2 / 3)
     assert caption_scores(data, ["a cat"] * 2, [1, 2])["distinct"] == 0.5
+    # Captions that fit score for their own picture, not for another.
+    names = [f"a {a} {b}" for a in ("red", "blue", "old", "new") for b in ("house", "horse", "wheel")]
+    data = SimpleNamespace(ids=tuple(range(12)), captions=tuple((name,) for name in names))
+    found = caption_scores(data, names, range(12))
+    assert found["exact"] == 1
+    assert found["cider"] > 4 * found["cider_other"] > 0
 
 
 def test_a_page_says_where_captions_do_not_depend_on_the_picture():
@@ -313,6 +319,23 @@ def test_a_page_ranks_by_the_cosine_of_the_same_features():
     assert f"| {ROWS['lorentz']} | 9 | 12 | 8 | 11 | 25 |" in table
     del runs[0]["euclidean"]["retrieval"]["commonest_answer"]
     assert _hubs(runs, ["euclidean", "lorentz"]) == []  # a study from before it was recorded
+
+
+def test_a_page_judges_captions_by_those_of_other_pictures():
+    from app_eval.blip_page import _claims
+
+    def row(*ciders):
+        levels = {name: {"txt_r1": 20.0} for name in ("subgroup", "group")}
+        return {
+            "retrieval": {"itc": {"txt_r1": 20.0}, "levels": levels},
+            "captions": dict(zip(("cider", "cider_other"), ciders, strict=False)),
+        }
+
+    claim = "Captions fit their own picture better than another (CIDEr, Euclidean BLIP-2): "
+    said = [_claims([{"euclidean": row(*c)} for c in cells], ["euclidean"])[0] for cells in (
+        [(0.5, 0.1), (0.6, 0.1), (0.5, 0.2)], [(0.2, 0.2), (0.1, 0.2), (0.3, 0.1)], [(0.5,)] * 3)]  # fmt: skip
+    for text, expected in zip(said, ("holds", "does not show", "not run"), strict=True):
+        assert f"{claim}**{expected}**" in text
 
 
 def test_captions_become_cells():

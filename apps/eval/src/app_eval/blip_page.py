@@ -51,6 +51,7 @@ RADIUS_COLUMNS = (
     "text below its picture",
     "group word below text",
 )
+CAPTION_COLUMNS = ("BLEU-4", "ROUGE-L", "CIDEr", "CIDEr, other picture", "exactly right", "different")
 LEAST_SEEDS = 3
 # Steps over which the matching loss is averaged; the loss of a head that always says "one in three".
 LAST_STEPS, CONSTANT_LOSS = 20, math.log(3) - 2 / 3 * math.log(2)
@@ -153,7 +154,7 @@ def _study(result: dict, config: dict) -> list[str]:
         *_coco_words(runs, rows, config),
         _optional(runs, rows, "coco_mini", ("TR@1", "TR@5", "IR@1", "IR@5"), _coco),
         "### Captions",
-        _optional(runs, rows, "captions", ("BLEU-4", "ROUGE-L", "CIDEr", "exactly right", "different"), _captions),
+        _optional(runs, rows, "captions", CAPTION_COLUMNS, _captions),
         *_samples(runs, rows),
         "### Does the radius mean anything?",
         _table(RADIUS_COLUMNS, {ROWS[row]: _cells(runs, row, _radius, len(RADIUS_COLUMNS)) for row in rows}),
@@ -281,7 +282,8 @@ def _samples(runs: list[dict], rows: Sequence[str]) -> list[str]:
     for samples in zip(*shown.values(), strict=True):
         lines.append("| " + " | ".join(map(_cell, [samples[0]["reference"], *(s["caption"] for s in samples)])) + " |")
     said = [
-        f'{runs[0][rows[0]]["captions"]["n"]} test pictures, beam 3; "exactly right" is the share that is one of the picture\'s captions, '
+        f'{runs[0][rows[0]]["captions"]["n"]} test pictures, beam 3. "Other picture": each caption is scored as that of '
+        'the picture half a list away, the control for what common words earn; "exactly right" is the share that is a caption of the picture, '
         '"different" the number of different captions as a share of all. Of the first seed:',
         "\n".join(lines),
     ]
@@ -321,7 +323,7 @@ def _diagnostic(found: dict, column: int) -> float:
 
 def _captions(found: dict, column: int) -> float:
     table = {k.lower().replace("-", "_"): v for k, v in found["captions"].items()}
-    return table.get(("bleu_4", "rouge_l", "cider", "exact", "distinct")[column], math.nan)
+    return table.get(("bleu_4", "rouge_l", "cider", "cider_other", "exact", "distinct")[column], math.nan)
 
 
 def _radius(found: dict, column: int) -> float:
@@ -386,11 +388,18 @@ def _claims(runs: list[dict], rows: list[str]) -> list[str]:
     ]
     weak = bool(_weak(runs, rows))
     lines = []
-    for text, ours, other, value in found:
-        if ours not in rows or other not in rows:
+    compared = [
+        (text, [value(seed[ours]) - value(seed[other]) for seed in runs] if {ours, other} <= set(rows) else None)
+        for text, ours, other, value in found
+    ]
+    plain = "euclidean"
+    captioned = plain in rows and all("cider_other" in seed[plain].get("captions", {}) for seed in runs)
+    own = [_captions(seed[plain], 2) - _captions(seed[plain], 3) for seed in runs] if captioned else None
+    compared.append(("Captions fit their own picture better than another (CIDEr, Euclidean BLIP-2)", own))
+    for text, differences in compared:
+        if differences is None:
             lines.append(f"- {text}: **not run**.")
             continue
-        differences = [value(seed[ours]) - value(seed[other]) for seed in runs]
         said = "inconclusive" if weak else verdict(differences)
         mean = f"mean difference {statistics.fmean(differences):+.3g}"
         if len(differences) >= LEAST_SEEDS and not any(map(math.isnan, differences)):

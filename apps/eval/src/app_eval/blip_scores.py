@@ -204,13 +204,22 @@ def radii(
 def caption_scores(data: CaptionSet, captions: Sequence[str], rows: Sequence[int]) -> dict[str, float]:
     """BLEU, ROUGE-L and CIDEr of captions of the pictures `rows`.
 
-    Beside them "exact", the share that is one of the picture's captions, and "distinct", different captions as a share of all.
+    Beside them "exact", the share that is one of the picture's captions; "distinct", different captions as a share of all; and
+    the control "cider_other", CIDEr of the same captions if each is that of the picture half a list away.
     """
     references = {str(data.ids[i]): list(data.captions[i]) for i in rows}
-    hypotheses = {str(data.ids[i]): text or "." for i, text in zip(rows, captions, strict=True)}
+
+    def score(texts: Sequence[str]) -> dict[str, float]:
+        return score_captions(references, {str(data.ids[i]): t or "." for i, t in zip(rows, texts, strict=True)})
+
+    half = len(captions) // 2
     exact = [text in data.captions[i] for i, text in zip(rows, captions, strict=True)]
-    shares = {"exact": float(np.mean(exact)), "distinct": len(set(captions)) / len(captions)}
-    return {**score_captions(references, hypotheses), **shares}
+    return {
+        **score(captions),
+        "exact": float(np.mean(exact)),
+        "distinct": len(set(captions)) / len(captions),
+        "cider_other": score([*captions[half:], *captions[:half]])["cider"],
+    }
 
 
 __all__ = [
