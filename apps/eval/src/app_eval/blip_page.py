@@ -283,7 +283,7 @@ def _samples(runs: list[dict], rows: Sequence[str]) -> list[str]:
         lines.append("| " + " | ".join(map(_cell, [samples[0]["reference"], *(s["caption"] for s in samples)])) + " |")
     said = [
         f'{runs[0][rows[0]]["captions"]["n"]} test pictures, beam 3. "Other picture": each caption is scored as that of '
-        'the picture half a list away, the control for what common words earn; "exactly right" is the share that is a caption of the picture, '
+        'the picture half a list away, the control for what common words earn; "exactly right" is the share that is one of its captions, '
         '"different" the number of different captions as a share of all. Of the first seed:',
         "\n".join(lines),
     ]
