@@ -291,7 +291,7 @@ def test_start_from_captions_bad_input(stage2, batch):
     with pytest.raises(ValueError, match="pixel_values must hold 4 pictures, one per caption, got 3"):
         model.start_from_captions(pixels[:3], labels)
     with pytest.raises(ValueError, match="ridge must be finite and > 0, got 0"):
-        model.start_from_captions(pixels, labels, ridge=0)
+        model.start_from_captions(pixels, labels, ridge=0.0)
     with pytest.raises(ValueError, match="labels must hold at least two different rows, got 4 equal"):
         model.start_from_captions(pixels, labels[:1].expand(4, -1))
     with pytest.raises(ValueError, match="labels must hold at least two different rows, got 0"):

@@ -199,7 +199,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             attention_mask: 1 at tokens.
             value_ridge: penalty of the first regression in units of the mean variance of its inputs, > 0.
             ridge: penalty of the second, > 0.
-            dropout_passes: how often each caption is read with dropout; its random numbers depend on `hyperbolic.seed` alone.
+            dropout_passes: how often each caption is read with dropout (seed torch for the same start twice).
             batch_size: pictures encoded at once.
 
         Returns:
@@ -248,11 +248,9 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             if layer.has_cross_attention:
                 set_linear(layer.crossattention.attention.value, value)
                 set_linear(layer.crossattention.output.dense, Affine(torch.eye(width), torch.zeros(width)))
-        with torch.random.fork_rng():
-            torch.manual_seed(self.config.hyperbolic.seed)
-            qformer.train()
-            read = torch.cat([self._class_states(*texts) for _ in range(dropout_passes)]).double()
-            qformer.eval()
+        qformer.train()
+        read = torch.cat([self._class_states(*texts) for _ in range(dropout_passes)]).double()
+        qformer.eval()
         text = whitened_components(read, self.blip2.text_projection.out_features)
         set_linear(self.blip2.text_projection, text)
         features = (self.vision_features(part.to(device)) for part in pictures)

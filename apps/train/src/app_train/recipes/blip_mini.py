@@ -243,7 +243,9 @@ def _first_stage(
     model.to(accelerator.device)
     if config.start == "pairs":
         captions = [_caption_of(train, i, seed, 0) for i in range(len(train))]
-        model.start_from_pairs(maps.float(), *caption_ids(captions, config.max_tokens))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # dropout is part of the start
+            model.start_from_pairs(maps.float(), *caption_ids(captions, config.max_tokens))
     leaves = torch.from_numpy(train.targets)
 
     def forward(wrapped: nn.Module, rows: np.ndarray, epoch: int, number: int, share: float):
