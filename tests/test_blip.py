@@ -193,7 +193,11 @@ def test_a_page_of_weak_models_says_so():
         levels = {"subgroup": {"txt_r1": value}, "group": {"txt_r1": value}}
         return {
             "retrieval": {"itc": {"txt_r1": value}, "levels": levels},
-            "radius": {"scores": {"radius": {"error_auroc": 0.5}}},
+            "radius": {
+                "scores": {"radius": {"error_auroc": 0.5}},
+                "crop": {"spearman": value / 100},
+                "blur": {"spearman": 0.0},
+            },
         }
 
     def run(value):
@@ -206,6 +210,7 @@ def test_a_page_of_weak_models_says_so():
     claim = "A distance retrieves better than the Euclidean cosine (TR@1): "
     assert f"{claim}**inconclusive** (mean difference +0.5 [+0.5, +0.5])" in _claims(run(1.0), rows)[0]
     assert f"{claim}**holds**" in _claims(run(10.0), rows)[0]
+    assert "falls with a smaller crop (rho), Lorentz: **holds** (mean +0.1 " in _claims(run(10.0), rows)[0]
     assert "not that of the distance alone" in _claims(run(1.0), rows)[0]
 
 
@@ -215,7 +220,8 @@ def test_a_page_says_where_matching_costs():
     def row(itc, itm):
         levels = {name: {"txt_r1": 1.0} for name in ("subgroup", "group")}
         found = {"itc": {"txt_r1": itc}, "itm": {"txt_r1": itm}, "levels": levels}
-        return {"retrieval": found, "radius": {"scores": {"radius": {"error_auroc": 0.5}}}}
+        flat = {"spearman": 0.0}
+        return {"retrieval": found, "radius": {"scores": {"radius": {"error_auroc": 0.5}}, "crop": flat, "blur": flat}}
 
     runs = 3 * [{"lorentz": row(9.0, 2.0), "euclidean": row(8.0, 8.5)}]
     for seed in runs:

@@ -388,20 +388,29 @@ def _claims(runs: list[dict], rows: list[str]) -> list[str]:
     ]
     weak = bool(_weak(runs, rows))
     lines = []
+    # (claim, what the numbers are, one number of each seed)
     compared = [
-        (text, [value(seed[ours]) - value(seed[other]) for seed in runs] if {ours, other} <= set(rows) else None)
+        (
+            text,
+            "mean difference",
+            [value(seed[ours]) - value(seed[other]) for seed in runs] if {ours, other} <= set(rows) else None,
+        )
         for text, ours, other, value in found
     ]
+    for text, column, sign in (("a smaller crop (rho)", 1, 1), ("blur (-rho)", 2, -1)):
+        fall = [sign * _radius(seed["lorentz"], column) for seed in runs] if "lorentz" in rows else None
+        compared.append((f"The radius of pictures falls with {text}, Lorentz", "mean", fall))
     plain = "euclidean"
     captioned = plain in rows and all("cider_other" in seed[plain].get("captions", {}) for seed in runs)
     own = [_captions(seed[plain], 2) - _captions(seed[plain], 3) for seed in runs] if captioned else None
-    compared.append(("Captions fit their own picture better than another (CIDEr, Euclidean BLIP-2)", own))
-    for text, differences in compared:
+    text = "Captions fit their own picture better than another (CIDEr, Euclidean BLIP-2)"
+    compared.append((text, "mean difference", own))
+    for text, of, differences in compared:
         if differences is None:
             lines.append(f"- {text}: **not run**.")
             continue
         said = "inconclusive" if weak else verdict(differences)
-        mean = f"mean difference {statistics.fmean(differences):+.3g}"
+        mean = f"{of} {statistics.fmean(differences):+.3g}"
         if len(differences) >= LEAST_SEEDS and not any(map(math.isnan, differences)):
             mean += " [{:+.3g}, {:+.3g}]".format(*interval(differences))
         lines.append(f"- {text}: **{said}** ({mean}).")
