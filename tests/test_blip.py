@@ -509,5 +509,8 @@ def test_the_large_recipe_says_what_it_needs(tmp_path, capsys):
     assert "GiB a card" in capsys.readouterr().out
     assert main(["blip2-opt-2.7b", "--plan-only", "--shard", "--cards", "4"]) == 0
     assert "4 cards, frozen layers spread over them" in capsys.readouterr().out
+    files = ["--annotations", str(tmp_path / "none.json"), "--pictures", str(tmp_path)]
+    assert main(["blip2-opt-2.7b", "--out", str(tmp_path / "x"), "--shard", *files]) == 2  # before anything is loaded
+    assert "--shard needs several processes" in capsys.readouterr().err
     assert main(["blip2-opt-2.7b", "--out", str(tmp_path / "x")]) == 2
     assert "--annotations and --pictures are missing" in capsys.readouterr().err

@@ -214,6 +214,8 @@ def run(config: Blip2OptConfig) -> dict:
             "--annotations and --pictures are missing: name dataset_coco.json and the folder of COCO's pictures"
         )
     accelerator = blip_accelerator("bf16" if torch.cuda.is_available() else "no")
+    if config.shard and accelerator.num_processes < 2:
+        raise RunError("--shard needs several processes: start with accelerate launch or torchrun")
     with StopFlag() as stop:
         data = load_karpathy(config.annotations, config.pictures, Decoding(size=224, cache_dir=config.cache_dir))[
             "train"
@@ -226,8 +228,6 @@ def run(config: Blip2OptConfig) -> dict:
         if config.checkpointing:
             model.gradient_checkpointing_enable()
         if config.shard:
-            if accelerator.num_processes < 2:
-                raise RunError("--shard needs several processes: start with accelerate launch or torchrun")
             model.shard_frozen()
         fit_blip(
             model, forward, len(data), config.fit, folder, seed=0, stop=stop, accelerator=accelerator,
