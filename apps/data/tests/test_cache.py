@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from app_data import cache
-from app_data.cache import cached_pictures, fingerprint
-from app_data.errors import DataError, TooManyBadFiles, UnreadablePicture
+from app_data.store import cache
+from app_data.store.cache import cached_pictures, fingerprint
+from app_data.store.errors import DataError, TooManyBadFiles, UnreadablePicture
 
 
 def draw(number):
@@ -157,7 +157,7 @@ def test_a_failure_while_decoding_leaves_nothing(tmp_path):
 BUILD = """
 import sys, time
 import numpy as np
-from app_data.cache import cached_pictures
+from app_data.store.cache import cached_pictures
 
 def slow(number):
     time.sleep(0.05)

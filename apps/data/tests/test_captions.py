@@ -5,9 +5,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from app_data.captions import CaptionedFile, caption_sets, load_captions
-from app_data.emoji import emoji_leaves, load_emoji, load_emoji_captions
-from app_data.errors import DataError, TooManyBadFiles
+from app_data.sets.captions import CaptionedFile, caption_sets, load_captions
+from app_data.sets.emoji import emoji_leaves, load_emoji, load_emoji_captions
+from app_data.store.errors import DataError, TooManyBadFiles
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from app_data.chest_xray14 import load_chest_xray14
-from app_data.errors import DataError
-from app_data.labelled import Decoding
+from app_data.read.labelled import Decoding
+from app_data.sets.chest import load_chest_xray14
+from app_data.store.errors import DataError
 from hier_losses.builders import chest_xray14
 
 ROWS = {f"{i:08d}_000.png": ("Edema|Hernia", "No Finding", "Nodule")[i % 3] for i in range(30)}

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app_data.cifar100_fewshot import ARCHIVE, load_cifar100_fewshot, read_stored_tree, take_shots
-from app_data.errors import DataError
-from app_data.labelled import Decoding
+from app_data.read.labelled import Decoding
+from app_data.sets.cifar100 import ARCHIVE, load_cifar100_fewshot, read_stored_tree, take_shots
+from app_data.store.errors import DataError
 
 NODES = [
     {"id": 0, "name": "root", "text": "root", "parent": None, "children": [1, 4]},

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app_data.coco import load_coco_captions, load_coco_mini, load_karpathy, load_nocaps
-from app_data.errors import DataError, TooManyBadFiles
+from app_data.sets.coco import load_coco_captions, load_coco_mini, load_karpathy, load_nocaps
+from app_data.store.errors import DataError, TooManyBadFiles
 
 
 def write(path, content):
@@ -144,7 +144,7 @@ def test_the_real_sample_when_it_is_at_hand(tmp_path):
     archive = Path(os.environ.get("HIER_TEST_DATA", ".")) / "coco_mini_224.tar"
     if not archive.is_file():
         pytest.skip("HIER_TEST_DATA names no folder with a sample of COCO")
-    from app_data.labelled import Decoding
+    from app_data.read.labelled import Decoding
 
     data = load_coco_mini(archive, Decoding(size=32, cache_dir=tmp_path))
     assert len(data) == 159

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from app_data.assets import asset_path
-from app_data.dual_encoder import closed_form_projection, load
-from app_data.pip_models import MiniLM, imagenet_class_names, lite0, lite0_preprocess, to_uint8
+from app_data.store.assets import asset_path
+from app_data.weights.dual_encoder import closed_form_projection, load
+from app_data.weights.lite0_minilm import MiniLM, imagenet_class_names, lite0, lite0_preprocess, to_uint8
 
 pytestmark = pytest.mark.usefixtures("model_assets")
 

@@ -3,8 +3,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from app_data import assets
-from app_data.emoji import (
+from app_data.read.pictures import PictureSet
+from app_data.sets.emoji import (
     CREDITS,
     emoji_leaves,
     emoji_taxonomy,
@@ -12,8 +12,8 @@ from app_data.emoji import (
     render_emoji,
     validation_split,
 )
-from app_data.errors import DataError, MissingAssetError, UnreadablePicture
-from app_data.pictures import PictureSet
+from app_data.store import assets
+from app_data.store.errors import DataError, MissingAssetError, UnreadablePicture
 
 pytestmark = pytest.mark.usefixtures("emoji_assets")
 
@@ -126,7 +126,7 @@ def test_load_again_reads_the_cache(small, folder, monkeypatch):
     def refuse(*args):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr("app_data.emoji.render_emoji", refuse)
+    monkeypatch.setattr("app_data.sets.emoji.render_emoji", refuse)
     again = load_emoji(("openmoji", "twemoji"), size=32, cache_dir=folder)
     assert again.fingerprint == small.fingerprint
     np.testing.assert_array_equal(again.store, small.store)
@@ -135,7 +135,7 @@ def test_load_again_reads_the_cache(small, folder, monkeypatch):
 
 
 def test_another_package_version_draws_again(small, folder, monkeypatch):
-    monkeypatch.setattr("app_data.emoji_artists.asset_version", lambda module: "other")
+    monkeypatch.setattr("app_data.sets.emoji_artists.asset_version", lambda module: "other")
     other = load_emoji(("openmoji", "twemoji"), size=32, cache_dir=folder)
     assert other.fingerprint != small.fingerprint
 

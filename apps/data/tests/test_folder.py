@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app_data.errors import DataError, TooManyBadFiles
-from app_data.folder import load_folder
+from app_data.read.folder import load_folder
+from app_data.store.errors import DataError, TooManyBadFiles
 from hier_losses import Taxonomy
 
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from app_data.coco import load_coco_captions
-from app_data.errors import DataError
-from app_data.icl_tasks import (
+from app_data.read.labelled import Decoding
+from app_data.sets.coco import load_coco_captions
+from app_data.sets.demonstration_tasks import (
     caption_task,
     load_caption_editing,
     load_image_text_matching,
@@ -15,8 +15,8 @@ from app_data.icl_tasks import (
     read_jsonl,
     vqa_task,
 )
-from app_data.labelled import Decoding
-from app_data.vqa import load_easy_vqa, load_vqa
+from app_data.sets.vqa import load_easy_vqa, load_vqa
+from app_data.store.errors import DataError
 
 
 @pytest.fixture

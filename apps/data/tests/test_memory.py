@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import resource
-from app_data.memory import keep_freed_memory
+from app_data.store.memory import keep_freed_memory
 kept = keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

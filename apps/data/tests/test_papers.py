@@ -4,9 +4,8 @@ import tarfile
 import pytest
 from PIL import Image
 
-from app_data.errors import DataError
-from app_data.labelled import Decoding
-from app_data.papers import (
+from app_data.read.labelled import Decoding
+from app_data.sets.papers import (
     load_aircraft,
     load_butterfly200,
     load_cifar100_folders,
@@ -14,6 +13,7 @@ from app_data.papers import (
     load_inaturalist,
     unpack,
 )
+from app_data.store.errors import DataError
 
 
 def labels(parts):

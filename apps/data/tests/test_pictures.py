@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from app_data.errors import UnreadablePicture
-from app_data.pictures import PictureSet, load_picture, on_white, square
+from app_data.read.pictures import PictureSet, load_picture, on_white, square
+from app_data.store.errors import UnreadablePicture
 from hier_losses import Taxonomy
 
 

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
-from app_data import assets, smollm2
-from app_data.errors import DataError, MissingAssetError
-from app_data.smollm2 import load_smollm2, smollm2_folder
+from app_data.store import assets
+from app_data.store.errors import DataError, MissingAssetError
+from app_data.weights import smollm2
+from app_data.weights.smollm2 import load_smollm2, smollm2_folder
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from app_data.splits import stratified_split, withhold_leaves
+from app_data.read.splits import stratified_split, withhold_leaves
 from hier_losses import Taxonomy
 
 TREE = Taxonomy.from_paths(

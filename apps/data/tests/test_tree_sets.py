@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from app_data import assets
-from app_data.cifar100_fewshot import read_stored_tree
-from app_data.errors import DataError, MissingAssetError
-from app_data.tree_sets import imagenet_leaves, load_imagenet, load_rare_species, load_sun397
+from app_data.sets.cifar100 import read_stored_tree
+from app_data.sets.tree_sets import imagenet_leaves, load_imagenet, load_rare_species, load_sun397
+from app_data.store import assets
+from app_data.store.errors import DataError, MissingAssetError
 from hier_losses import Taxonomy
 
 
@@ -186,7 +186,7 @@ def test_the_published_trees_when_they_are_at_hand(name, nodes, leaves, model_as
     tree = read_stored_tree(path)
     assert (tree.taxonomy.num_nodes + 1, len(tree.taxonomy.leaf), len(tree.cuts)) == (nodes, leaves, 25)
     if name == "imagenet":
-        from app_data.tree_sets import _letters
+        from app_data.sets.tree_sets import _letters
 
         published = {_letters(tree.taxonomy.names[node]) for node in tree.taxonomy.leaf.tolist()}
         assert {_letters(leaf) for leaf in imagenet_leaves().values()} == published

@@ -4,10 +4,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from app_data import assets
-from app_data.errors import DataError, MissingAssetError
-from app_data.labelled import Decoding
-from app_data.vqa import load_easy_vqa, load_vqa
+from app_data.read.labelled import Decoding
+from app_data.sets.vqa import load_easy_vqa, load_vqa
+from app_data.store import assets
+from app_data.store.errors import DataError, MissingAssetError
 
 
 def write(path, content):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from app_data.errors import DataError
+from app_data.store.errors import DataError
+from app_eval.ask.harness import with_demos
+from app_eval.ask.pool import DemoPool, PoolItem, _codes, fit_bank, read_items, train_lift
 from app_eval.cli import main
-from app_eval.demo_pool import DemoPool, PoolItem, _codes, fit_bank, read_items, train_lift
-from app_eval.doc_to_messages import with_demos
-from app_eval.selection_page import write_page
-from app_eval.selection_study import Study, score, study_rows
+from app_eval.measure.selection_study import Study, score, study_rows
+from app_eval.show.stories.selection import write_page
 from hyper_icl import TopKClipSelector
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (30, 60, 220)}

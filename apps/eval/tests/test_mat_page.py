@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from app_data.errors import DataError
+from app_data.store.errors import DataError
 from app_eval.cli import main
-from app_eval.mat_page import collect, render
+from app_eval.show.stories.mat import collect, render
 
 SCORES = ("la", "hca", "mta")
 SETTINGS = {

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from app_eval.mat_scores import differences, means, tree_scores
+from app_eval.measure.tree_scores import differences, means, tree_scores
 from hier_losses import Taxonomy
 from hier_losses.metrics import hca, mta
 from hier_losses.treecuts import sample_cuts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from app_eval.mat_solvers import solver_table, solvers_at
+from app_eval.measure.solvers import solver_table, solvers_at
 
 
 def test_solvers_lie_between_the_curvatures():

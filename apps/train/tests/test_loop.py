@@ -9,13 +9,13 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from app_train.checkpoint import Checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
-from app_train.config import FitConfig, HeadStageConfig, LossConfig, StageConfig, claim_folder, config_hash
-from app_train.errors import RunError
-from app_train.loop import num_steps, schedule
-from app_train.objective import Objective, loss_parts
-from app_train.records import Records, read_records
-from app_train.runs import style_offsets
+from app_train.core.checkpoint import Checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
+from app_train.core.config import FitConfig, HeadStageConfig, LossConfig, StageConfig, claim_folder, config_hash
+from app_train.core.errors import RunError
+from app_train.core.records import Records, read_records
+from app_train.recipes.lora.loop import num_steps, schedule
+from app_train.recipes.lora.objective import Objective, loss_parts
+from app_train.recipes.lora.rows import style_offsets
 from hier_lora import HierLoraCLIP
 from hier_losses import Taxonomy
 from hier_losses.functional import hisce, level_cross_entropy, parent_child_consistency, tp_kl
@@ -166,9 +166,9 @@ def test_a_folder_belongs_to_one_run(tmp_path):
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     from accelerate import Accelerator
 
-    from app_train.errors import NonFiniteGradient
-    from app_train.interrupt import StopFlag
-    from app_train.loop import fit
+    from app_train.core.errors import NonFiniteGradient
+    from app_train.core.interrupt import StopFlag
+    from app_train.recipes.lora.loop import fit
 
     class Model(torch.nn.Module):
         """The parts of a HierLoraCLIP that the loop touches; features of 1e30 overflow the logits."""

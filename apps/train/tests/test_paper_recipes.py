@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from app_train.cli import RECIPES, main, parse
-from app_train.errors import RunError
-from app_train.recipes.papers import InaturalistConfig, run_inaturalist
+from app_train.core.errors import RunError
+from app_train.recipes.lora.papers import InaturalistConfig, run_inaturalist
 from hier_lora import HierLoraCLIP
 from hier_losses import LabelGraph
 
@@ -184,7 +184,7 @@ def test_every_recipe_states_its_command():
 
 
 def test_parts():
-    from app_train.recipes.papers import three_parts
+    from app_train.recipes.lora.papers import three_parts
 
     with pytest.raises(RunError, match="pictures to train and to test on, got nothing|got "):
         three_parts({"train": []})

@@ -5,13 +5,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from app_data.errors import DataError, MissingAssetError
-from app_data.memory import keep_freed_memory
-from app_data.pictures import load_picture
-from app_eval import icl_study, select_demos, selection_study
-from app_eval.mat_page import collect, write_mat_page
-from app_eval.page import write_first_light
-from app_eval.study_page import write_study_page
+from app_data.read.pictures import load_picture
+from app_data.store.errors import DataError, MissingAssetError
+from app_data.store.memory import keep_freed_memory
+from app_eval.ask import select as select_demos
+from app_eval.measure import demonstration_study as icl_study
+from app_eval.measure import selection_study
+from app_eval.show.stories.emoji import write_first_light
+from app_eval.show.stories.lora import write_study_page
+from app_eval.show.stories.mat import collect, write_mat_page
 from hier_lora import DECODERS, HierLoraCLIP
 
 
@@ -80,19 +82,19 @@ def _mat(args: argparse.Namespace) -> None:
 
 
 def _blip(args: argparse.Namespace) -> None:
-    from app_eval.blip_page import write_blip_page
+    from app_eval.show.stories.blip import write_blip_page
 
     write_blip_page(args.runs, args.page)
 
 
 def _caption(args: argparse.Namespace) -> int:
-    from app_eval.blip_cli import print_captions
+    from app_eval.ask.describe import print_captions
 
     return print_captions(args.run, args.pictures)
 
 
 def _search(args: argparse.Namespace) -> int:
-    from app_eval.blip_cli import print_search
+    from app_eval.ask.describe import print_search
 
     return print_search(args.run, args.text, args.images, args.top)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import tyro
 from pydantic import ValidationError
 
-from app_data.errors import DataError, MissingAssetError
-from app_data.memory import keep_freed_memory
-from app_train.config import Frozen, explain, read_yaml
-from app_train.errors import Interrupted, RunError
+from app_data.store.errors import DataError, MissingAssetError
+from app_data.store.memory import keep_freed_memory
+from app_train.core.config import Frozen, explain, read_yaml
+from app_train.core.errors import Interrupted, RunError
 
 
 @dataclass(frozen=True)
@@ -40,44 +40,48 @@ class Recipe:
 RECIPES = {
     "emoji": Recipe(
         "compare losses on emoji: trained on two artists, tested on a third (the default of `nox -s train`)",
-        "emoji",
+        "lora.emoji",
         "EmojiConfig",
     ),
-    "lora": Recipe("fine-tune on your own folder of pictures with your own taxonomy", "lora", "LoraConfig"),
+    "lora": Recipe("fine-tune on your own folder of pictures with your own taxonomy", "lora.folder", "LoraConfig"),
     "cifar100-fewshot": Recipe(
-        "compare losses on few-shot CIFAR-100 under a WordNet tree", "cifar100_fewshot", "CifarConfig"
+        "compare losses on few-shot CIFAR-100 under a WordNet tree", "lora.cifar100", "CifarConfig"
     ),
-    "cub": Recipe("CUB-200-2011 with CLIP", "papers", "CubConfig", "run_cub"),
-    "aircraft": Recipe("FGVC-Aircraft with CLIP", "papers", "AircraftConfig", "run_aircraft"),
-    "butterfly": Recipe("Butterfly-200 with CLIP", "papers", "ButterflyConfig", "run_butterfly"),
-    "inaturalist": Recipe("iNaturalist 2021 with CLIP, 16,343 nodes", "papers", "InaturalistConfig", "run_inaturalist"),
-    "chest": Recipe("ChestX-ray14 with CLIP, several findings a picture", "chest", "ChestConfig"),
-    "lora-study": Recipe("the experiments of docs/results/hier-lora.md", "lora_study", "StudyConfig"),
+    "cub": Recipe("CUB-200-2011 with CLIP", "lora.papers", "CubConfig", "run_cub"),
+    "aircraft": Recipe("FGVC-Aircraft with CLIP", "lora.papers", "AircraftConfig", "run_aircraft"),
+    "butterfly": Recipe("Butterfly-200 with CLIP", "lora.papers", "ButterflyConfig", "run_butterfly"),
+    "inaturalist": Recipe(
+        "iNaturalist 2021 with CLIP, 16,343 nodes", "lora.papers", "InaturalistConfig", "run_inaturalist"
+    ),
+    "chest": Recipe("ChestX-ray14 with CLIP, several findings a picture", "lora.chest", "ChestConfig"),
+    "lora-study": Recipe("the experiments of docs/results/hier-lora.md", "lora.study", "StudyConfig"),
     "mat": Recipe(
-        "Modality Alignment across Trees on cached features: its variants and open questions", "mat", "MATConfig"
+        "Modality Alignment across Trees on cached features: its variants and open questions",
+        "mat.variants",
+        "MATConfig",
     ),
     "mat-clip": Recipe(
         "Modality Alignment across Trees on CLIP weights: the sixteen published configurations",
-        "mat_clip",
+        "mat.clip",
         "MATClipConfig",
     ),
     "mini-clip": Recipe(
-        "a small open_clip model distilled on emoji, for the recipe mat-mini", "mini_clip", "MiniClipConfig"
+        "a small open_clip model distilled on emoji, for the recipe mat-mini", "mat.mini_clip", "MiniClipConfig"
     ),
     "mat-mini": Recipe(
         "Modality Alignment across Trees by prompts on the small CLIP of the recipe mini-clip",
-        "mat_mini",
+        "mat.mini",
         "MATMiniConfig",
     ),
     "blip-mini": Recipe(
-        "a small hyperbolic BLIP-2 on emoji: retrieval, captions, radii", "blip_mini", "BlipMiniConfig"
+        "a small hyperbolic BLIP-2 on emoji: retrieval, captions, radii", "blip.mini", "BlipMiniConfig"
     ),
     "blip2-opt-2.7b": Recipe(
-        "hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO, several cards", "blip2_opt", "Blip2OptConfig"
+        "hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO, several cards", "blip.opt", "Blip2OptConfig"
     ),
-    "icl-mini": Recipe("a small LLaVA that reads demonstrations: easy-VQA and emoji", "icl_mini", "IclMiniConfig"),
+    "icl-mini": Recipe("a small LLaVA that reads demonstrations: easy-VQA and emoji", "icl.mini", "IclMiniConfig"),
     "icl-distill": Recipe(
-        "calibrated attention distilled into LoRA weights of a finished icl-mini", "icl_distill", "IclDistillConfig"
+        "calibrated attention distilled into LoRA weights of a finished icl-mini", "icl.distill", "IclDistillConfig"
     ),
 }
 

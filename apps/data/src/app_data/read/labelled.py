@@ -1,0 +1,212 @@
+"""Decodes picture files, and hands labelled ones out as one `PictureSet` for each part of a split."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from app_data.read.pictures import PictureSet, load_picture
+from app_data.read.splits import stratified_split
+from app_data.store.cache import cached_pictures, fingerprint
+from app_data.store.errors import DataError, Skipped
+from hier_losses import Taxonomy
+
+__all__ = ["PARTS", "Decoded", "Decoding", "LabelledFile", "PictureFile", "decode_files", "picture_sets"]
+
+PARTS = ("train", "val", "test")
+_CODE = 1  # raise when the decoding of files changes: cached pictures are then decoded again
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture file and what messages call it."""
+
+    path: Path
+    name: str  # relative to the data set's root, with forward slashes
+
+    def __str__(self) -> str:
+        """Return the name."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class LabelledFile(PictureFile):
+    """A picture file, the folders or table cell that label it, and its part of the split ("" if there is none yet)."""
+
+    label: tuple[str, ...]
+    part: str = ""
+
+
+class Decoded(NamedTuple):
+    """What `decode_files` read.
+
+    Attributes:
+        pixels: The pictures (n, size, size, 3) uint8, memory-mapped.
+        kept: Position of each in the list of files (n,).
+        skipped: Files left out, with reasons.
+        key: What the pixels depend on, for fingerprints.
+    """
+
+    pixels: np.ndarray
+    kept: np.ndarray
+    skipped: tuple[Skipped, ...]
+    key: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How files become arrays.
+
+    Attributes:
+        size: Height and width of the pictures in pixels.
+        fit: See `load_picture`.
+        cache_dir: Where decoded pictures are kept; the user's cache folder if None.
+        workers: Threads that decode; at most eight of the machine's cores if None.
+        max_bad_fraction: Budget of unreadable files: the larger of this share and `max_bad_files`.
+        max_bad_files: See `max_bad_fraction`.
+    """
+
+    size: int = 128
+    fit: str = "crop"
+    cache_dir: str | Path | None = None
+    workers: int | None = None
+    max_bad_fraction: float = 0.01
+    max_bad_files: int = 10
+
+    def __post_init__(self):
+        """Refuse sizes that no picture has."""
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+        if self.fit not in ("crop", "pad", "squash"):
+            raise ValueError(f"fit must be 'crop', 'pad' or 'squash', got {self.fit!r}")
+
+
+def picture_sets(
+    files: Sequence[LabelledFile],
+    targets: np.ndarray,
+    taxonomy: Taxonomy,
+    decoding: Decoding,
+    *,
+    style: str = "",
+    fractions: Mapping[str, float] | None = None,
+    seed: int = 0,
+    allow_empty_classes: bool = False,
+) -> dict[str, PictureSet]:
+    """Decode files, or read them from the cache, and split them.
+
+    Args:
+        files: The pictures; either all or none of them name a part.
+        targets: Taxonomy node of each file's class (n,).
+        taxonomy: The label tree.
+        decoding: Size, cache and budget of bad files.
+        style: Style of pictures without a part.
+        fractions: Shares of the split if no file names a part; {"train": .8, "val": .1, "test": .1} if None.
+        seed: Decides which picture goes where.
+        allow_empty_classes: Keep leaves without pictures as candidate labels.
+
+    Returns:
+        The parts by name, all over one taxonomy.
+
+    Raises:
+        DataError: A file is missing, a class has no readable picture, or none is left.
+        TooManyBadFiles: More unreadable files than the budget.
+    """
+    pixels, kept, skipped, key = decode_files(files, decoding)
+    _check_classes(files, targets, kept, taxonomy, allow_empty_classes)
+    done = [files[i] for i in kept]
+    labels = {"tree": [list(taxonomy.names), taxonomy.parent.tolist()], "targets": targets.tolist()}
+    everything = PictureSet(
+        store=pixels,
+        rows=np.arange(len(done)),
+        targets=targets[kept],
+        styles=tuple(file.part or style for file in done),
+        names=tuple(taxonomy.names[target] for target in targets[kept]),
+        taxonomy=taxonomy,
+        fingerprint=fingerprint({**key, **labels}),
+        files=tuple(file.name for file in done),
+        skipped=skipped,
+        node_text=tuple(name.replace("_", " ") for name in taxonomy.names),
+    )
+    part_of = {file.name: file.part for file in files}
+    if not any(part_of.values()):
+        # "test" before "val": of two parts with equal shares the first one gets the odd picture of a small class.
+        shares = {"train": 0.8, "test": 0.1, "val": 0.1} if fractions is None else fractions
+        split = stratified_split(everything.targets, everything.files, shares, seed)
+        order = [part for part in PARTS if part in split] + [part for part in split if part not in PARTS]
+        return {part: everything.select(split[part]) for part in order}
+    parts = {}
+    for part in PARTS:
+        rows = [row for row, file in enumerate(done) if file.part == part]
+        if rows:
+            own = tuple(bad for bad in skipped if part_of[bad.path] == part)
+            parts[part] = replace(everything.select(rows), skipped=own)
+    return parts
+
+
+def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is_bad: bool = False) -> Decoded:
+    """Decode files, or read them from the cache.
+
+    Args:
+        files: The pictures.
+        decoding: Size, cache and budget of bad files.
+        missing_is_bad: Count a missing file as one that cannot be read; else it is an error.
+
+    Returns:
+        Pixels, which files they are, and the files left out.
+
+    Raises:
+        DataError: A file is missing, or none can be read.
+        TooManyBadFiles: More unreadable files than the budget.
+    """
+    size = decoding.size
+    key = {
+        "data": "files",
+        "code": _CODE,
+        "fit": decoding.fit,
+        "files": [[file.name, *_stamp(file, missing_is_bad)] for file in files],
+    }
+    pixels, kept, skipped = cached_pictures(
+        key,
+        files,
+        lambda file: load_picture(file.path, size, decoding.fit),
+        size=size,
+        cache_dir=decoding.cache_dir,
+        workers=min(8, os.cpu_count() or 1) if decoding.workers is None else decoding.workers,
+        max_bad_fraction=decoding.max_bad_fraction,
+        max_bad_files=decoding.max_bad_files,
+    )
+    return Decoded(pixels, kept, skipped, {**key, "size": size})
+
+
+def _stamp(file: PictureFile, missing_is_bad: bool) -> tuple[int, int]:
+    try:
+        status = file.path.stat()
+    except OSError as error:
+        if missing_is_bad:
+            return -1, -1
+        raise DataError(f"the picture {file.path} does not exist: correct its path or remove its row") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_classes(
+    files: Sequence[LabelledFile], targets: np.ndarray, kept: np.ndarray, tree: Taxonomy, allow_empty: bool
+) -> None:
+    """Every leaf has a picture, unless empty ones are allowed; a class whose files are all bad is never silent."""
+    readable = set(targets[kept].tolist())
+    for file, target in zip(files, targets.tolist(), strict=True):
+        if target not in readable:
+            raise DataError(
+                f"no picture of the class {'/'.join(file.label)} can be read (for example {file.name}): repair its "
+                "files or remove the class"
+            )
+    missing = [node for node in tree.leaf.tolist() if node not in readable]
+    if missing and not allow_empty:
+        shown = ", ".join("/".join(tree.path_of(node)) for node in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DataError(
+            f"the taxonomy has classes with no pictures ({shown}{more}): add pictures, remove them from the taxonomy, "
+            "or pass allow_empty_classes=True to keep them as candidate labels"
+        )

@@ -1,0 +1,160 @@
+"""Turns picture files into square RGB arrays, and holds sets of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Self
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from app_data.store.cache import fingerprint
+from app_data.store.errors import Skipped, UnreadablePicture
+from hier_losses import Taxonomy
+
+__all__ = ["Picture", "PictureSet", "StoredPictures", "load_picture", "on_white", "square"]
+
+
+class Picture(NamedTuple):
+    """One item of a `PictureSet`."""
+
+    pixels: np.ndarray
+    target: int
+    style: str
+    name: str
+
+
+@dataclass(frozen=True)
+class StoredPictures:
+    """Rows of an array of decoded pictures, and what is known of each; subclasses say what that is.
+
+    Attributes:
+        store: All decoded pictures (m, size, size, 3) uint8, usually a memory map.
+        rows: Which rows of `store` belong to this set, int64 (n,).
+    """
+
+    store: np.ndarray
+    rows: np.ndarray
+
+    # Fields with one entry for each of `rows`, or none at all.
+    each: ClassVar[tuple[str, ...]] = ()
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """Pictures as a uint8 tensor (b, 3, size, size)."""
+        picked = self.store[self.rows[np.asarray(indices, dtype=np.int64)]]
+        return torch.from_numpy(np.ascontiguousarray(picked)).permute(0, 3, 1, 2)
+
+    def select(self, keep: np.ndarray | Sequence[int] | Sequence[bool]) -> Self:
+        """The subset at these positions (integers, or one boolean for each); no pixel is copied."""
+        chosen = np.asarray(keep)
+        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
+        taken = {}
+        for name in self.each:
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                taken[name] = value[chosen]
+            elif value:
+                taken[name] = tuple(value[i] for i in chosen)
+        key = {"of": self.fingerprint, "rows": self._identity(chosen)}
+        # The fingerprint is a field of those who inherit.
+        return replace(self, fingerprint=fingerprint(key), rows=self.rows[chosen], **taken)  # type: ignore[call-arg]
+
+    def _identity(self, chosen: np.ndarray) -> list[int]:
+        """What tells a selection from others, for its fingerprint."""
+        return self.rows[chosen].tolist()
+
+
+@dataclass(frozen=True)
+class PictureSet(StoredPictures):
+    """Labelled pictures over one taxonomy; indexing gives a `Picture`.
+
+    Attributes:
+        targets: Taxonomy node id of each picture's leaf, int64 (n,).
+        styles: Artist, or source folder, of each picture.
+        names: Readable leaf name of each picture.
+        taxonomy: The label tree.
+        skipped: Files left out while reading, with reasons.
+        fingerprint: Changes whenever the pictures or labels do.
+        files: Where each picture came from.
+        node_text: Readable text of every taxonomy node, for prompts.
+    """
+
+    targets: np.ndarray
+    styles: tuple[str, ...]
+    names: tuple[str, ...]
+    taxonomy: Taxonomy
+    fingerprint: str
+    files: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    node_text: tuple[str, ...] = field(default=(), repr=False)
+
+    each: ClassVar[tuple[str, ...]] = ("targets", "styles", "names", "files")
+
+    def __getitem__(self, index: int) -> Picture:
+        """The picture at `index` with its label, style and name."""
+        pixels = np.array(self.store[self.rows[index]])
+        return Picture(pixels, int(self.targets[index]), self.styles[index], self.names[index])
+
+
+def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
+    """A picture file as RGB, upright, on white, square.
+
+    Args:
+        path: Any format Pillow reads.
+        size: Height and width of the result.
+        fit: "crop" cuts the centre square, "pad" adds white, "squash" changes the aspect ratio.
+
+    Returns:
+        uint8 array (size, size, 3).
+
+    Raises:
+        UnreadablePicture: The file is no picture, is truncated, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    try:
+        with Image.open(path) as opened:
+            # Pillow only warns up to twice its limit; a warning would be lost among 10,000 files.
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and opened.width * opened.height > limit:
+                raise UnreadablePicture(f"it has {opened.width} x {opened.height} pixels, more than {limit}")
+            opened.load()
+            picture = on_white(ImageOps.exif_transpose(opened))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadablePicture(f"it has too many pixels ({error})") from error
+    except UnidentifiedImageError as error:
+        raise UnreadablePicture("it is not a picture that Pillow can read") from error
+    except FileNotFoundError as error:
+        raise UnreadablePicture("it does not exist") from error
+    except UnreadablePicture:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        # Pillow's decoders raise all of these on truncated or damaged files.
+        raise UnreadablePicture(f"it is damaged or truncated ({error})") from error
+    return np.asarray(square(picture, size, fit))
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """RGB copy of a picture, transparent parts over white, 16-bit grey scaled to 8."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+def square(picture: Image.Image, size: int, fit: str = "crop") -> Image.Image:
+    """Resize an RGB picture to `size` x `size` the way `fit` says."""
+    if fit == "crop":
+        return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+    if fit == "pad":
+        return ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, color=(255, 255, 255))
+    if fit == "squash":
+        return picture.resize((size, size), Image.Resampling.BICUBIC)
+    raise ValueError(f"fit must be 'crop', 'pad' or 'squash', got {fit!r}")

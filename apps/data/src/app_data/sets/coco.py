@@ -1,0 +1,180 @@
+"""COCO captions (Chen et al., 2015), Flickr30k (Young et al., 2014) and nocaps (Agrawal et al., 2019), as released.
+
+The Karpathy files (Karpathy and Fei-Fei, 2015) split COCO and Flickr30k. Nothing is downloaded.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from app_data.read.labelled import Decoding
+from app_data.sets.captions import CaptionedFile, CaptionSet, caption_sets
+from app_data.sets.papers import unpack
+from app_data.store.errors import DataError
+
+__all__ = ["load_coco_captions", "load_coco_mini", "load_karpathy", "load_nocaps", "read_json"]
+
+
+def load_karpathy(annotations: str | Path, root: str | Path, decoding: Decoding | None = None) -> dict[str, CaptionSet]:
+    """COCO or Flickr30k with the Karpathy split.
+
+    Args:
+        annotations: `dataset_coco.json`, `dataset_flickr30k.json` or `dataset_flickr8k.json`.
+        root: The folder of pictures; for COCO the one with `train2014/` and `val2014/`.
+        decoding: Size, cache and budget of bad files; missing files count as bad.
+
+    Returns:
+        "train" (with COCO's "restval", as is usual), "val" and "test". Ids are COCO's, or Flickr's numbers in the file.
+
+    Raises:
+        DataError: A missing file, or a file of another form.
+        TooManyBadFiles: More unreadable files than the budget.
+    """
+    root = Path(root)
+    files = []
+    for number, image in enumerate(_list(read_json(annotations), "images", annotations)):
+        try:
+            name = "/".join(part for part in (image.get("filepath", ""), image["filename"]) if part)
+            captions = tuple(" ".join(sentence["raw"].split()) for sentence in image["sentences"])
+            part = {"restval": "train"}.get(image["split"], image["split"])
+            files.append(CaptionedFile(root / name, name, captions, image.get("cocoid", image["imgid"]), part))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"image {number} of {annotations} is not in Karpathy's form ({error}): give dataset_coco.json or "
+                "dataset_flickr30k.json"
+            ) from error
+    return caption_sets(files, decoding)
+
+
+def load_coco_captions(
+    annotations: str | Path,
+    root: str | Path,
+    instances: str | Path | None = None,
+    decoding: Decoding | None = None,
+) -> CaptionSet:
+    """One part of COCO, from its annotation files.
+
+    Args:
+        annotations: `captions_val2017.json` or the like.
+        root: The folder of that part's pictures.
+        instances: `instances_val2017.json` or the like, for the names of the objects (crowds left out).
+        decoding: Size, cache and budget of bad files; missing files count as bad.
+
+    Returns:
+        The pictures in the order of the file; one without captions has none.
+
+    Raises:
+        DataError: A missing file, or a file of another form.
+        TooManyBadFiles: More unreadable files than the budget.
+    """
+    return caption_sets(_coco_files(annotations, Path(root), instances), decoding)["test"]
+
+
+def load_nocaps(
+    annotations: str | Path,
+    root: str | Path,
+    domains: Sequence[str] = ("in-domain", "near-domain", "out-domain"),
+    decoding: Decoding | None = None,
+) -> CaptionSet:
+    """The nocaps validation or test pictures; captions are public for validation only.
+
+    Args:
+        annotations: `nocaps_val_4500_captions.json` or `nocaps_test_image_info.json`.
+        root: The folder of pictures.
+        domains: Which of the three domains to keep.
+        decoding: Size, cache and budget of bad files; missing files count as bad.
+
+    Returns:
+        The pictures; the domain is the style.
+
+    Raises:
+        DataError: A missing file, a file of another form, or no picture in these domains.
+        TooManyBadFiles: More unreadable files than the budget.
+    """
+    files = [file for file in _coco_files(annotations, Path(root), None) if not file.style or file.style in domains]
+    if not files:
+        raise DataError(f"{annotations} has no picture of the domains {list(domains)}")
+    return caption_sets(files, decoding)["test"]
+
+
+def load_coco_mini(archive: str | Path, decoding: Decoding | None = None) -> CaptionSet:
+    """A small COCO in one tar archive: `train2017/`, `val2017/` and COCO's annotation files in `annotations/`.
+
+    Its photographs have mixed licences: use them for checks, do not show them.
+
+    Args:
+        archive: The archive, or the folder of its content.
+        decoding: Size, cache and budget of bad files; 224 px if None.
+
+    Returns:
+        All pictures with captions and objects; the style is "train2017" or "val2017".
+
+    Raises:
+        DataError: The archive is missing or damaged, or an annotation file is.
+        TooManyBadFiles: More unreadable files than the budget.
+    """
+    decoding = decoding or Decoding(size=224)
+    archive = Path(archive)
+    if not archive.exists():
+        raise DataError(f"the archive {archive} does not exist: give a tar file of COCO pictures and annotations")
+    root = unpack(archive, decoding.cache_dir) if archive.is_file() else archive
+    files = []
+    for part in ("train2017", "val2017"):
+        tables = [root / "annotations" / f"{kind}_{part}.json" for kind in ("captions", "instances")]
+        files += [
+            replace(file, name=f"{part}/{file.name}", style=part)
+            for file in _coco_files(tables[0], root / part, tables[1])
+        ]
+    return caption_sets(files, decoding)["test"]
+
+
+def _coco_files(annotations: str | Path, root: Path, instances: str | Path | None) -> list[CaptionedFile]:
+    content = read_json(annotations)
+    images = _list(content, "images", annotations)
+    captions: dict[Any, list[str]] = defaultdict(list)
+    objects: dict[Any, list[str]] = defaultdict(list)
+    try:
+        for row in content.get("annotations", []):
+            captions[row["image_id"]].append(" ".join(row["caption"].split()))
+        if instances is not None:
+            boxes = read_json(instances)
+            names = {row["id"]: row["name"] for row in boxes["categories"]}
+            for row in boxes["annotations"]:
+                if not row.get("iscrowd"):
+                    objects[row["image_id"]].append(names[row["category_id"]])
+        return [
+            CaptionedFile(
+                root / image["file_name"],
+                image["file_name"],
+                tuple(captions.get(image["id"], ())),
+                image["id"],
+                style=image.get("domain", ""),
+                objects=tuple(objects.get(image["id"], ())),
+            )
+            for image in images
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{annotations} is not in COCO's form ({error}): give a file of captions") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a released JSON file.
+
+    Raises:
+        DataError: The file is missing or is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"the file {path} does not exist: give a file of the release") from error
+    except ValueError as error:
+        raise DataError(f"the file {path} is not valid JSON ({error}): fetch it again") from error
+
+
+def _list(content: Any, name: str, path: str | Path) -> list[Any]:
+    if not isinstance(content, dict) or not isinstance(content.get(name), list) or not content[name]:
+        raise DataError(f"{path} must hold an object with a list {name!r} that is not empty")
+    return content[name]

@@ -1,0 +1,279 @@
+"""Data sets as tasks of in-context learning: pictures, a prompt, the answer a demonstration shows, and what is scored.
+
+VQAv2, OK-VQA, easy-VQA and captioning come from the sets of `vqa` and `captions`. Read here: caption editing (COCO-EE and
+Flickr30K-EE, Wang et al., "Explicit image caption editing", ECCV 2022), image-text matching (SugarCrepe, Hsieh et al.,
+NeurIPS 2023), and visual reasoning over two pictures (NLVR2, Suhr et al., ACL 2019).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from app_data.read.labelled import Decoding, PictureFile, decode_files
+from app_data.sets.captions import CaptionSet
+from app_data.sets.coco import read_json
+from app_data.sets.vqa import QuestionSet
+from app_data.store.errors import DataError, Skipped
+
+__all__ = [
+    "IclTask",
+    "caption_task",
+    "load_caption_editing",
+    "load_image_text_matching",
+    "load_nlvr2",
+    "read_jsonl",
+    "vqa_task",
+]
+
+
+@dataclass(frozen=True)
+class IclTask:
+    """Items of one task; each can be a demonstration or a query.
+
+    Attributes:
+        name: What the task is called in results.
+        score: How answers are scored: "vqa" (VQA accuracy), "cider" (CIDEr-D) or "exact" (exact match).
+        store: All decoded pictures (m, size, size, 3) uint8.
+        rows: For each item the rows of its pictures, one or two.
+        prompts: What is asked, after the pictures.
+        answers: What a demonstration shows as the answer; empty where answers are withheld.
+        references: What a generated answer is scored against.
+        groups: Number of each item's picture, so that no picture answers for itself.
+        ids: The data set's own names, for result files.
+        skipped: Pictures left out while reading, with reasons; their items are left out too.
+    """
+
+    name: str
+    score: str
+    store: np.ndarray
+    rows: tuple[tuple[int, ...], ...]
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    references: tuple[tuple[str, ...], ...]
+    groups: tuple[int, ...]
+    ids: tuple[int | str, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.rows)
+
+    def pictures(self, index: int) -> tuple[np.ndarray, ...]:
+        """The pictures of an item, uint8 (size, size, 3) each."""
+        return tuple(np.array(self.store[row]) for row in self.rows[index])
+
+    def content(self, index: int) -> list[dict[str, Any]]:
+        """The item's question as the content of a chat message: its pictures, then its prompt."""
+        shown = [{"type": "image", "image": Image.fromarray(picture)} for picture in self.pictures(index)]
+        return [*shown, {"type": "text", "text": self.prompts[index]}]
+
+    def demo(self, index: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The item as a demonstration: contents of the user's and of the assistant's message.
+
+        Raises:
+            DataError: The answers of this set are withheld.
+        """
+        if not self.answers[index]:
+            raise DataError(
+                f"item {self.ids[index]} of {self.name} has no answer: take demonstrations from another part"
+            )
+        return self.content(index), [{"type": "text", "text": self.answers[index]}]
+
+
+def vqa_task(data: QuestionSet, name: str = "vqa") -> IclTask:
+    """Questions with short answers; a demonstration shows the first answer, as OpenFlamingo's does."""
+    return IclTask(
+        name,
+        "vqa",
+        data.store,
+        tuple((int(row),) for row in data.rows),
+        data.questions,
+        tuple(answers[0] if answers else "" for answers in data.answers),
+        data.answers,
+        data.image_ids,
+        data.ids,
+        data.skipped,
+    )
+
+
+def caption_task(data: CaptionSet, name: str = "caption") -> IclTask:
+    """Captioning; a demonstration shows the first caption."""
+    return IclTask(
+        name,
+        "cider",
+        data.store,
+        tuple((int(row),) for row in data.rows),
+        ("Describe the picture.",) * len(data.rows),
+        tuple(captions[0] if captions else "" for captions in data.captions),
+        data.captions,
+        tuple(int(row) for row in data.rows),
+        data.ids,
+        data.skipped,
+    )
+
+
+def load_caption_editing(
+    path: str | Path,
+    root: str | Path,
+    decoding: Decoding | None = None,
+    *,
+    image_name: str = "COCO_train2014_{image_id:012d}.jpg",
+    name: str = "caption-editing",
+) -> IclTask:
+    """COCO-EE or Flickr30K-EE, one part: mend a caption that does not quite fit the picture.
+
+    Args:
+        path: JSON, a list of {"image_id", "Ref-Cap", "GT-Cap"}.
+        root: The folder of pictures.
+        decoding: Size, cache and budget of bad files; 224 px if None.
+        image_name: Form of the picture's names, with `image_id`; "{image_id}.jpg" for Flickr30K-EE.
+        name: The task's name.
+
+    Raises:
+        DataError: A missing file, a file of another form, or one without items.
+        TooManyBadFiles: More unreadable pictures than the budget.
+    """
+    items = []
+    for number, row in enumerate(_rows(read_json(path), path)):
+        image, before, after = _fields(row, ("image_id", "Ref-Cap", "GT-Cap"), number, path)
+        items.append(_Item((_file_name(image_name, image, path),), f"Correct this caption: {before}", after, number))
+    return _task(name, "cider", items, root, decoding)
+
+
+def load_image_text_matching(
+    path: str | Path, root: str | Path, decoding: Decoding | None = None, *, name: str = "image-text-matching"
+) -> IclTask:
+    """SugarCrepe, one file: whether a caption fits the picture. Two items an entry, one yes and one no.
+
+    Args:
+        path: JSON, {"0": {"filename", "caption", "negative_caption"}, ...}, or a list of such entries.
+        root: The folder of pictures (COCO val2017).
+        decoding: Size, cache and budget of bad files; 224 px if None.
+        name: The task's name.
+
+    Raises:
+        DataError: A missing file, a file of another form, or one without items.
+        TooManyBadFiles: More unreadable pictures than the budget.
+    """
+    content = read_json(path)
+    rows = list(content.items()) if isinstance(content, dict) else list(enumerate(_rows(content, path)))
+    items = []
+    for number, row in rows:
+        keys = ("filename", "caption", "negative_caption")
+        file, right, wrong = _fields(row, keys, number, path)
+        for caption, answer, kind in ((right, "yes", "positive"), (wrong, "no", "negative")):
+            prompt = f"Does this caption describe the picture? {caption}"
+            items.append(_Item((str(file),), prompt, answer, f"{number}-{kind}"))
+    return _task(name, "exact", items, root, decoding)
+
+
+def load_nlvr2(path: str | Path, root: str | Path, decoding: Decoding | None = None, *, name: str = "nlvr2") -> IclTask:
+    """NLVR2, one part: whether a sentence is true of two pictures.
+
+    Args:
+        path: JSON lines with "identifier" (`dev-850-0-0`), "sentence" and "label" ("True" or "False").
+        root: The folder of pictures, `dev-850-0-img0.png` and `dev-850-0-img1.png`; folders such as `images/train/12/` of
+            the training part may stand below it, named by "directory".
+        decoding: Size, cache and budget of bad files; 224 px if None.
+        name: The task's name.
+
+    Raises:
+        DataError: A missing file, a file of another form, or one without items.
+        TooManyBadFiles: More unreadable pictures than the budget.
+    """
+    items = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        identifier, sentence, label = _fields(row, ("identifier", "sentence", "label"), number, path)
+        if str(label) not in ("True", "False"):
+            raise DataError(f"item {number} of {path} must have the label True or False, got {label!r}")
+        stem = str(identifier).rsplit("-", 1)[0]
+        if "directory" in row:
+            stem = f"{row['directory']}/{stem}"
+        files = (f"{stem}-img0.png", f"{stem}-img1.png")
+        answer = "yes" if str(label) == "True" else "no"
+        items.append(_Item(files, f"Is this true of the two pictures? {sentence}", answer, identifier))
+    return _task(name, "exact", items, root, decoding)
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; empty lines are passed over.
+
+    Raises:
+        DataError: The file is missing, a line is no JSON object, or there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"the file {path} does not exist: give a file of JSON lines")
+    rows = []
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            if not line.strip():
+                continue
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise DataError(f"line {number} of {path} must be a JSON object, got {line[:40]!r}")
+            rows.append(row)
+    except json.JSONDecodeError as error:
+        raise DataError(f"line {number} of {path} is not valid JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"the file {path} is not UTF-8 text: save it as UTF-8") from error
+    if not rows:
+        raise DataError(f"the file {path} holds no item")
+    return rows
+
+
+@dataclass(frozen=True)
+class _Item:
+    files: tuple[str, ...]
+    prompt: str
+    answer: str
+    id: int | str
+
+
+def _rows(content: Any, path: str | Path) -> list[Any]:
+    if not isinstance(content, list):
+        raise DataError(f"{path} must be a JSON list, got {type(content).__name__}")
+    return content
+
+
+def _fields(row: Any, keys: Sequence[str], number: int | str, path: str | Path) -> list[Any]:
+    missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+    if missing:
+        raise DataError(f"item {number} of {path} lacks {', '.join(missing)}")
+    return [row[key] for key in keys]
+
+
+def _file_name(form: str, image_id: Any, path: str | Path) -> str:
+    number = int(image_id) if ":012d" in form and str(image_id).isdigit() else image_id
+    try:
+        return form.format(image_id=number)
+    except (ValueError, KeyError) as error:
+        raise DataError(f"image_name {form!r} does not fit the image_id {image_id!r} of {path} ({error})") from error
+
+
+def _task(name: str, score: str, items: list[_Item], root: str | Path, decoding: Decoding | None) -> IclTask:
+    if not items:
+        raise DataError(f"the file of {name} holds no item")
+    names = list(dict.fromkeys(file for item in items for file in item.files))
+    files = [PictureFile(Path(root) / file, file) for file in names]
+    pixels, kept, skipped, _ = decode_files(files, decoding or Decoding(size=224), missing_is_bad=True)
+    row_of = {names[position]: row for row, position in enumerate(kept.tolist())}
+    items = [item for item in items if all(file in row_of for file in item.files)]
+    rows = tuple(tuple(row_of[file] for file in item.files) for item in items)
+    return IclTask(
+        name,
+        score,
+        pixels,
+        rows,
+        tuple(item.prompt for item in items),
+        tuple(item.answer for item in items),
+        tuple((item.answer,) for item in items),
+        tuple(row[0] for row in rows),
+        tuple(item.id for item in items),
+        skipped,
+    )

@@ -1,0 +1,1 @@
+"""Pretrained towers and language models, each behind a locator."""

@@ -1,0 +1,215 @@
+"""A user's own pool of demonstrations: a folder of pictures, or JSON lines with image, question and answer."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from app_data.read.pictures import load_picture
+from app_data.sets.demonstration_tasks import read_jsonl
+from app_data.store.errors import DataError, Skipped, UnreadablePicture
+from app_data.weights.lite0_minilm import lite0_preprocess
+from hyper_icl import AnchorBank, HyperbolicLift, anchor_loss
+
+__all__ = ["DemoPool", "PoolItem", "encode_pictures", "encode_pool", "fit_bank", "read_items", "train_lift"]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SIZE = 128
+_BATCH = 64
+_MAX_BAD = 0.01
+
+
+@dataclass(frozen=True)
+class PoolItem:
+    """One demonstration.
+
+    Attributes:
+        path: Its picture.
+        question: What is asked about it; "" in a folder of pictures.
+        answer: The answer; in nested folders the name of the picture's folder.
+    """
+
+    path: Path
+    question: str = ""
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class DemoPool:
+    """Readable items, with one row of features each.
+
+    Attributes:
+        items: The items.
+        features: Pooled features of the pictures, not centred, (n, d).
+        groups: Number of each item's picture, int64 (n,).
+        skipped: Items left out, with reasons.
+    """
+
+    items: tuple[PoolItem, ...]
+    features: Tensor
+    groups: Tensor
+    skipped: tuple[Skipped, ...]
+
+    def group_of(self, path: Path) -> int:
+        """Number of this picture in the pool; -1 if it is not in it."""
+        wanted = path.resolve()
+        return next(
+            (int(g) for item, g in zip(self.items, self.groups, strict=True) if item.path.resolve() == wanted), -1
+        )
+
+
+def encode_pool(items: Sequence[PoolItem], encoder: nn.Module) -> DemoPool:
+    """Encode the items whose pictures can be read.
+
+    Args:
+        items: What `read_items` found.
+        encoder: See `encode_pictures`.
+
+    Raises:
+        DataError: More than 1 % of the pictures (at least 10, or all of them) cannot be read.
+    """
+    paths = list(dict.fromkeys(item.path for item in items))
+    features, bad = encode_pictures(paths, encoder)
+    budget = max(10, int(_MAX_BAD * len(paths)))
+    if len(bad) == len(paths) or len(bad) > budget:
+        named = "; ".join(f"{s.path}: {s.reason}" for s in bad[:3])
+        raise DataError(f"{len(bad)} of {len(paths)} pictures of the pool cannot be read: {named}")
+    lost = {s.path for s in bad}
+    row_of = {path: row for row, path in enumerate(p for p in paths if str(p) not in lost)}
+    kept = tuple(item for item in items if item.path in row_of)
+    rows = torch.tensor([row_of[item.path] for item in kept])
+    return DemoPool(kept, features[rows], rows, bad)
+
+
+def read_items(source: str | Path) -> list[PoolItem]:
+    """List a pool.
+
+    Args:
+        source: A folder, searched with its subfolders, whose names then serve as answers; or a file of JSON lines with
+            "image" (relative to the file) and optionally "question" and "answer".
+
+    Raises:
+        DataError: Nothing is there, or a line has no image.
+    """
+    source = Path(source)
+    if source.is_dir():
+        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not files:
+            raise DataError(f"the folder {source} holds no picture ({', '.join(sorted(SUFFIXES))})")
+        return [PoolItem(p, answer="" if p.parent == source else p.parent.name) for p in files]
+    rows = read_jsonl(source)
+    items = []
+    for number, row in enumerate(rows, 1):
+        image = row.get("image")
+        if not isinstance(image, str) or not image:
+            raise DataError(f"item {number} of {source} must have the field image, a file name, got {image!r}")
+        texts = [row.get(field) or "" for field in ("question", "answer")]
+        items.append(PoolItem(source.parent / image, *(str(text) for text in texts)))
+    return items
+
+
+@torch.no_grad()
+def encode_pictures(paths: Sequence[Path], encoder: nn.Module) -> tuple[Tensor, tuple[Skipped, ...]]:
+    """Pooled features of EfficientNet-Lite0 for the pictures that can be read, in their order, and the others with reasons."""
+    found, bad, batch = [], [], []
+
+    def flush() -> None:
+        if batch:
+            pixels = lite0_preprocess(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2))
+            found.append(encoder(pixels.contiguous(memory_format=torch.channels_last)))
+            batch.clear()
+
+    for path in paths:
+        try:
+            batch.append(load_picture(path, SIZE))
+        except UnreadablePicture as error:
+            bad.append(Skipped(str(path), str(error)))
+        if len(batch) == _BATCH:
+            flush()
+    flush()
+    return torch.cat(found) if found else torch.empty(0, 1), tuple(bad)
+
+
+def fit_bank(pool: DemoPool, seed: int = 0) -> tuple[AnchorBank, HyperbolicLift | None, Tensor, float]:
+    """Lift a pool into hyperbolic space.
+
+    Where at least two items share an answer, the lift is trained on that (same answer = positive). Otherwise nothing can
+    teach it a norm, and the depth is the distance of the features from their mean, scaled to at most 3.
+
+    Returns:
+        The bank; the lift, None if untrained; the features' mean; and the scale of the untrained lift.
+    """
+    mean = pool.features.mean(0)
+    centred = pool.features - mean
+    counts = Counter(item.answer for item in pool.items if item.answer)
+    if len(counts) > 1 and max(counts.values()) > 1:
+        lift = train_lift(F.normalize(centred, dim=-1), _codes([item.answer for item in pool.items]), seed=seed)
+        with torch.no_grad():
+            tangent = lift(F.normalize(centred, dim=-1))
+        return AnchorBank(tangent.clone(), lift.c, pool.groups), lift, mean, 1.0
+    scale = 3.0 / max(float(centred.norm(dim=-1).max()), 1e-12)
+    return AnchorBank(scale * centred, 1.0, pool.groups), None, mean, scale
+
+
+def _codes(answers: Sequence[str]) -> Tensor:
+    """A number for each answer; items without one get a number of their own."""
+    known = {answer: i for i, answer in enumerate(sorted(set(answers) - {""}))}
+    return torch.tensor([known.get(answer, len(known) + i) for i, answer in enumerate(answers)])
+
+
+def train_lift(
+    features: Tensor,
+    codes: Tensor,
+    *,
+    out_dim: int = 64,
+    c: float = 1.0,
+    tau: float = 0.1,
+    steps: int = 150,
+    batch: int = 384,
+    seed: int = 0,
+) -> HyperbolicLift:
+    """Train a lift by the anchor loss, items of equal code being positives of one another.
+
+    Args:
+        features: Rows of features.
+        codes: Their classes; classes of one item only take part as negatives.
+        out_dim: Width of the tangent vectors.
+        c: Curvature.
+        tau: Temperature of the loss.
+        steps: Optimizer steps.
+        batch: Items a step.
+        seed: Seed of weights and batches.
+
+    Raises:
+        DataError: No two items share a class.
+    """
+    if len(codes.unique()) == len(codes):
+        raise DataError("no two items share an answer: a lift cannot be trained on them")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lift = HyperbolicLift(features.shape[1], out_dim, c)
+    optimizer = torch.optim.Adam(lift.parameters(), 5e-3)
+    for _ in range(steps):
+        rows = torch.randperm(len(features), generator=generator)[:batch]
+        same = codes[rows, None] == codes[rows]
+        if int(same.sum()) == len(rows):
+            # A random batch of many small classes may hold no pair; add the partners of its first half.
+            partner = (codes[rows[: len(rows) // 2], None] == codes).float()
+            partner[torch.arange(len(partner)), rows[: len(rows) // 2]] = 0
+            has = partner.sum(-1) > 0
+            if not has.any():
+                continue
+            drawn = torch.multinomial(partner[has], 1, generator=generator).squeeze(-1)
+            rows = torch.cat((rows[: len(rows) // 2], drawn)).unique()
+            same = codes[rows, None] == codes[rows]
+        loss = anchor_loss(lift(features[rows]), same, c, tau)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return lift.eval()

@@ -1,0 +1,210 @@
+"""`python apps/eval select-demos`: choose demonstrations for pictures from a pool of one's own."""
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from app_data.store.errors import DataError
+from app_data.weights.lite0_minilm import MiniLM, lite0
+from app_eval.ask.pool import DemoPool, encode_pictures, encode_pool, fit_bank, read_items
+from app_eval.measure.results import write_json
+from hyper_icl import (
+    DemoSelection,
+    HyperbolicDemoIndex,
+    MmicesSelector,
+    RandomSelector,
+    RicesSelector,
+    TopKClipSelector,
+)
+
+__all__ = ["METHODS", "select_demos"]
+
+METHODS = ("hyperbolic", "rices", "topk", "mmices", "random")
+FORMAT = 1
+
+
+def select_demos(
+    source: str | Path,
+    queries: Sequence[str | Path],
+    *,
+    k: int = 4,
+    mu: float = 0.3,
+    method: str = "hyperbolic",
+    diversity: float = 0.0,
+    seed: int = 0,
+    question: str = "",
+) -> dict:
+    """Choose k demonstrations for every query picture.
+
+    Args:
+        source: The pool: a folder of pictures or a file of JSON lines; see `read_items`.
+        queries: Picture files. A query that is in the pool does not get its own picture.
+        k: Demonstrations a query.
+        mu: Weight of the depth, for "hyperbolic".
+        method: "hyperbolic", "rices" (most similar last), "topk" (most similar first), "mmices" (the 200 most similar
+            pictures, ranked by their questions' similarity to `question`) or "random".
+        diversity: In [0, 1], for "hyperbolic"; see `HyperbolicDemoIndex.search`.
+        seed: Seed of "random" and of the training of the lift.
+        question: What is asked about every query, for "mmices".
+
+    Returns:
+        What was chosen, ready for JSON: demonstrations stand in prompt order.
+
+    Raises:
+        DataError: The pool or a query cannot be used, or k is too large.
+        MissingAssetError: The encoder's packages are not installed.
+    """
+    if method not in METHODS:
+        raise DataError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if k < 1:
+        raise DataError(f"k must be at least 1, got {k}")
+    paths = [Path(query) for query in queries]
+    if (method == "mmices") != bool(question):
+        raise DataError("question and method mmices belong together: give both or neither")
+    items = read_items(source)
+    encoder = lite0(0)
+    pool = encode_pool(items, encoder)
+    features, bad = encode_pictures(paths, encoder)
+    if bad:
+        raise DataError(f"the query {bad[0].path} cannot be used: {bad[0].reason}")
+    exclude = torch.tensor([pool.group_of(path) for path in paths])
+    available = len(pool.items) - max(int((pool.groups == group).sum()) for group in exclude)
+    if k > available:
+        raise DataError(f"k must be at most {available}, the pool without the query's own picture, got {k}")
+    selection, notes = _select(pool, features, exclude, k, mu, method, diversity, seed, question)
+    return {
+        "format": FORMAT,
+        "pool": str(source),
+        "num_items": len(pool.items),
+        "skipped": [{"path": s.path, "reason": s.reason} for s in pool.skipped],
+        "method": method,
+        "k": k,
+        **notes,
+        "queries": [
+            {
+                "query": str(path),
+                "certified": bool(selection.certified[i]),
+                "demos": [
+                    {
+                        "path": str(pool.items[row].path),
+                        "question": pool.items[row].question,
+                        "answer": pool.items[row].answer,
+                        "score": round(float(selection.scores[i, j]), 6),
+                        "depth": round(float(selection.depth[i, j]), 6),
+                    }
+                    for j, row in enumerate(selection.ids[i].tolist())
+                ],
+            }
+            for i, path in enumerate(paths)
+        ],
+    }
+
+
+def _select(
+    pool: DemoPool,
+    features: torch.Tensor,
+    exclude: torch.Tensor,
+    k: int,
+    mu: float,
+    method: str,
+    diversity: float,
+    seed: int,
+    question: str,
+) -> tuple[DemoSelection, dict]:
+    if method == "random":
+        return RandomSelector(len(pool.items), seed, pool.groups).search(features, k, exclude), {"seed": seed}
+    mean = pool.features.mean(0)
+    if method == "mmices":
+        if not all(item.question for item in pool.items):
+            raise DataError("method mmices needs a question for every item of the pool: give JSON lines with question")
+        unique = sorted({item.question for item in pool.items})
+        with torch.no_grad():
+            embedded = MiniLM()([*unique, question])
+        texts = embedded[torch.tensor([unique.index(item.question) for item in pool.items])]
+        selector = MmicesSelector(pool.features - mean, texts, max(200, k), pool.groups)
+        asked = embedded[-1:].expand(len(features), -1)
+        return selector.search(features - mean, k, exclude, text=asked), {"question": question}
+    if method != "hyperbolic":
+        kind = RicesSelector if method == "rices" else TopKClipSelector
+        return kind(pool.features - mean, pool.groups).search(features - mean, k, exclude), {}
+    bank, lift, mean, scale = fit_bank(pool, seed)
+    with torch.no_grad():
+        centred = features - mean
+        query = scale * centred if lift is None else lift(F.normalize(centred, dim=-1))
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            index = HyperbolicDemoIndex(bank.tangent, bank.c, mu, groups=bank.groups)
+            found = index.search(query.clone(), k, exclude, diversity=diversity)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    how = "trained on shared answers" if lift is not None else "untrained: depth is the distance from the pool's mean"
+    return found, {
+        "mu": mu,
+        "diversity": diversity,
+        "lift": how,
+        "warnings": [str(warning.message) for warning in caught if warning.category is UserWarning],
+    }
+
+
+def run(args) -> int:
+    """The command: a table on standard output, JSON into a file (or, for "-", instead of the table)."""
+    found = select_demos(
+        args.pool,
+        args.query,
+        k=args.k,
+        mu=args.mu,
+        method=args.method,
+        diversity=args.diversity,
+        seed=args.seed,
+        question=args.question,
+    )
+    for skipped in found["skipped"]:
+        print(f"skipped {skipped['path']}: {skipped['reason']}", file=sys.stderr)  # noqa: T201
+    for warning in found.get("warnings", ()):
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+    if args.json == "-":
+        print(json.dumps(found, indent=1))  # noqa: T201
+        return 0
+    if args.json:
+        write_json(Path(args.json), found)
+    print(text_table(found))  # noqa: T201
+    return 0
+
+
+def text_table(found: dict) -> str:
+    """The chosen demonstrations in prompt order, one line each."""
+    order = "most relevant first" if found["method"] in ("topk", "mmices", "random") else "most relevant last"
+    facts = [f"{found['num_items']} items", found["method"], f"k = {found['k']}", order]
+    if "lift" in found:
+        facts += [f"mu = {found['mu']:g}", f"lift {found['lift']}"]
+    lines = [", ".join(facts)]
+    for query in found["queries"]:
+        proof = ", proven exact" if query["certified"] else ""
+        lines += ["", f"{query['query']}{proof}", f"  {'score':>8}  {'depth':>6}  demonstration"]
+        for demo in query["demos"]:
+            said = " ".join(part for part in (demo["question"], demo["answer"]) if part)
+            lines.append(f"  {demo['score']:8.3f}  {demo['depth']:6.3f}  {demo['path']}{'  ' + said if said else ''}")
+    return "\n".join(lines)
+
+
+def add_arguments(commands) -> None:
+    """Add the command to the parser of `python apps/eval`."""
+    parser = commands.add_parser("select-demos", help="choose demonstrations for pictures from your own pool")
+    parser.add_argument(
+        "--pool", required=True, help="a folder of pictures, or JSON lines with image, question, answer"
+    )
+    parser.add_argument("--query", required=True, nargs="+", metavar="PICTURE")
+    parser.add_argument("-k", type=int, default=4, help="demonstrations a query")
+    parser.add_argument("--mu", type=float, default=0.3, help="weight of the depth (method hyperbolic)")
+    parser.add_argument("--method", choices=METHODS, default="hyperbolic")
+    parser.add_argument("--diversity", type=float, default=0.0, help="0..1, maximal marginal relevance")
+    parser.add_argument("--question", default="", help="what is asked about the queries (method mmices)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="write the result here; - prints JSON in place of the table")
+    parser.set_defaults(run_command=run)

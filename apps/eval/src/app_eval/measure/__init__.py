@@ -1,0 +1,1 @@
+"""From what a model did to numbers with intervals."""

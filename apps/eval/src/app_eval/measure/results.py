@@ -1,0 +1,90 @@
+"""The stored result of one row of an experiment: versioned JSON for people and pages, tensors for paired comparisons."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from app_eval.measure.paths import (
+    DECODERS,
+    LOGIT_SCORES,
+    PATH_SCORES,
+    TITLES,
+    Outcome,
+    bootstrap,
+    per_picture,
+    resamples,
+)
+from hier_losses import Taxonomy
+from hier_losses.metrics import mta_majority_baseline
+from hier_losses.treecuts import TreeCuts
+
+FORMAT = 1
+
+
+def summarise(found: Outcome, tax: Taxonomy) -> dict[str, dict[str, list[float]]]:
+    """All scores under all decoders as [value, low, high]; the interval is over the test pictures."""
+    counts = resamples(len(found.target))
+    table = {}
+    for decoder in DECODERS:
+        intervals = bootstrap(per_picture(found, tax, decoder), counts)
+        table[decoder] = {name: interval.as_json() for name, interval in intervals.items()}
+    return table
+
+
+def save_row(folder: Path, found: Outcome, tax: Taxonomy, cuts: TreeCuts, **facts: object) -> dict:
+    """Write `outcome.safetensors` and `result.json`; the JSON last, so that its presence marks a finished row."""
+    save_outcome(folder, found)
+    majority = float(mta_majority_baseline(torch.from_numpy(found.target), cuts))
+    result = {
+        "format": FORMAT,
+        **facts,
+        "n": len(found.target),
+        "mta_majority": majority,
+        "scores": summarise(found, tax),
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+def save_outcome(folder: Path, found: Outcome) -> None:
+    """Write `outcome.safetensors`: what one model did, picture by picture."""
+    arrays = {"target": found.target, "hca": found.hca, "mta": found.mta, "confidence": found.confidence}
+    arrays |= {f"paths.{name}": np.ascontiguousarray(paths) for name, paths in found.paths.items()}
+    save_file(arrays, folder / "outcome.safetensors")
+
+
+def load_outcome(folder: Path) -> Outcome:
+    """Read what `save_outcome` wrote."""
+    arrays = load_file(folder / "outcome.safetensors")
+    paths = {name: arrays[f"paths.{name}"] for name in DECODERS}
+    return Outcome(arrays["target"], paths, arrays["hca"], arrays["mta"], arrays["confidence"])
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def text_table(rows: dict[str, dict], decoders: tuple[str, ...] = tuple(DECODERS)) -> str:
+    """The rows of a run as a table for the terminal: value and half the width of the interval, under each decoder."""
+    columns = (*PATH_SCORES, *LOGIT_SCORES)
+    width = max(len(name) for name in rows) + 2
+    lines = [
+        "value and half-width of its 95 % interval over the test pictures; HCA and MTA do not depend on the decoder"
+    ]
+    for decoder in decoders:
+        lines.append(f"\n{'decoded by ' + decoder:<{width}}" + "".join(f"{TITLES[name]:>15}" for name in columns))
+        for name, result in rows.items():
+            cells = [result["scores"][decoder][score] for score in columns]
+            lines.append(
+                f"{name:<{width}}" + "".join(f"{v:>9.3f} +-{(hi - lo) / 2:.2f}"[-15:].rjust(15) for v, lo, hi in cells)
+            )
+    majority = next(iter(rows.values()))["mta_majority"]
+    lines.append(f"\nMTA of the majority member of every cut: {majority:.3f}")
+    return "\n".join(lines)

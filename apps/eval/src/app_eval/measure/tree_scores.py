@@ -1,0 +1,62 @@
+"""The three scores of taxonomic open-set classification, picture by picture.
+
+Reference: Wu, Ho, Vasconcelos, 2024, "ProTeCt" (arXiv 2306.02240). The definitions are those of `hier_losses.metrics`; a
+test holds the two together. A loop over nodes and cuts, not over pictures.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app_eval.measure.paths import Interval, Pair, mean_over_seeds, paired_difference, resamples
+from hier_losses import Taxonomy
+from hier_losses.treecuts import TreeCuts
+
+SCORES = ("la", "hca", "mta")
+TITLES = {"la": "LA", "hca": "HCA", "mta": "MTA"}
+
+
+def tree_scores(logits: Tensor, target: np.ndarray, tax: Taxonomy, cuts: TreeCuts) -> dict[str, np.ndarray]:
+    """Leaf accuracy, hierarchical consistent accuracy (1 or 0) and share of right cuts of each picture.
+
+    Args:
+        logits: scores of all nodes (n, N).
+        target: true leaf of each picture, a node id (n,).
+        tax: the taxonomy.
+        cuts: the cuts of mean tree-cut accuracy.
+
+    Returns:
+        float64 (n,) for each of `SCORES`.
+    """
+    truth = torch.from_numpy(np.asarray(target))
+    leaf = tax.leaf[logits[:, tax.leaf].argmax(1)] == truth
+    consistent = leaf.clone()
+    on_path = torch.zeros(len(truth), tax.num_nodes, dtype=torch.bool)
+    path = tax.paths[truth]
+    rows = torch.arange(len(truth))[:, None].expand_as(path)
+    on_path[rows[path >= 0], path[path >= 0]] = True
+    for start, size in zip(tax.group_start.tolist(), tax.group_size.tolist(), strict=True):
+        if size > 1:
+            members = slice(start, start + size)
+            concerned = on_path[:, members].any(1)
+            best = start + logits[:, members].argmax(1)
+            consistent &= ~concerned | on_path.gather(1, best[:, None]).squeeze(1)
+    right = [logits[:, cut.nodes].argmax(1) == cut.member[truth] for cut in cuts]
+    shares = torch.stack(right).double().mean(0)
+    return {"la": leaf.double().numpy(), "hca": consistent.double().numpy(), "mta": shares.numpy()}
+
+
+def _pairs(by_seed: list[dict[str, np.ndarray]], score: str) -> list[Pair]:
+    return [(found[score], np.ones(len(found[score]))) for found in by_seed]
+
+
+def means(by_seed: list[dict[str, np.ndarray]]) -> dict[str, Interval]:
+    """Mean over seeds of every score, with its bootstrap interval over the pictures."""
+    counts = resamples(len(by_seed[0]["la"]), num=1000)
+    return {score: mean_over_seeds(_pairs(by_seed, score), counts) for score in SCORES}
+
+
+def differences(ours: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -> dict[str, Interval]:
+    """Paired difference of every score, mean over seeds, with its bootstrap interval over the pictures."""
+    counts = resamples(len(ours[0]["la"]), num=1000)
+    return {s: paired_difference(_pairs(ours, s), _pairs(other, s), counts) for s in SCORES}

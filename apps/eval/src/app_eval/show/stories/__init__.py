@@ -1,0 +1,1 @@
+"""What each results page tells: rows, columns and claims as data."""

@@ -1,0 +1,1 @@
+"""What every recipe shares: settings, run folder, training loop, checkpoints, records."""

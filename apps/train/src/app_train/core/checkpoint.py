@@ -1,0 +1,105 @@
+"""Checkpoints that are either complete or absent.
+
+A checkpoint is written to a temporary folder, flushed to disk, marked COMPLETE and renamed; only marked ones are read.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from app_train.core.errors import RunError
+
+PREFIX, MARKER, KEEP = "checkpoint-", "COMPLETE", 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on: trained weights, optimizer state, and the number of steps taken."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict
+    position: int
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint below `folder` and delete all but the newest two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{PREFIX}{checkpoint.position:08d}"
+    if (final / MARKER).exists():
+        return final
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in checkpoint.weights.items()}, temporary / "weights.safetensors"
+    )
+    torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+    (temporary / "position.json").write_text(json.dumps({"position": checkpoint.position}))
+    for file in temporary.iterdir():
+        _flush(file)
+    (temporary / MARKER).touch()
+    _flush(temporary / MARKER)
+    _flush(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _flush(folder)
+    for old in _complete(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    for stale in folder.glob(f".{PREFIX}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """Read the newest complete checkpoint below `folder`; None if there is none.
+
+    Raises:
+        RunError: if that checkpoint is damaged.
+    """
+    found = _complete(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    try:
+        position = int(json.loads((newest / "position.json").read_text())["position"])
+        weights = load_file(newest / "weights.safetensors")
+        optimizer = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        RuntimeError,
+        SafetensorError,
+        torch.serialization.pickle.UnpicklingError,
+    ) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise RunError(
+            f"checkpoint {newest} is damaged ({reason}); delete that folder and run the same command again to go on from the one before"
+        ) from error
+    return Checkpoint(weights, optimizer, position)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete all checkpoints below `folder`; the run they belong to is finished."""
+    for path in [*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*")]:
+        shutil.rmtree(path)
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / MARKER).exists())
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

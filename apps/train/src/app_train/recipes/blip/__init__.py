@@ -1,0 +1,1 @@
+"""Hyperbolic BLIP-2."""

@@ -1,0 +1,310 @@
+"""Recipe `blip2-opt-2.7b`: the real model, frozen ViT-g and OPT-2.7B, on COCO with the Karpathy splits, on several cards.
+
+    python apps/train blip2-opt-2.7b --plan-only                      print the memory table, load nothing
+    accelerate launch --num_processes 8 apps/train blip2-opt-2.7b --annotations dataset_coco.json --pictures coco/ --stage 1
+    accelerate launch --num_processes 8 apps/train blip2-opt-2.7b --annotations dataset_coco.json --pictures coco/ --stage 2
+
+--shard spreads the layers of the frozen parts over the cards (FSDP2); what trains stays whole on each of them.
+
+Settings of Li et al., "BLIP-2", ICML 2023, where they are published; the hyperbolic part is a reconstruction of Mandica et
+al., arXiv:2408.05097. NOT RUN by us: no machine here can hold the weights or reach the hub that has them. What is tested is
+the memory table against a build of the whole model on the meta device, and every step of the loop on small models.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from app_data.read.labelled import Decoding
+from app_data.sets.coco import load_karpathy
+from app_eval.measure.results import write_json
+from app_train.core.config import Frozen, StageConfig, claim_folder
+from app_train.core.errors import RunError
+from app_train.core.interrupt import StopFlag
+from app_train.recipes.blip.loop import blip_accelerator, fit_blip
+from hyper_blip import (
+    HyperBlip2Config,
+    HyperBlip2ForConditionalGeneration,
+    HyperBlip2ForPretraining,
+    HyperbolicConfig,
+    caption_batch,
+)
+
+GIB = 2**30
+# CLIP's mean and standard deviation, which BLIP-2's processor applies to pixels in [0, 1].
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGE_TOKEN_ID = 50265
+
+
+class BigStage(StageConfig):
+    """AdamW over all cards together."""
+
+    epochs: int = Field(10, ge=0)
+    lr: float = Field(1e-4, gt=0)
+    batch_size: int = Field(800, ge=1)
+    """Pairs over all cards: 100 a card in stage 1, 64 in stage 2, on eight cards."""
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+
+
+class Blip2OptConfig(Frozen):
+    """Hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO."""
+
+    out: Path = Path("runs/blip2-opt-2.7b")
+    stage: Literal[1, 2] = 1
+    """2 goes on from the model that stage 1 left in `out`."""
+    source: str = "Salesforce/blip2-opt-2.7b"
+    """Name or folder of a BLIP-2 checkpoint: its vision encoder and language model are used, its Q-Former is the start."""
+    tokenizer: str = "bert-base-uncased"
+    annotations: Path | None = None
+    """`dataset_coco.json` of the Karpathy splits (required unless --plan-only)."""
+    pictures: Path | None = None
+    """Folder with `train2014/` and `val2014/` (required unless --plan-only)."""
+    fit: BigStage = BigStage()
+    similarity: Literal["cosine", "distance", "inner", "angle", "mix"] = "cosine"
+    """The paper's cosine is the Euclidean cosine; "distance" lets the radius take part."""
+    max_tokens: int = Field(32, ge=4)
+    checkpointing: bool = True
+    """Recompute activations in the backward pass."""
+    shard: bool = False
+    """Spread the layers of the frozen parts over the cards (FSDP2)."""
+    cards: int = Field(8, ge=1)
+    """For the memory table."""
+    plan_only: bool = False
+    """Print the memory table and stop."""
+    cache_dir: Path | None = None
+    save_every: int = Field(500, ge=1)
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """What one part needs on one card, in bytes."""
+
+    part: str
+    parameters: int
+    trained: bool
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+
+def build_on_meta(stage: int) -> nn.Module:
+    """The whole model of a stage without memory for its weights."""
+    config = HyperBlip2Config.vit_g_opt()
+    with torch.device("meta"):
+        if stage == 1:
+            return HyperBlip2ForPretraining.from_config(config)
+        config.blip2.qformer_config.use_qformer_text_input = False
+        return HyperBlip2ForConditionalGeneration.from_config(config)
+
+
+def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(parameters, of which trained) of the vision encoder, the Q-Former with its heads, and the language model."""
+    found = {"vision": [0, 0], "qformer": [0, 0], "language": [0, 0]}
+    for name, p in model.named_parameters():
+        part = "vision" if ".vision_model." in name else "language" if ".language_model." in name else "qformer"
+        found[part][0] += p.numel()
+        found[part][1] += p.numel() if p.requires_grad else 0
+    return {part: (a, b) for part, (a, b) in found.items()}
+
+
+def count_frozen_layers(model: nn.Module) -> dict[str, list[int]]:
+    """Frozen parameters of every layer that `shard_frozen` spreads, for each part."""
+    found: dict[str, dict[str, int]] = {"vision": {}, "qformer": {}, "language": {}}
+    for name, p in model.named_parameters():
+        layer = re.match(r".*?\.(vision_model|language_model)\..*?\.\d+\.", name)
+        if layer and not p.requires_grad:
+            part = found["vision" if layer[1] == "vision_model" else "language"]
+            part[layer[0]] = part.get(layer[0], 0) + p.numel()
+    return {part: list(layers.values()) for part, layers in found.items()}
+
+
+def memory_plan(
+    stage: int, *, pairs: int, tokens: int = 32, checkpointing: bool = True, shards: int = 1
+) -> list[MemoryRow]:
+    """Bytes on one card for weights, gradients, AdamW and activations, part by part.
+
+    Frozen parts are held in bf16 and have no gradients; trained ones in fp32 with two fp32 moments. Activations of a layer
+    with width h, a heads and s tokens: s b h (34 + 5 a s / h) bytes in half precision (Korthikanti et al., 2022), or 2 s b h
+    with checkpointing and one layer whole. A frozen part has them only where gradients pass through it: the language model in
+    stage 2, not the vision encoder. Of frozen layers that are spread, a card holds its share, the layer at work and the one
+    fetched meanwhile; embeddings stay whole. The contrastive matrix and temporary buffers are not counted.
+
+    Args:
+        stage: 1 or 2.
+        pairs: pictures on one card.
+        tokens: of a caption.
+        checkpointing: recompute layers.
+        shards: cards over which the frozen parts are spread; 1 for a whole copy on each.
+
+    Returns:
+        One `MemoryRow` for each part.
+    """
+    model = build_on_meta(stage)
+    counts, layered = count_parts(model), count_frozen_layers(model)
+
+    def layers(num: int, s: int, b: int, h: int, a: int) -> int:
+        whole = int(s * b * h * (34 + 5 * a * s / h))
+        return 2 * num * s * b * h + whole if checkpointing else num * whole
+
+    activations = {"vision": 0, "language": 0}
+    queries, q = 32, (768, 12)
+    if stage == 1:
+        # The fused pass, and the matching pass on three times as many pairs.
+        activations["qformer"] = layers(12, queries + 2 * tokens, pairs, *q) + layers(
+            12, queries + tokens, 3 * pairs, *q
+        )
+    else:
+        activations["qformer"] = layers(12, queries, pairs, *q)
+        activations["language"] = layers(32, queries + tokens, pairs, 2560, 32) + 6 * pairs * (queries + tokens) * 50304
+    rows = []
+    for part, (total, trained) in counts.items():
+        if total:
+            frozen = total - trained
+            if shards > 1 and layered[part]:
+                frozen += -(-sum(layered[part]) // shards) - sum(layered[part]) + 2 * max(layered[part])
+            weights = 2 * frozen + 4 * trained
+            rows.append(
+                MemoryRow(part, total, trained > total // 2, weights, 4 * trained, 8 * trained, activations[part])
+            )
+    return rows
+
+
+def memory_table(rows: list[MemoryRow]) -> str:
+    """The plan as text, in GiB."""
+    lines = [
+        f"{'part':<12}{'parameters':>14}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}   GiB a card"
+    ]
+    columns = ("weights", "gradients", "optimizer", "activations")
+    for row in rows:
+        lines.append(f"{row.part:<12}{row.parameters:>14,}" + _cells([getattr(row, c) for c in columns]))
+    totals = [sum(getattr(row, c) for row in rows) for c in columns]
+    lines.append(f"{'all':<12}{sum(r.parameters for r in rows):>14,}" + _cells(totals) + f"   {sum(totals) / GIB:.1f}")
+    return "\n".join(lines)
+
+
+def _cells(values: list[int]) -> str:
+    return "".join(f"{v / GIB:>{width}.2f}" for v, width in zip(values, (10, 11, 11, 13), strict=True))
+
+
+def run(config: Blip2OptConfig) -> dict:
+    """Run the recipe; returns the content of its `result.json`."""
+    pairs = max(1, config.fit.batch_size // config.cards)
+    plan = memory_plan(
+        config.stage,
+        pairs=pairs,
+        tokens=config.max_tokens,
+        checkpointing=config.checkpointing,
+        shards=config.cards if config.shard else 1,
+    )
+    spread = ", frozen layers spread over them" if config.shard else ""
+    print(f"stage {config.stage}, {pairs} pairs a card, {config.cards} cards{spread}\n{memory_table(plan)}")  # noqa: T201
+    if config.plan_only:
+        return {"plan": [row.__dict__ for row in plan]}
+    if config.annotations is None or config.pictures is None:
+        raise RunError(
+            "--annotations and --pictures are missing: name dataset_coco.json and the folder of COCO's pictures"
+        )
+    accelerator = blip_accelerator("bf16" if torch.cuda.is_available() else "no")
+    if config.shard and accelerator.num_processes < 2:
+        raise RunError("--shard needs several processes: start with accelerate launch or torchrun")
+    with StopFlag() as stop:
+        data = load_karpathy(config.annotations, config.pictures, Decoding(size=224, cache_dir=config.cache_dir))[
+            "train"
+        ]
+        folder = config.out / f"train-{config.stage}"
+        if accelerator.is_main_process:
+            claim_folder(config.out / f"settings-{config.stage}", config, data.fingerprint, ignored=("cards",))
+        accelerator.wait_for_everyone()
+        model, forward = (_first if config.stage == 1 else _second)(config, data, accelerator)
+        if config.checkpointing:
+            model.gradient_checkpointing_enable()
+        if config.shard:
+            model.shard_frozen()
+        fit_blip(
+            model, forward, len(data), config.fit, folder, seed=0, stop=stop, accelerator=accelerator,
+            label=f"stage {config.stage}", save_every=config.save_every, tensorboard=config.tensorboard,
+        )  # fmt: skip
+        if config.shard or accelerator.is_main_process:
+            model.save_pretrained(config.out / f"stage{config.stage}")
+        if not accelerator.is_main_process:
+            return {}
+    result = {"format": 1, "recipe": "blip2-opt-2.7b", "stage": config.stage, "data": data.fingerprint, "n": len(data)}
+    write_json(config.out / f"result-{config.stage}.json", result)
+    return result
+
+
+def _pixels(data, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    x = data.batch(rows).to(device).float() / 255
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
+    return (x - mean) / std
+
+
+def _caption(data, row: int, epoch: int) -> str:
+    captions = data.captions[row]
+    return captions[int(np.random.default_rng([epoch, row]).integers(len(captions)))]
+
+
+def _first(config: Blip2OptConfig, data, accelerator):
+    from transformers import AutoTokenizer
+
+    model = HyperBlip2ForPretraining.from_blip2(config.source, HyperbolicConfig(similarity=config.similarity))
+    model.cast_vision(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    model.use_tokenizer(tokenizer)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(data.ids))}
+
+    def forward(wrapped, rows, epoch, number, share):
+        captions = [_caption(data, int(i), epoch) for i in rows]
+        made = tokenizer(
+            captions, padding="max_length", truncation=True, max_length=config.max_tokens, return_tensors="pt"
+        )
+        ids, mask = (made[k].to(accelerator.device) for k in ("input_ids", "attention_mask"))
+        same = torch.tensor([numbers[data.ids[int(i)]] for i in rows], device=accelerator.device)
+        out = wrapped(_pixels(data, rows, accelerator.device), ids, mask, image_ids=same, step=number, progress=share)
+        parts = {f"loss/{n}": getattr(out, f"loss_{n}").detach() for n in ("itc", "itm", "lm")}
+        return out.loss, {**parts, **out.diagnostics}
+
+    return model, forward
+
+
+def _second(config: Blip2OptConfig, data, accelerator):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Blip2ForConditionalGeneration
+
+    first = HyperBlip2ForPretraining.from_pretrained(config.out / "stage1")
+    source = Blip2ForConditionalGeneration.from_pretrained(config.source, dtype=torch.bfloat16)
+    language: AutoModelForCausalLM = source.language_model
+    tokenizer = AutoTokenizer.from_pretrained(config.source)
+    token = source.config.image_token_index or IMAGE_TOKEN_ID
+    model = HyperBlip2ForConditionalGeneration.from_pretraining(first, language, image_token_id=token)
+    model.cast_vision(torch.bfloat16)
+
+    def forward(wrapped, rows, epoch, number, share):
+        captions = [_caption(data, int(i), epoch) for i in rows]
+        batch = caption_batch(
+            captions, tokenizer, num_queries=model.num_queries, image_token_id=token, max_tokens=config.max_tokens
+        )
+        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
+        return wrapped(_pixels(data, rows, accelerator.device), **batch).loss, {}
+
+    return model, forward
+
+
+__all__ = [
+    "Blip2OptConfig",
+    "MemoryRow",
+    "build_on_meta",
+    "count_frozen_layers",
+    "count_parts",
+    "memory_plan",
+    "memory_table",
+    "run",
+]

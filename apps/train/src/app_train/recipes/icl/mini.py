@@ -1,0 +1,339 @@
+"""Recipe `icl-mini`: a small LLaVA that reads demonstrations, trained on interleaved episodes of easy-VQA and emoji naming.
+
+    python apps/train icl-mini
+    python apps/eval icl-study runs/icl-mini --json docs/results/hyper-icl-model.json
+
+Frozen EfficientNet-Lite0 and frozen SmolLM2-135M; trained are the connector and LoRA on the language model's attention. First the
+connector alone maps pictures to the embeddings of their words, which costs no language model. Then episodes: 0, 2 or 4
+demonstrations and a query, with a loss on every answer. So that the context is worth reading, a share of the demonstrations asks
+what the query asks, and a share of the emoji episodes shows the query's emoji by another artist. Every tenth picture and half of
+the emoji names never train.
+"""
+
+import resource
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import inject_adapter_in_model
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor
+
+from app_data.sets.emoji import load_emoji
+from app_data.sets.episodes import (
+    IMAGE_TOKEN,
+    WEIGHTS,
+    IclItems,
+    IclMini,
+    build_llava,
+    easy_vqa_items,
+    emoji_items,
+    emoji_names,
+    eye_features,
+    held_out_pictures,
+)
+from app_data.sets.vqa import load_easy_vqa
+from app_data.weights.smollm2 import load_smollm2
+from app_eval.measure.results import write_json
+from app_train.core.checkpoint import remove_checkpoints
+from app_train.core.config import Frozen, StageConfig, claim_folder, config_hash
+from app_train.core.errors import RunError
+from app_train.core.interrupt import StopFlag
+from app_train.core.records import read_records
+from app_train.recipes.blip.loop import blip_accelerator, fit_blip
+from app_train.recipes.lora.rows import finished
+from hyper_icl import lora_config
+
+ARTISTS = ("openmoji", "noto-300", "noto-700")
+# Half of the questions are yes/no; in the data they are three of four.
+KINDS = {"yes/no": 0.5, "shape": 0.25, "color": 0.25}
+
+
+class AlignStage(StageConfig):
+    """The connector alone, against the embeddings of words: seconds."""
+
+    epochs: int = Field(12, ge=0)
+    lr: float = Field(1e-3, gt=0)
+    batch_size: int = Field(64, ge=1)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class EpisodeStage(StageConfig):
+    """Connector and LoRA on episodes."""
+
+    epochs: int = Field(1, ge=0)
+    lr: float = Field(1e-3, gt=0)
+    batch_size: int = Field(8, ge=1)
+
+
+class IclMiniConfig(Frozen):
+    """A small LLaVA that reads demonstrations."""
+
+    out: Path = Path("runs/icl-mini")
+    """Run folder; the same command goes on from what it holds."""
+    seed: int = Field(0, ge=0)
+    size: int = Field(96, ge=32)
+    """Height and width to which pictures are enlarged for the eye."""
+    align: AlignStage = AlignStage()
+    episodes: EpisodeStage = EpisodeStage()
+    num_episodes: int = Field(3200, ge=1)
+    """Episodes an epoch."""
+    shots: tuple[int, ...] = (0, 2, 4)
+    """Numbers of demonstrations; each batch draws one."""
+    emoji_share: float = Field(0.25, ge=0, le=1)
+    """Share of episodes that name emoji; the others are easy-VQA."""
+    related: float = Field(0.5, ge=0, le=1)
+    """Share of demonstrations with the query's question, and of emoji episodes that show the query's emoji."""
+    rank: int = Field(8, ge=0)
+    """Rank of LoRA; 0 trains the connector alone."""
+    lora_alpha: int = Field(16, ge=1)
+    save_every: int = Field(20, ge=1)
+    """Steps between two checkpoints."""
+    cache_dir: Path | None = None
+    """Where pictures and their features are kept; the user's cache folder if not given."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Items to draw episodes from, by kind and by what makes a demonstration related."""
+
+    items: IclItems
+
+    @cached_property
+    def by_kind(self) -> dict[str, np.ndarray]:
+        """Positions of each kind."""
+        return self._by(self.items.kinds)
+
+    @cached_property
+    def by_relation(self) -> dict[str, np.ndarray]:
+        """Positions of each question; of emoji, whose question is one, of each answer."""
+        return self._by(self._relations)
+
+    @property
+    def _relations(self) -> tuple[str, ...]:
+        return self.items.answers if self.is_emoji else self.items.questions
+
+    @property
+    def is_emoji(self) -> bool:
+        """Whether relation goes by answer."""
+        return self.items.name == "emoji"
+
+    @staticmethod
+    def _by(labels: Sequence[str]) -> dict[str, np.ndarray]:
+        found = defaultdict(list)
+        for position, label in enumerate(labels):
+            found[label].append(position)
+        return {label: np.array(positions) for label, positions in found.items()}
+
+    def draw(self, num_demos: int, related: float, draw: np.random.Generator) -> list[int]:
+        """Demonstrations and a query, whose picture is not among them.
+
+        Args:
+            num_demos: K.
+            related: Share of related demonstrations (of emoji: of episodes with one).
+            draw: Source of chance.
+        """
+        kinds = [kind for kind in self.by_kind if self.is_emoji or kind in KINDS]
+        weights = np.array([KINDS.get(kind, 1.0) for kind in kinds])
+
+        def any_item() -> int:
+            kind = kinds[draw.choice(len(kinds), p=weights / weights.sum())]
+            return int(draw.choice(self.by_kind[kind]))
+
+        query = any_item()
+        row, same = self.items.rows[query], self.by_relation[self._relations[query]]
+        same = same[self.items.rows[same] != row]
+        demos = []
+        while len(demos) < num_demos:
+            wanted = not self.is_emoji and len(same) and draw.random() < related
+            one = int(draw.choice(same)) if wanted else any_item()
+            if self.items.rows[one] != row:
+                demos.append(one)
+        if self.is_emoji and demos and len(same) and draw.random() < related:
+            demos[int(draw.integers(num_demos))] = int(draw.choice(same))
+        return [*demos, query]
+
+
+def run(config: IclMiniConfig) -> dict:
+    """Run the recipe; returns the content of its `result.json`."""
+    accelerator = blip_accelerator()
+    with StopFlag() as stop:
+        language, tokenizer = load_language()
+        sources, fingerprint, answers = load_sources(config, tokenizer)
+        for source in sources:
+            if len(np.unique(source.items.rows)) <= max(config.shots):
+                raise RunError(
+                    f"shots must be smaller than the {len(np.unique(source.items.rows))} pictures of {source.items.name}, "
+                    f"got {max(config.shots)}"
+                )
+        free = ("out", "cache_dir", "save_every", "tensorboard")
+        claim_folder(config.out, config, fingerprint, ignored=free)
+        settings = config.model_dump(mode="json", exclude={*free, "align"})
+        facts = {"recipe": "icl-mini", "seed": config.seed, "data": fingerprint}
+        facts["config"] = config_hash(config.align, **settings)
+        known = finished(config.out, facts)
+        if known is not None:
+            return known
+        begun = time.monotonic()
+        model = make_model(config, language, tokenizer, sources)
+        _align(config, model, sources, stop, accelerator)
+        _episodes(config, model, sources, stop, accelerator)
+        losses = [r["loss"] for r in read_records(config.out / "train-2" / "metrics.jsonl")]
+        tail = losses[-max(1, len(losses) // 10) :]
+        result = {
+            "format": 1,
+            **facts,
+            "steps": len(losses),
+            "loss_of_last_tenth": round(float(np.mean(tail)), 4) if tail else None,
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "seconds_of_last_start": round(time.monotonic() - begun),
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10),
+        }  # fmt: skip
+        model.card = {
+            **{key: result[key] for key in ("recipe", "seed", "data", "config", "steps")},
+            "size": config.size,
+            "rank": config.rank,
+            "lora_scale": config.lora_alpha / config.rank if config.rank else 0.0,
+            "eye_width": model.llava.config.vision_config.hidden_size,
+            "shots": list(config.shots),
+            "options": f"--num-episodes {config.num_episodes} --align.epochs {config.align.epochs}",
+            "emoji_answers_held_out": list(answers),
+        }
+        _publish(model, config.out / "model")
+        write_json(config.out / "result.json", result)
+        for stage in ("train-1", "train-2"):
+            remove_checkpoints(config.out / stage)
+    print(  # noqa: T201
+        f"{result['steps']} steps, loss of the last tenth {result['loss_of_last_tenth']}\n"
+        f"study: python apps/eval icl-study {config.out} --json docs/results/hyper-icl-model.json"
+    )
+    return result
+
+
+def load_language() -> tuple[torch.nn.Module, object]:
+    """The language model and its tokenizer."""
+    return load_smollm2()
+
+
+def load_sources(config: IclMiniConfig, tokenizer: object) -> tuple[list[Source], str, tuple[str, ...]]:
+    """What episodes are drawn from, the data's fingerprint, and the emoji names that never train."""
+    train = load_easy_vqa()["train"]
+    vqa = easy_vqa_items(train, eye_features(train, config.size, config.cache_dir))
+    found, prints, answers = [Source(vqa.select(np.flatnonzero(~held_out_pictures(vqa))))], [train.fingerprint], ()
+    if config.emoji_share:
+        drawn = load_emoji(ARTISTS, size=config.size, cache_dir=config.cache_dir)
+        features = eye_features(drawn, config.size, config.cache_dir)
+        names, answers = emoji_names(drawn.names, tokenizer)
+        found.append(Source(emoji_items(drawn, features, names)))
+        prints.append(drawn.fingerprint)
+    return found, "-".join(prints), answers
+
+
+def make_model(config: IclMiniConfig, language: torch.nn.Module, tokenizer, sources: Sequence[Source]) -> IclMini:
+    """The untrained model: everything frozen but the connector and, if asked for, LoRA, whose weights depend on the seed."""
+    width = sources[0].items.features.shape[1]
+    llava = build_llava(language, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), width, config.seed)
+    llava.requires_grad_(False)
+    llava.model.vision_tower.fit_statistics(torch.cat([_trained_features(s) for s in sources]))
+    if config.rank:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            inject_adapter_in_model(lora_config(llava, config.rank, lora_alpha=config.lora_alpha), llava)
+    llava.model.multi_modal_projector.requires_grad_(True)
+    return IclMini(llava, tokenizer)
+
+
+def _trained_features(source: Source) -> Tensor:
+    return source.items.features[torch.from_numpy(np.unique(source.items.rows))]
+
+
+def _set_lora(model: IclMini, trains: bool) -> None:
+    for name, value in model.named_parameters():
+        if ".lora_" in name:
+            value.requires_grad_(trains)
+
+
+def words_of_pictures(sources: Sequence[Source], model: IclMini) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of the pictures of which a word is known, their words as shares, and the words' token ids.
+
+    Known are colour and shape as far as a question asks for them, and the names of emoji. Of a word of several tokens the first
+    stands for it.
+    """
+    found: list[tuple[Tensor, set[int]]] = []
+    for source in sources:
+        words = defaultdict(set)
+        for row, answer, kind in zip(source.items.rows, source.items.answers, source.items.kinds, strict=True):
+            if kind != "yes/no":
+                words[int(row)].add(model.answer_ids(answer)[0])
+        found += [(source.items.features[row], ids) for row, ids in sorted(words.items())]
+    ids = sorted(set().union(*(one for _, one in found)))
+    at = {token: column for column, token in enumerate(ids)}
+    shares = torch.zeros(len(found), len(ids))
+    for number, (_, one) in enumerate(found):
+        shares[number, [at[token] for token in one]] = 1 / len(one)
+    return torch.stack([features for features, _ in found]), shares, torch.tensor(ids)
+
+
+def _align(
+    config: IclMiniConfig, model: IclMini, sources: Sequence[Source], stop: StopFlag, accelerator: Accelerator
+) -> None:
+    done = config.out / "aligned"
+    if not done.exists():
+        features, shares, ids = words_of_pictures(sources, model)
+
+        def forward(wrapped, rows: np.ndarray, epoch: int, number: int, share: float):
+            device = accelerator.device
+            return wrapped(features[rows].to(device), words=shares[rows].to(device), word_ids=ids.to(device)), {}
+
+        _set_lora(model, False)
+        _fit(config, config.align, model, forward, len(features), "train-1", "connector", stop, accelerator)
+        _set_lora(model, True)
+        _publish(model, done)
+    # Read back also after training it here: a run that was stopped in between has seen the same numbers.
+    model.llava.load_state_dict(load_file(done / WEIGHTS), strict=False)
+
+
+def _episodes(
+    config: IclMiniConfig, model: IclMini, sources: Sequence[Source], stop: StopFlag, accelerator: Accelerator
+) -> None:
+    def forward(wrapped, rows: np.ndarray, epoch: int, number: int, share: float):
+        # One K for a batch, so that little is padded.
+        num_demos = int(np.random.default_rng([config.seed, 1, number]).choice(config.shots))
+        episodes = []
+        for row in rows.tolist():
+            draw = np.random.default_rng([config.seed, 2, epoch, row])
+            source = sources[-1] if len(sources) > 1 and draw.random() < config.emoji_share else sources[0]
+            episodes.append([source.items[i] for i in source.draw(num_demos, config.related, draw)])
+        batch = {name: value.to(accelerator.device) for name, value in model.episode_batch(episodes).items()}
+        return wrapped(**batch), {"num_demos": torch.tensor(float(num_demos))}
+
+    _fit(config, config.episodes, model, forward, config.num_episodes, "train-2", "episodes", stop, accelerator)
+
+
+def _fit(config, stage, model, forward, num, folder, label, stop, accelerator) -> None:
+    fit_blip(
+        model, forward, num, stage, config.out / folder, seed=config.seed, stop=stop, accelerator=accelerator,
+        label=label, save_every=config.save_every, tensorboard=config.tensorboard,
+    )  # fmt: skip
+
+
+def _publish(model: IclMini, folder: Path) -> None:
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save(unfinished)
+    unfinished.rename(folder)
+
+
+__all__ = ["IclMiniConfig", "Source", "run"]

@@ -1,0 +1,243 @@
+"""Carry out one run of the hier-lora study; each returns named outcomes on the test pictures."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from app_data.read.splits import withhold_leaves
+from app_data.sets.cifar100 import take_shots
+from app_eval.measure.embed import neighbour_logits, node_logits
+from app_eval.measure.paths import Outcome, outcome
+from app_train.core.checkpoint import remove_checkpoints
+from app_train.core.config import FitConfig, StageConfig
+from app_train.core.interrupt import StopFlag
+from app_train.recipes.lora.heads import HeadFit, TreeLoss, head_logits, head_state, set_head, start_head, train_head
+from app_train.recipes.lora.loop import fit
+from app_train.recipes.lora.retree import permute_parents, rewire
+from app_train.recipes.lora.rows import Bench, build_model, cuts_for, make_accelerator
+from app_train.recipes.lora.study_data import Split, StudyData
+from app_train.recipes.lora.study_plan import SHOTS, Run
+from hier_lora import HierLoraCLIP, PromptSet
+from hier_losses import Taxonomy
+
+Outcomes = dict[str, tuple[Outcome, dict]]
+# The second stage of the `towers` runs: short, because the text tower reads every prompt in every step.
+LORA_STAGE = StageConfig(epochs=1, lr=2e-3, batch_size=64)
+TOWERS_TEST_SHOTS = 20
+
+
+@dataclass
+class Bank:
+    """What runs share: the base model, the data sets, and zero-shot models by taxonomy (their prompts cost seconds)."""
+
+    base: nn.Module
+    data: dict[str, StudyData]
+    head: HeadFit
+    stop: StopFlag
+
+    def __post_init__(self) -> None:
+        self._models: dict[str, HierLoraCLIP] = {}
+        self._fresh: dict[str, dict[str, Tensor]] = {}
+
+    def model(self, data: StudyData) -> HierLoraCLIP:
+        """The zero-shot model over a data set's whole taxonomy, with a fresh head centred on its training pictures."""
+        if data.name not in self._models:
+            self._models[data.name] = self.new_model(data.taxonomy, data)
+            self._fresh[data.name] = head_state(self._models[data.name])
+        model = self._models[data.name]
+        set_head(model, self._fresh[data.name])
+        start_head(model, data.train.features)
+        return model
+
+    def new_model(self, tax: Taxonomy, data: StudyData) -> HierLoraCLIP:
+        """A zero-shot model over any taxonomy, with the words that the data set gives to nodes of the same path."""
+        paths = (data.taxonomy.path_of(v) for v in range(data.taxonomy.num_nodes))
+        words = dict(zip(paths, data.train.pictures.node_text, strict=True))
+        names = [words.get(tax.path_of(v), tax.names[v]) for v in range(tax.num_nodes)]
+        prompts = PromptSet(tax, (data.template,), names=names)
+        with torch.random.fork_rng(devices=[]):
+            return HierLoraCLIP(copy.deepcopy(self.base), tax, text="cached", prompts=prompts, center_text=True)
+
+
+def carry_out(run: Run, bank: Bank, rate: float) -> Outcomes:
+    """Do a run with a learning rate that validation chose."""
+    data = bank.data[run.data]
+    kinds: dict[str, Callable[[Run, Bank, StudyData, float], Outcomes]] = {
+        "fixed": _fixed, "head": _head, "update": _update, "towers": _towers,
+    }  # fmt: skip
+    return kinds[run.kind](run, bank, data, rate)
+
+
+def _scored(model: HierLoraCLIP, data: StudyData, test: Split | None = None) -> Outcome:
+    test = data.test if test is None else test
+    logits = head_logits(model, test.features, centred=data.centred)
+    return outcome(logits, test.targets, data.taxonomy, data.cuts)
+
+
+def _fixed(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
+    if run.row == "zero_shot":
+        return {"": (_scored(bank.model(data), data), {})}
+    logits = neighbour_logits(
+        data.train.features, torch.from_numpy(data.train.targets), data.test.features, data.taxonomy
+    )
+    return {"": (outcome(logits, data.test.targets, data.taxonomy, data.cuts), {})}
+
+
+def _head(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
+    options = run.options
+    if "leaves" in options:
+        data = _fewer_leaves(data, options["leaves"])
+        model = bank.new_model(data.taxonomy, data)
+        start_head(model, data.train.features)
+    else:
+        model = bank.model(data)
+    train, facts, edges, consistency = data.train, {}, None, None
+    if "share" in options:
+        edges = rewire(data.taxonomy, options["share"], run.seed)
+        facts["edges changed"] = edges.changed
+    if options.get("permuted"):
+        consistency = permute_parents(data.taxonomy, run.seed)
+        facts["edges changed"] = consistency.changed
+    if "tail" in options:
+        rows, counts = _long_tail(train, options["tail"], run.seed)
+        train, facts["pictures per leaf"] = train.select(rows), counts
+    loss = TreeLoss(run.loss, data.taxonomy, edges, consistency)
+    train_head(model, train.features, train.targets, loss, rate, bank.head, run.seed)
+    if "leaves" in options:
+        facts["tree"] = data.taxonomy.to_json()
+    return {"": (_scored(model, data), facts)}
+
+
+def _fewer_leaves(data: StudyData, num: int) -> StudyData:
+    """The data set with so many leaves, spread over the tree; the others leave the taxonomy."""
+    tax = data.taxonomy
+    leaves = tax.leaf.numpy()
+    kept = set(leaves[np.linspace(0, len(leaves) - 1, num).round().astype(int)].tolist())
+    needed = {u for leaf in kept for u in tax.paths[leaf].tolist() if u >= 0}
+    update = tax.prune([v for v in range(tax.num_nodes) if v not in needed])
+    parts = [
+        _moved(part, np.isin(part.targets, list(kept)), update.old_to_new, update.taxonomy, data)
+        for part in (data.train, data.test)
+    ]
+    return replace(data, train=parts[0], test=parts[1], cuts=cuts_for(update.taxonomy))
+
+
+def _moved(part: Split, mask: np.ndarray, old_to_new: Tensor, tax: Taxonomy, data: StudyData) -> Split:
+    chosen = part.select(np.flatnonzero(mask))
+    words = [""] * tax.num_nodes
+    for old, new in enumerate(old_to_new.tolist()):
+        if new >= 0:
+            words[new] = data.train.pictures.node_text[old]
+    targets = old_to_new[torch.from_numpy(chosen.targets)].numpy()
+    pictures = replace(chosen.pictures, targets=targets, taxonomy=tax, node_text=tuple(words))
+    return Split(pictures, chosen.features)
+
+
+def _long_tail(train: Split, ratio: int, seed: int) -> tuple[np.ndarray, list[int]]:
+    """Training rows whose number per leaf falls geometrically from all to all / ratio, over leaves in random order."""
+    leaves = np.unique(train.targets)
+    order = np.random.default_rng([seed, 3]).permutation(len(leaves))
+    most = np.bincount(train.targets).max()
+    counts = np.maximum(1, np.round(most * ratio ** (-np.arange(len(leaves)) / (len(leaves) - 1)))).astype(int)
+    rows = []
+    for count, which in zip(counts, order, strict=True):
+        mine = np.flatnonzero(train.targets == leaves[which])
+        rows += np.random.default_rng([seed, 4, int(which)]).permutation(mine)[:count].tolist()
+    per_leaf = np.zeros(len(leaves), int)
+    per_leaf[order] = counts
+    return np.array(sorted(rows)), per_leaf.tolist()
+
+
+def hidden_nodes(tax: Taxonomy, unit: str, share: float, seed: int) -> list[int]:
+    """Leaves, or parents of leaves with all below them, to hide: so many percent, never the last child of a parent."""
+    if unit == "leaf":
+        return withhold_leaves(tax, share, seed).tolist()
+    draw = np.random.default_rng([seed, 5])
+    leaf, size = tax.leaf_index.numpy() >= 0, tax.group_size.numpy()
+    start, parent = tax.group_start.numpy(), tax.parent.numpy()
+    low = [v for v in range(tax.num_nodes) if size[v + 1] and leaf[start[v + 1] : start[v + 1] + size[v + 1]].all()]
+    left = {v: int(size[v]) for v in range(tax.num_nodes + 1)}
+    chosen: list[int] = []
+    for node in draw.permutation(low).tolist():
+        if len(chosen) == round(share * len(low)):
+            break
+        if left[parent[node] + 1] > 1:
+            chosen.append(node)
+            left[parent[node] + 1] -= 1
+    return chosen
+
+
+def _update(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
+    """Train without some classes, add them to the taxonomy untrained, then show a few pictures of each class."""
+    full = data.taxonomy
+    hidden = hidden_nodes(full, run.options["unit"], run.options["share"], run.seed)
+    smaller = full.prune(hidden)
+    known = smaller.old_to_new[torch.from_numpy(data.train.targets)].numpy() >= 0
+    part = _moved(data.train, known, smaller.old_to_new, smaller.taxonomy, data)
+    model = bank.new_model(smaller.taxonomy, data)
+    start_head(model, part.features)
+    train_head(model, part.features, part.targets, TreeLoss(run.loss, smaller.taxonomy), rate, bank.head, run.seed)
+    before = model.node_features.clone()
+    words = {full.path_of(v): data.train.pictures.node_text[v] for v in range(full.num_nodes)}
+    update = model.update_taxonomy(full, {p: w for p, w in words.items() if smaller.old_to_new[full.index(p)] < 0})
+    kept = update.old_to_new >= 0
+    drift = float((model.node_features[update.old_to_new[kept]] - before[kept]).abs().max())
+    new = [v for v in full.leaf.tolist() if smaller.old_to_new[v] < 0]
+    facts = {"new leaves": new, "largest change of an old text feature": drift, "shots": 0}
+    found = {"shots-0": (_scored(model, data), facts)}
+    state = head_state(model)
+    for shots in SHOTS[data.name]:
+        set_head(model, state)
+        rows, _ = take_shots(data.train.pictures, shots, run.seed)
+        few = data.train.select(rows)
+        # A third of the steps and of the rate: the head is near its place already.
+        short = replace(bank.head, epochs=max(1, bank.head.epochs // 3))
+        train_head(model, few.features, few.targets, TreeLoss(run.loss, full), rate / 3, short, run.seed)
+        found[f"shots-{shots}"] = (_scored(model, data), {**facts, "shots": shots})
+    return found
+
+
+def _towers(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
+    """Head first, then LoRA on one tower or both; scored on a part of the test pictures."""
+    rows, _ = take_shots(data.test.pictures, TOWERS_TEST_SHOTS, seed=0)
+    test = data.test.pictures.select(rows)
+    towers = run.options["towers"]
+    config = _towers_config(bank.head, towers, rate)
+    accelerator = make_accelerator(config)
+    text = "cached" if towers in ("head", "vision") else "live"
+    bench = Bench(
+        bank.base,
+        data.train.pictures,
+        test,
+        data.train.features,
+        data.cuts,
+        data.template,
+        bank.stop,
+        accelerator,
+        text=text,
+    )
+    model = build_model(bench, config, run.seed)
+    folder = Path(run.options["folder"])
+    fit(
+        model, bench.train, bench.features, run.loss, config, folder,
+        seed=run.seed, stop=bank.stop, accelerator=accelerator, label=run.folder,
+    )  # fmt: skip
+    logits = node_logits(model, test, centred=data.centred, check=bench.check)
+    trained = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    facts = {"LoRA weights": 0 if towers == "head" else trained}
+    remove_checkpoints(folder)
+    return {"": (outcome(logits, test.targets, data.taxonomy, data.cuts), facts)}
+
+
+def _towers_config(head: HeadFit, towers: str, rate: float) -> FitConfig:
+    stage = LORA_STAGE.model_copy(update={"epochs": 0}) if towers == "head" else LORA_STAGE
+    config = head.schedule_config(rate).model_copy(update={"lora": stage, "rank": 4, "lora_alpha": 8})
+    return config.model_copy(update={"towers": "vision" if towers == "head" else towers, "save_every": 10})
+
+
+__all__ = ["Bank", "Outcomes", "carry_out", "hidden_nodes"]

@@ -1,0 +1,1 @@
+"""Modality Alignment across Trees."""
