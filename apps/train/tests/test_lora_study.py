@@ -10,7 +10,7 @@ import torch
 from app_data.read.pictures import PictureSet
 from app_train.core.errors import RunError
 from app_train.core.interrupt import StopFlag
-from app_train.recipes.lora.folder import study as lora_study
+from app_train.recipes.lora import study as lora_study
 from app_train.recipes.lora.heads import HeadFit, TreeLoss
 from app_train.recipes.lora.objective import loss_parts
 from app_train.recipes.lora.retree import permute_parents, rewire, with_parents

@@ -11,10 +11,10 @@ from PIL import Image
 
 from app_train.core.errors import Interrupted, RunError
 from app_train.core.interrupt import StopFlag
+from app_train.recipes.mat import clip as mat_clip
+from app_train.recipes.mat import variants as mat
 from app_train.recipes.mat.published import PUBLISHED, published
 from app_train.recipes.mat.rows import VARIANTS, depths, study_rows, trained_as
-from app_train.recipes.mat.variants import clip as mat_clip
-from app_train.recipes.mat.variants import variants as mat
 
 LEAVES = {"cat": (200, 40, 40), "dog": (40, 200, 40), "oak_tree": (40, 40, 200)}
 NODES = [("root", None), ("animal", 0), ("plant_1", 0), ("cat", 1), ("dog", 1), ("oak_tree", 2)]

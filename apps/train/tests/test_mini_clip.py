@@ -10,9 +10,9 @@ import torch
 from app_data.read.pictures import PictureSet
 from app_train.core.errors import Interrupted, RunError
 from app_train.core.interrupt import StopFlag
+from app_train.recipes.mat import mini as mat_mini
+from app_train.recipes.mat import mini_clip
 from app_train.recipes.mat.clip import load_clip
-from app_train.recipes.mat.variants import mini as mat_mini
-from app_train.recipes.mat.variants import mini_clip
 from hier_losses import Taxonomy
 
 TREE = Taxonomy.from_paths([("food", "red apple"), ("food", "leek"), ("animal", "ox"), ("animal", "fox")])
