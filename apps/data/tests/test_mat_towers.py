@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from app_data.weights.towers import LITE0_WIDTHS, cached_features, dinov2_visual, lite0_stages
+from app_data.store.features import cached_features
+from app_data.weights.towers import LITE0_WIDTHS, dinov2_visual, lite0_stages
 
 
 def test_stages_end_in_the_pooled_features(model_assets):

@@ -7,9 +7,10 @@ import pytest
 import torch
 import yaml
 
+from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_eval.measure.paths import outcome
-from app_eval.measure.results import save_row, write_json
+from app_eval.measure.results import save_row
 from app_eval.show.stories.emoji import ROWS, write_first_light
 from hier_losses.treecuts import sample_cuts
 

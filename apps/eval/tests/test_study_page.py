@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_eval.measure.paths import outcome
-from app_eval.measure.results import save_outcome, write_json
+from app_eval.measure.results import save_outcome
 from app_eval.show.stories.lora import verdict, write_study_page
 from app_eval.show.stories.lora_results import find, reduce_study
 from hier_losses import Taxonomy

@@ -1,114 +1,91 @@
-"""The command line: `python apps/train RECIPE [--config FILE] [--key value ...]`."""
+"""The command line: `hier COMMAND ...`, and `python apps/train RECIPE ...` for its command `train`."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import tyro
 from pydantic import ValidationError
 
 from app_data.store.errors import DataError, MissingAssetError
-from app_data.store.memory import keep_freed_memory
-from app_train.core.config import Frozen, explain, read_yaml
+from app_train.core.config import RunConfig, explain, read_yaml
 from app_train.core.errors import Interrupted, RunError
+from app_train.recipes import ALIASES, RECIPES
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe: what it does, and where its settings and the function that runs it are.
-
-    Attributes:
-        help: one line for `--help`.
-        module: below `app_train.recipes`, imported only when the recipe is chosen.
-        settings: name of the settings class there.
-        function: name of the function there that runs them.
-    """
-
-    help: str
-    module: str
-    settings: str
-    function: str = "run"
-
-    def load(self) -> tuple[type[Frozen], Callable[[Frozen], dict]]:
-        """Import the settings and the function."""
-        module = import_module(f"app_train.recipes.{self.module}")
-        return getattr(module, self.settings), getattr(module, self.function)
-
-
-RECIPES = {
-    "emoji": Recipe(
-        "compare losses on emoji: trained on two artists, tested on a third (the default of `nox -s train`)",
-        "lora.emoji",
-        "EmojiConfig",
-    ),
-    "lora": Recipe("fine-tune on your own folder of pictures with your own taxonomy", "lora.folder", "LoraConfig"),
-    "cifar100-fewshot": Recipe(
-        "compare losses on few-shot CIFAR-100 under a WordNet tree", "lora.cifar100", "CifarConfig"
-    ),
-    "cub": Recipe("CUB-200-2011 with CLIP", "lora.papers", "CubConfig", "run_cub"),
-    "aircraft": Recipe("FGVC-Aircraft with CLIP", "lora.papers", "AircraftConfig", "run_aircraft"),
-    "butterfly": Recipe("Butterfly-200 with CLIP", "lora.papers", "ButterflyConfig", "run_butterfly"),
-    "inaturalist": Recipe(
-        "iNaturalist 2021 with CLIP, 16,343 nodes", "lora.papers", "InaturalistConfig", "run_inaturalist"
-    ),
-    "chest": Recipe("ChestX-ray14 with CLIP, several findings a picture", "lora.chest", "ChestConfig"),
-    "lora-study": Recipe("the experiments of docs/results/hier-lora.md", "lora.study", "StudyConfig"),
-    "mat": Recipe(
-        "Modality Alignment across Trees on cached features: its variants and open questions",
-        "mat.variants",
-        "MATConfig",
-    ),
-    "mat-clip": Recipe(
-        "Modality Alignment across Trees on CLIP weights: the sixteen published configurations",
-        "mat.clip",
-        "MATClipConfig",
-    ),
-    "mini-clip": Recipe(
-        "a small open_clip model distilled on emoji, for the recipe mat-mini", "mat.mini_clip", "MiniClipConfig"
-    ),
-    "mat-mini": Recipe(
-        "Modality Alignment across Trees by prompts on the small CLIP of the recipe mini-clip",
-        "mat.mini",
-        "MATMiniConfig",
-    ),
-    "blip-mini": Recipe(
-        "a small hyperbolic BLIP-2 on emoji: retrieval, captions, radii", "blip.mini", "BlipMiniConfig"
-    ),
-    "blip2-opt-2.7b": Recipe(
-        "hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO, several cards", "blip.opt", "Blip2OptConfig"
-    ),
-    "icl-mini": Recipe("a small LLaVA that reads demonstrations: easy-VQA and emoji", "icl.mini", "IclMiniConfig"),
-    "icl-distill": Recipe(
-        "calibrated attention distilled into LoRA weights of a finished icl-mini", "icl.distill", "IclDistillConfig"
-    ),
+# Commands of `app_eval`, each imported only when it is asked for.
+ASK = {
+    "predict": "the path of each picture through the tree, level by level, with probabilities",
+    "caption": "describe pictures with a trained blip-mini",
+    "search": "find the pictures of a folder that fit a text best",
+    "select": "choose demonstrations from a pool for a query",
+    "page": "write a results page from stored results",
+    "eval": "evaluate a finished model: icl or selection",
 }
+
+
+def hier(argv: Sequence[str] | None = None) -> int:
+    """Run a command of `hier`; user errors end in one sentence on standard error and exit status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": "run a recipe", "recipes": "what each recipe needs, and whether it is here", **ASK}
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: hier COMMAND ...   (hier COMMAND --help says more)\n")  # noqa: T201
+        for name, text in commands.items():
+            print(f"  {name:<10}{text}")  # noqa: T201
+        return 0 if argv else 2
+    if argv[0] == "train":
+        return main(argv[1:])
+    if argv[0] == "recipes":
+        return list_recipes()
+    if argv[0] in ASK:
+        from app_eval.cli import main as ask
+
+        return ask(argv)
+    return _fail(f"unknown command {argv[0]!r}; the commands are {', '.join(commands)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe; user errors end in one sentence on standard error and exit status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python apps/train RECIPE [--config FILE] [options]   (RECIPE --help lists them)\n")  # noqa: T201
+        print("usage: hier train RECIPE [--config FILE] [options]   (RECIPE --help lists them)\n")  # noqa: T201
         for name, recipe in RECIPES.items():
             print(f"  {name:<18}{recipe.help}")  # noqa: T201
         return 0 if argv else 2
-    if argv[0] not in RECIPES:
+    name = ALIASES.get(argv[0], argv[0])
+    if name not in RECIPES:
         return _fail(f"unknown recipe {argv[0]!r}; the recipes are {', '.join(RECIPES)}")
-    keep_freed_memory()
+    recipe = RECIPES[name]
+
+    def work() -> int:
+        config = parse(name, recipe.kind(), argv[1:])
+        # Only now: what runs a recipe imports torch, which costs seconds.
+        from app_data.store.memory import keep_freed_memory
+
+        keep_freed_memory()
+        recipe.function()(config)
+        return 0
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Do the work; whatever a person can mend ends in one sentence on standard error and exit status 2."""
     try:
-        kind, run = RECIPES[argv[0]].load()
-        run(parse(argv[0], kind, argv[1:]))
+        return work()
     except Interrupted as stop:
         print("stopped; the same command goes on from here", file=sys.stderr)  # noqa: T201
         return int(stop.code)
     except (DataError, MissingAssetError, RunError) as error:
         return _fail(str(error))
-    return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror}; free or choose another place, and the same command goes on")
 
 
-def parse(name: str, kind: type[Frozen], argv: Sequence[str]) -> Frozen:
+def parse(name: str, kind: type[RunConfig], argv: Sequence[str]) -> RunConfig:
     """Settings from the defaults, then a YAML file, then the command line.
 
     Raises:
@@ -123,11 +100,23 @@ def parse(name: str, kind: type[Frozen], argv: Sequence[str]) -> Frozen:
         default = read_yaml(Path(argv[at + 1]), kind)
         del argv[at : at + 2]
     try:
-        return tyro.cli(kind, args=argv, default=default, prog=f"python apps/train {name}")
+        return tyro.cli(kind, args=argv, default=default, prog=f"hier train {name}")
     except ValidationError as error:
         raise RunError(explain(error, kind)) from error
 
 
+def list_recipes() -> int:
+    """Print every recipe with what it needs and whether that is here."""
+    for name, recipe in RECIPES.items():
+        missing = recipe.missing()
+        here = f"missing here: {', '.join(missing)}" if missing else "packages: all here"
+        print(f"{name}\n  {recipe.help}\n  needs: {recipe.needs}\n  {here}")  # noqa: T201
+        print(f"  expect: {recipe.expect or 'nobody has run it here'}\n")  # noqa: T201
+    return 0
+
+
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    # Of several processes, one says it.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)  # noqa: T201
     return 2

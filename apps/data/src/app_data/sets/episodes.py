@@ -27,9 +27,10 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from app_data.read.pictures import PictureSet, StoredPictures
 from app_data.sets.vqa import QuestionSet
 from app_data.store.errors import DataError
+from app_data.store.features import cached_features
 from app_data.weights.lite0_minilm import lite0, lite0_preprocess
 from app_data.weights.smollm2 import load_smollm2
-from app_data.weights.towers import LITE0_WIDTHS, cached_features, lite0_stages
+from app_data.weights.towers import LITE0_WIDTHS, lite0_stages
 
 __all__ = [
     "EYE_WIDTH",

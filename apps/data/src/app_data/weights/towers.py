@@ -3,22 +3,12 @@
 References: Tan and Le, 2019 (the stages); Oquab et al., "DINOv2", 2024, and Ilharco et al., open_clip, 2021 (the ViT).
 """
 
-import hashlib
-import os
-import uuid
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Dinov2Model
 
-from app_data.store.cache import default_cache_dir
-
-__all__ = ["LITE0_WIDTHS", "cached_features", "dinov2_visual", "lite0_stages"]
+__all__ = ["LITE0_WIDTHS", "dinov2_visual", "lite0_stages"]
 
 # Channels after the stages 1..6, then the pooled features before the classifier in place of stage 7.
 LITE0_WIDTHS = (16, 24, 40, 80, 112, 192, 1280)
@@ -105,48 +95,3 @@ def dinov2_visual(model: Dinov2Model, image_size: int) -> nn.Module:
             state |= {f"{name}.{ours}.weight": theirs.weight, f"{name}.{ours}.bias": theirs.bias}
     visual.load_state_dict(state)
     return visual.eval().requires_grad_(False)
-
-
-def cached_features(
-    key: str, compute: Callable[[int, int], Tensor], num: int, cache_dir: str | Path | None = None, piece: int = 512
-) -> Tensor:
-    """Features that a frozen tower gave before, from the cache if they are there, else computed now and stored.
-
-    Pieces are stored as they are done, so that a stopped computation goes on where it was.
-
-    Args:
-        key: What the features depend on: tower, fingerprint of the pictures, size.
-        compute: Gives the features of the rows from its first argument up to, not including, its second.
-        num: Number of rows.
-        cache_dir: Where they are kept; the user's cache folder if None.
-        piece: Rows computed between two writes.
-    """
-    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    path = _file(root, key)
-    try:
-        return load_file(path)["features"]
-    except (OSError, SafetensorError, KeyError):
-        pass
-    root.mkdir(parents=True, exist_ok=True)
-    starts = range(0, num, piece)
-    if len(starts) < 2:
-        features = compute(0, num).contiguous()
-    else:
-        parts = [(start, min(start + piece, num)) for start in starts]
-        features = torch.cat(
-            [
-                cached_features(f"{key} {a}-{b}", lambda i, j, a=a: compute(a + i, a + j), b - a, root, piece)
-                for a, b in parts
-            ]
-        )
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    save_file({"features": features}, temporary)
-    os.replace(temporary, path)
-    if len(starts) > 1:
-        for a, b in parts:
-            _file(root, f"{key} {a}-{b}").unlink(missing_ok=True)
-    return features
-
-
-def _file(root: Path, key: str) -> Path:
-    return root / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import MiniLM, lite0
 from app_eval.ask.pool import DemoPool, encode_pictures, encode_pool, fit_bank, read_items
-from app_eval.measure.results import write_json
 from hyper_icl import (
     DemoSelection,
     HyperbolicDemoIndex,

@@ -20,11 +20,11 @@ from app_data.sets.episodes import (
     Shown,
     load_icl_mini,
 )
+from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_eval.measure.answers import AnswerReader
 from app_eval.measure.demonstration_task import CURVATURES, MU, Task, easy_vqa_tasks, emoji_task
 from app_eval.measure.paths import resamples
-from app_eval.measure.results import write_json
 from app_eval.show.stories.icl import BLIND, OURS, SEEDED, ZERO
 from hyper_icl import (
     DemoSelection,

@@ -1,13 +1,15 @@
 """Run pictures through a model: frozen features, embeddings, logits, and the nearest-neighbour control."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from app_data.read.pictures import PictureSet
+from app_data.store.features import cached_features, weights_digest
+from app_data.store.progress import progress
 from hier_lora import HierLoraCLIP
 from hier_losses import Taxonomy
 from hier_losses.probabilities import leaf_to_node_logits
@@ -24,11 +26,11 @@ def run_batches(
     Args:
         data: the pictures.
         forward: from a batch of pictures to one row each.
-        label: shown at the progress bar.
+        label: shown with the progress.
         check: called after every batch; it may raise to stop.
     """
     found = []
-    for start in tqdm(range(0, len(data), BATCH), desc=label, disable=None, leave=False):
+    for start in progress(range(0, len(data), BATCH), label):
         found.append(forward(data.batch(range(start, min(start + BATCH, len(data))))).float().cpu())
         check()
     return torch.cat(found)
@@ -39,6 +41,34 @@ def prepare(base: nn.Module, batch: Tensor) -> Tensor:
     if getattr(base, "preprocesses_batches", False):
         return base.preprocess(batch)
     return torch.stack([base.preprocess(picture.permute(1, 2, 0).contiguous().numpy()) for picture in batch])
+
+
+def tower_features(
+    base: nn.Module,
+    data: PictureSet,
+    label: str,
+    cache_dir: Path | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Features of the picture tower before the projection, (n, d), from the cache if they are there.
+
+    Args:
+        base: a dual encoder with a tower `vision`.
+        data: the pictures.
+        label: shown with the progress.
+        cache_dir: where features are kept; the user's cache folder if None.
+        check: called after every batch; it may raise to stop.
+    """
+    base.eval()
+    device = next(base.vision.parameters()).device
+
+    def compute(start: int, end: int) -> Tensor:
+        part = data.select(range(start, end))
+        return run_batches(part, lambda x: base.vision(prepare(base, x).to(device)), label, check)
+
+    key = f"tower {weights_digest(base.vision)} {device.type} {data.fingerprint}"
+    # 512 rows are eight whole batches: pieces change no number.
+    return cached_features(key, compute, len(data), cache_dir, piece=8 * BATCH)
 
 
 def node_logits(
@@ -56,7 +86,7 @@ def node_logits(
         data: the pictures.
         centred: subtract the mean embedding of these pictures first. A new artist shifts all pictures alike; the mean of
             the set takes that shift out and uses no label, but it needs the whole set.
-        label: shown at the progress bar.
+        label: shown with the progress.
         check: called after every batch; it may raise to stop.
     """
     model.eval()

@@ -1,13 +1,12 @@
 """The stored result of one row of an experiment: versioned JSON for people and pages, tensors for paired comparisons."""
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
+from app_data.store.atomic import new_file, write_json
 from app_eval.measure.paths import (
     DECODERS,
     LOGIT_SCORES,
@@ -54,7 +53,8 @@ def save_outcome(folder: Path, found: Outcome) -> None:
     """Write `outcome.safetensors`: what one model did, picture by picture."""
     arrays = {"target": found.target, "hca": found.hca, "mta": found.mta, "confidence": found.confidence}
     arrays |= {f"paths.{name}": np.ascontiguousarray(paths) for name, paths in found.paths.items()}
-    save_file(arrays, folder / "outcome.safetensors")
+    with new_file(folder / "outcome.safetensors") as temporary:
+        save_file(arrays, temporary)
 
 
 def load_outcome(folder: Path) -> Outcome:
@@ -62,13 +62,6 @@ def load_outcome(folder: Path) -> Outcome:
     arrays = load_file(folder / "outcome.safetensors")
     paths = {name: arrays[f"paths.{name}"] for name in DECODERS}
     return Outcome(arrays["target"], paths, arrays["hca"], arrays["mta"], arrays["confidence"])
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON so that a reader never sees half of it."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def text_table(rows: dict[str, dict], decoders: tuple[str, ...] = tuple(DECODERS)) -> str:

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from app_data.read.pictures import StoredPictures
 from app_data.sets.emoji import load_emoji
 from app_data.sets.vqa import QuestionSet, load_easy_vqa
+from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_data.weights.dual_encoder import Lite0MiniLM, load
 from app_eval.ask.pool import train_lift
-from app_eval.measure.results import write_json
 from app_eval.show.stories.selection import write_page
 from hyper_icl import (
     DemoSelection,

@@ -1,10 +1,6 @@
-"""Checkpoints that are either complete or absent.
-
-A checkpoint is written to a temporary folder, flushed to disk, marked COMPLETE and renamed; only marked ones are read.
-"""
+"""Checkpoints that are either complete or absent: a folder that is flushed to disk before it gets its name."""
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from app_data.store.atomic import new_folder
 from app_train.core.errors import RunError
 
 PREFIX, MARKER, KEEP = "checkpoint-", "COMPLETE", 2
@@ -30,30 +27,17 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint below `folder` and delete all but the newest two."""
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{PREFIX}{checkpoint.position:08d}"
     if (final / MARKER).exists():
         return final
-    temporary = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in checkpoint.weights.items()}, temporary / "weights.safetensors"
-    )
-    torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
-    (temporary / "position.json").write_text(json.dumps({"position": checkpoint.position}))
-    for file in temporary.iterdir():
-        _flush(file)
-    (temporary / MARKER).touch()
-    _flush(temporary / MARKER)
-    _flush(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _flush(folder)
+    with new_folder(final) as temporary:
+        weights = {k: v.detach().cpu().contiguous() for k, v in checkpoint.weights.items()}
+        save_file(weights, temporary / "weights.safetensors")
+        torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+        (temporary / "position.json").write_text(json.dumps({"position": checkpoint.position}))
+        (temporary / MARKER).touch()
     for old in _complete(folder)[:-KEEP]:
         shutil.rmtree(old)
-    for stale in folder.glob(f".{PREFIX}*"):
-        shutil.rmtree(stale, ignore_errors=True)
     return final
 
 
@@ -63,10 +47,10 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         RunError: if that checkpoint is damaged.
     """
-    found = _complete(folder)
-    if not found:
+    known = _complete(folder)
+    if not known:
         return None
-    newest = found[-1]
+    newest = known[-1]
     try:
         position = int(json.loads((newest / "position.json").read_text())["position"])
         weights = load_file(newest / "weights.safetensors")
@@ -95,11 +79,3 @@ def remove_checkpoints(folder: Path) -> None:
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / MARKER).exists())
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

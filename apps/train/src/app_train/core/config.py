@@ -1,10 +1,10 @@
-"""Settings of a run: frozen, checked, and written to `config.resolved.yaml` before the first step."""
+"""Settings of a run: frozen, checked, merged from defaults, file and command line; the module is light, for `--help`."""
 
 import hashlib
 import json
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,21 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app_train.core.errors import RunError
 
 RESOLVED = "config.resolved.yaml"
-VERSIONS_OF = (
-    "torch",
-    "peft",
-    "timm",
-    "transformers",
-    "hyper-geom",
-    "hier-losses",
-    "hier-lora",
-    "mat-align",
-    "hyper-blip",
-    "hyper-icl",
-    "app-data",
-    "app-eval",
-    "app-train",
-)
 
 
 class Frozen(BaseModel):
@@ -35,21 +20,25 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class LossConfig(Frozen):
-    """Which cross-entropies are added up, and with which weight."""
+class RunConfig(Frozen):
+    """What says where and how a run is written, not what it computes: these may differ when it goes on."""
 
-    leaf: float = Field(0.0, ge=0)
-    """Cross-entropy over the leaves alone: the plain baseline."""
-    level: float = Field(0.0, ge=0)
-    """Cross-entropy on every level, summed over levels."""
-    tp_kl: float = Field(0.0, ge=0)
-    """Tree-Path KL divergence over all nodes."""
-    hisce: float = Field(0.0, ge=0)
-    """Hierarchy-Sibling Smoothed Cross-Entropy, summed over levels."""
-    consistency: float = Field(0.0, ge=0)
-    """Jensen-Shannon divergence between each level and the one below it."""
-    eps: float = Field(0.1, ge=0, lt=1)
-    """Share of the target that HiSCE gives to the siblings."""
+    out: Path = Path("runs/run")
+    """Run folder; the same command goes on from what it holds."""
+    cache_dir: Path | None = None
+    """Where pictures and features are kept; the user's cache folder if not given."""
+    save_every: int = Field(20, ge=1)
+    """Steps between two checkpoints."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+    def identity(self, *grows: str) -> dict[str, Any]:
+        """The settings that decide the numbers.
+
+        Args:
+            grows: further settings that may grow from one command to the next, such as the number of seeds.
+        """
+        return self.model_dump(mode="json", exclude={*RunConfig.model_fields, *grows})
 
 
 class StageConfig(Frozen):
@@ -63,39 +52,17 @@ class StageConfig(Frozen):
     """Share of the stage's steps."""
 
 
-class HeadStageConfig(StageConfig):
-    """The first stage: the head alone is cheap, so it trains long."""
-
-    epochs: int = Field(60, ge=0)
-    lr: float = Field(4e-3, gt=0)
-    batch_size: int = Field(128, ge=1)
-
-
-class FitConfig(Frozen):
-    """Head first, then LoRA (linear probing, then fine-tuning: Kumar et al., 2022)."""
-
-    head: HeadStageConfig = HeadStageConfig()
-    """The projection alone, on frozen picture features that are computed once."""
-    lora: StageConfig = StageConfig()
-    """The projection and the LoRA layers, on the pictures."""
-    rank: int = Field(4, ge=1)
-    lora_alpha: int = Field(8, ge=1)
-    towers: Literal["vision", "text", "both"] = "vision"
-    clip_grad: float = Field(1.0, gt=0)
-    """Largest gradient norm."""
-    save_every: int = Field(20, ge=1)
-    """Steps of the second stage between two checkpoints (the first stage counts fifty of its quick steps as one)."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-
-
-def config_hash(config: Frozen, **more: object) -> str:
+def config_hash(config: Frozen | Mapping[str, Any], **more: object) -> str:
     """Twelve hexadecimal digits that change with any setting."""
-    text = json.dumps({"config": config.model_dump(mode="json"), **more}, sort_keys=True)
+    values = config.model_dump(mode="json") if isinstance(config, BaseModel) else dict(config)
+    text = json.dumps({"config": values, **more}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_yaml(path: Path, kind: type[Frozen]) -> Frozen:
-    """Read settings from a YAML file.
+    """Settings of a recipe with those of a YAML file put over its own defaults, group by group.
+
+    A `config.resolved.yaml` of an earlier run can be given as it is.
 
     Raises:
         RunError: if the file cannot be read, or a key or value is wrong; the message names the key.
@@ -104,12 +71,26 @@ def read_yaml(path: Path, kind: type[Frozen]) -> Frozen:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise RunError(f"config file {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"config file {path} must hold keys and values, got {type(values).__name__}")
+    if values.keys() >= {"config", "versions"}:
+        values = values["config"]
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(merged(kind().model_dump(), values))
     except ValidationError as error:
         raise RunError(f"config file {path}: {explain(error, kind)}") from error
+
+
+def merged(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over `defaults`; a group keeps what it is not told."""
+    result = dict(defaults)
+    for key, value in values.items():
+        old = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        result[key] = merged(old, value) if both else value
+    return result
 
 
 def explain(error: ValidationError, kind: type[Frozen]) -> str:
@@ -121,37 +102,16 @@ def explain(error: ValidationError, kind: type[Frozen]) -> str:
         for part in fault["loc"][:-1]:
             group = group.model_fields[part].annotation
         return f"unknown key '{where}' (allowed here: {', '.join(group.model_fields)})"
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
     return f"'{where}' {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
 
 
-def claim_folder(folder: Path, config: Frozen, fingerprint: str, ignored: tuple[str, ...] = ()) -> None:
-    """Write the settings, the versions and the data fingerprint into the run folder, or check that they are there already.
-
-    Args:
-        folder: the run folder.
-        config: the settings.
-        fingerprint: identity of the data.
-        ignored: settings that may differ between the runs that share the folder, such as the number of seeds.
-
-    Raises:
-        RunError: if the folder holds something else; nothing is written then.
-    """
-    settings = config.model_dump(mode="json")
-    path = folder / RESOLVED
-    if path.exists():
-        known = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        old = {k: v for k, v in known.get("config", {}).items() if k not in ignored}
-        new = {k: v for k, v in settings.items() if k not in ignored}
-        different = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-        if known.get("data") != fingerprint:
-            different.append("the data")
-        if different:
-            raise RunError(
-                f"{folder} holds a run with other settings ({', '.join(different)} differ); choose another folder with --out, or delete it"
-            )
-        return
-    if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
-        raise RunError(f"{folder} is not empty and holds no run; choose another folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"config": settings, "data": fingerprint, "versions": {name: version(name) for name in VERSIONS_OF}}
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Where two trees of settings differ, as `dotted.key: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            found += differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+        return found
+    return [] if old == new else [f"{where}: {old} -> {new}"]

@@ -1,7 +1,9 @@
-"""Turn SIGTERM and Ctrl-C into a flag that the loop reads after every step."""
+"""Turn SIGTERM and Ctrl-C into a flag that is read after every step and every batch."""
 
 import signal
 from types import FrameType
+
+from app_train.core.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -21,6 +23,15 @@ class StopFlag:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Leave if a signal has come.
+
+        Raises:
+            Interrupted: with the exit status of the signal.
+        """
+        if self.exit_status is not None:
+            raise Interrupted(self.exit_status)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.exit_status = 128 + number

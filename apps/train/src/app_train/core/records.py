@@ -1,25 +1,26 @@
 """What a run writes while it goes: `metrics.jsonl` always, TensorBoard if asked."""
 
 import json
+import os
 from pathlib import Path
 
 
 class Records:
-    """Append-only lines of numbers; on resume the lines after the checkpoint are dropped, so that no step counts twice.
+    """Lines of numbers, only ever appended; on resume the file is cut after the checkpoint, so that no step counts twice.
 
     Args:
         folder: the run folder.
-        position: steps already taken; later lines are removed.
+        position: steps already taken; later lines are cut off.
         tensorboard: also write TensorBoard events.
     """
 
     def __init__(self, folder: Path, position: int, *, tensorboard: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_records(self.path) if line["step"] <= position]
-        self._file = self.path.open("w", encoding="utf-8")
-        for line in kept:
-            self._write(line)
+        if self.path.exists():
+            os.truncate(self.path, _end_of(self.path, position))
+        # Line by line: what a step has written is with the operating system before the next step begins.
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -28,18 +29,15 @@ class Records:
 
     def add(self, step: int, **values: float | int | str) -> None:
         """Write one line; numbers also go to TensorBoard."""
-        self._write({"step": step, **values})
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, float):
                     self._board.add_scalar(name, value, step)
 
-    def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line) + "\n")
-
-    def flush(self) -> None:
-        """Hand the lines to the operating system."""
-        self._file.flush()
+    def sync(self) -> None:
+        """Force the lines to disk; a checkpoint comes after."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the files."""
@@ -48,14 +46,29 @@ class Records:
             self._board.close()
 
 
+def _end_of(path: Path, position: int) -> int:
+    """Bytes of the whole lines up to a step."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                whole = line.endswith(b"\n") and json.loads(line)["step"] <= position
+            except (ValueError, KeyError, TypeError):
+                whole = False
+            if not whole:
+                break
+            end += len(line)
+    return end
+
+
 def read_records(path: Path) -> list[dict]:
     """The complete lines of a `metrics.jsonl`; a line cut short by a kill is left out."""
     if not path.exists():
         return []
-    found = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return lines

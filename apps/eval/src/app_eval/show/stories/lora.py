@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_eval.measure.paths import LOWER_IS_BETTER, TITLES
-from app_eval.measure.results import write_json
 from app_eval.show.stories.lora_figures import write_figures
 from app_eval.show.stories.lora_results import FORMAT, find, reduce_study
 

@@ -8,8 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
-from app_eval.measure.results import write_json
 from app_eval.measure.solvers import solver_table
 from app_eval.measure.tree_scores import SCORES, TITLES
 from app_eval.show.published import published_tables

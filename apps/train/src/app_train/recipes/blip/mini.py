@@ -30,6 +30,7 @@ from app_data.read.labelled import Decoding
 from app_data.sets.captions import CaptionSet
 from app_data.sets.coco import load_coco_mini
 from app_data.sets.emoji import load_emoji_captions
+from app_data.store.atomic import write_json
 from app_data.weights.blip2 import (
     IMAGE_TOKEN,
     LANGUAGE,
@@ -39,14 +40,13 @@ from app_data.weights.blip2 import (
     mini_config,
     mini_model,
 )
-from app_eval.measure.results import write_json
 from app_eval.measure.retrieval import answers, caption_scores, feature_maps, radii, retrieval
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.config import Frozen, StageConfig, claim_folder, config_hash
 from app_train.core.errors import Interrupted
 from app_train.core.interrupt import StopFlag
 from app_train.recipes.blip.loop import blip_accelerator, fit_blip
-from app_train.recipes.lora.rows import finished
+from app_train.recipes.lora.task import finished
 from hyper_blip import (
     HyperBlip2ForConditionalGeneration,
     HyperBlip2ForPretraining,

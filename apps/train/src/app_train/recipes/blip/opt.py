@@ -23,7 +23,7 @@ from torch import nn
 
 from app_data.read.labelled import Decoding
 from app_data.sets.coco import load_karpathy
-from app_eval.measure.results import write_json
+from app_data.store.atomic import write_json
 from app_train.core.config import Frozen, StageConfig, claim_folder
 from app_train.core.errors import RunError
 from app_train.core.interrupt import StopFlag

@@ -22,17 +22,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from app_data.sets.episodes import WEIGHTS, IclMini, Shown, load_icl_mini
+from app_data.store.atomic import write_json
 from app_eval.measure.answers import AnswerReader
 from app_eval.measure.demonstration_study import read_cell
 from app_eval.measure.demonstration_task import Task, easy_vqa_tasks
-from app_eval.measure.results import write_json
 from app_eval.show.stories.icl import OURS
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.config import Frozen, StageConfig, claim_folder, config_hash
 from app_train.core.errors import Interrupted
 from app_train.core.interrupt import StopFlag
 from app_train.recipes.blip.loop import blip_accelerator, fit_blip
-from app_train.recipes.lora.rows import finished
+from app_train.recipes.lora.task import finished
 from hyper_icl import (
     CalibrationPlan,
     SegmentDistillLoss,

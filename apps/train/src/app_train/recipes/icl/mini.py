@@ -42,15 +42,15 @@ from app_data.sets.episodes import (
     held_out_pictures,
 )
 from app_data.sets.vqa import load_easy_vqa
+from app_data.store.atomic import write_json
 from app_data.weights.smollm2 import load_smollm2
-from app_eval.measure.results import write_json
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.config import Frozen, StageConfig, claim_folder, config_hash
 from app_train.core.errors import RunError
 from app_train.core.interrupt import StopFlag
 from app_train.core.records import read_records
 from app_train.recipes.blip.loop import blip_accelerator, fit_blip
-from app_train.recipes.lora.rows import finished
+from app_train.recipes.lora.task import finished
 from hyper_icl import lora_config
 
 ARTISTS = ("openmoji", "noto-300", "noto-700")

@@ -6,98 +6,60 @@ Estimated, not measured: 78,000 training radiographs, LoRA of rank 16 on both to
 and half an hour for three epochs on one 24 GB GPU at 150 radiographs a second (decoding them once takes an hour of 8 cores).
 """
 
-import json
-from pathlib import Path
-
 import torch
-from pydantic import Field
 
 from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet
 from app_data.sets.chest import load_chest_xray14
+from app_data.store.atomic import new_folder
 from app_eval.measure.embed import node_logits
-from app_eval.measure.results import write_json
 from app_train.core.checkpoint import remove_checkpoints
-from app_train.core.config import Frozen, StageConfig, claim_folder, config_hash
 from app_train.core.errors import RunError
-from app_train.core.interrupt import StopFlag
-from app_train.recipes.lora.loop import fit
-from app_train.recipes.lora.objective import MultiLabelLoss
-from app_train.recipes.lora.papers import ClipFit
-from app_train.recipes.lora.rows import load_base, make_accelerator
+from app_train.core.fit import fit
+from app_train.core.run_folder import Run
+from app_train.recipes.lora.objective import Objective, stages
+from app_train.recipes.lora.settings import ChestConfig
+from app_train.recipes.lora.task import check_template, load_base
 from hier_lora import HierLoraCLIP, PromptSet, lora_config
 from hier_losses import LabelGraph, Taxonomy
 from hier_losses.functional import mcm
 from hier_losses.metrics import node_auroc, violation_rate
 
 
-class ChestFit(ClipFit):
-    """Three epochs of LoRA."""
-
-    lora: StageConfig = StageConfig(epochs=3, lr=2e-4, batch_size=64, weight_decay=0.01)
-    """The LoRA layers, on the pictures."""
-
-
-class ChestConfig(Frozen):
-    """ChestX-ray14 (Wang et al., 2017): 14 findings under a tree of our own, several to a picture."""
-
-    data: Path | None = None
-    """Folder of the release (required)."""
-    out: Path = Path("runs/chest")
-    """Run folder; the same command goes on from what it holds."""
-    model: str = "hf:openai/clip-vit-base-patch32"
-    """Locator of the base model."""
-    template: str = "a chest x-ray showing {}."
-    """Prompt for each node."""
-    size: int = Field(224, ge=32)
-    """Height and width of the decoded pictures in pixels."""
-    fit: ChestFit = ChestFit()
-    loss: MultiLabelLoss = MultiLabelLoss()
-    seed: int = Field(0, ge=0)
-    """Seed of the order of the data and of the LoRA layers."""
-    cache_dir: Path | None = None
-    """Where decoded pictures are kept; the user's cache folder if not given."""
-    tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
-
-
 def run(config: ChestConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
     if config.data is None:
         raise RunError("--data is missing: name the folder of the release")
-    accelerator = make_accelerator(config.fit)
-    with StopFlag() as stop:
+    check_template(config.template)
+    with Run("chest", config, mixed_precision=config.fit.mixed_precision) as run:
         parts = load_chest_xray14(config.data, Decoding(size=config.size, cache_dir=config.cache_dir))
         train, val, test = (parts[part] for part in ("train", "val", "test"))
         if not len(train) or not len(test):
             raise RunError(
                 f"the lists name {len(train)} pictures to train and {len(test)} to test on: both must have some"
             )
-        if accelerator.is_main_process:
-            claim_folder(config.out, config, train.fingerprint)
-        accelerator.wait_for_everyone()
-        done = config.out / "result.json"
-        if done.exists():
-            return json.loads(done.read_text(encoding="utf-8"))
-        model = _model(config, train).to(accelerator.device)
-        before = _scores(model, test) if accelerator.is_main_process else {}
-        stages = config.fit.model_copy(update={"head": config.fit.head.model_copy(update={"epochs": 0})})
+        run.claim(train.fingerprint)
+        known = run.result()
+        if known is not None:
+            return known
+        model = _model(config, train).to(run.device)
+        before = _scores(model, test) if run.main else {}
         fit(
-            model, train, None, config.loss, stages, config.out / "trained",
-            seed=config.seed, stop=stop, accelerator=accelerator, label="chest", tensorboard=config.tensorboard,
+            Objective(model, config.loss), stages(model, train, None, config.fit, save_every=config.save_every),
+            config.out / "trained", seed=config.seed, label="chest", stop=run.stop, accelerator=run.accelerator,
+            tensorboard=config.tensorboard,
         )  # fmt: skip
-        if not accelerator.is_main_process:
+        if not run.main:
             return {}
         if len(val):
             model.calibrate(node_logits(model, val, label="calibrating"), torch.from_numpy(val.targets))
-        model.save_pretrained(config.out / "trained" / "adapter")
-        result = {
-            "format": 1, "recipe": "chest", "data": train.fingerprint, "n": len(test), "seed": config.seed,
-            "config": config_hash(config), "zero_shot": before, "trained": _scores(model, test),
-        }  # fmt: skip
-        write_json(done, result)
+        with new_folder(config.out / "trained" / "adapter") as target:
+            model.save_pretrained(target)
+        scores = {"zero_shot": before, "trained": _scores(model, test)}
+        result = run.finish({"n": len(test), "seed": config.seed, **scores})
         remove_checkpoints(config.out / "trained")
-        print(json.dumps({k: result[k]["mean AUROC"] for k in ("zero_shot", "trained")}, indent=1))  # noqa: T201
+        run.seal()
+        print({name: value["mean AUROC"] for name, value in scores.items()})  # noqa: T201
         return result
 
 

@@ -1,122 +1,131 @@
-"""Train and score several rows on one split, over seeds, and write the run's result, table and report."""
+"""Train and score the lines of a table on one split, over seeds, and write the run's result, table and report."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from app_eval.measure.results import load_outcome, text_table, write_json
+from app_eval.measure.results import load_outcome, text_table
 from app_eval.show.report import ReportContent, write_report
-from app_train.core.config import FitConfig, LossConfig, config_hash
 from app_train.core.records import read_records
-from app_train.recipes.lora.rows import Bench, build_model, finished, score_row, train_row
-
-ROWS: dict[str, LossConfig] = {
-    "leaf_ce": LossConfig(leaf=1),
-    "level_ce": LossConfig(level=1),
-    "tp_kl": LossConfig(tp_kl=1),
-    "hisce": LossConfig(hisce=1),
-    "both": LossConfig(tp_kl=1, hisce=1),
-    "both_consistency": LossConfig(tp_kl=1, hisce=1, consistency=1),
-}
-TITLES = {
-    "zero_shot": "zero-shot",
-    "leaf_ce": "leaf CE",
-    "level_ce": "level CE",
-    "tp_kl": "TP-KL",
-    "hisce": "HiSCE",
-    "both": "TP-KL + HiSCE",
-    "both_consistency": "TP-KL + HiSCE + consistency",
-}
+from app_train.core.run_folder import Run
+from app_train.recipes.lora.losses import ROWS
+from app_train.recipes.lora.settings import FitConfig
+from app_train.recipes.lora.task import Task, train_row, zero_shot_row
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What a comparison is called and where it goes.
+class Line:
+    """One line of a table.
 
     Attributes:
-        recipe: name of the recipe.
-        out: run folder.
-        rows: keys of `ROWS`.
-        seeds: seeds 0 .. seeds-1.
-        title, lead: of the report.
-        facts: shown in the report.
+        name: of its folder.
+        title: in the table.
+        make: from its folder and a seed to the content of its `result.json`; reads a finished one back.
+        everywhere: whether all processes take part; else the first one does it alone.
     """
 
-    recipe: str
-    out: Path
-    rows: Sequence[str]
-    seeds: int
+    name: str
+    title: str
+    make: Callable[[Path, int], dict]
+    everywhere: bool = True
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the report says beside the numbers.
+
+    Attributes:
+        title, lead: headline and first paragraph.
+        hint: what to do next, printed last.
+        facts: shown as a list.
+        compared: names of the lines shown beside each sample picture.
+        credits: attributions for the pictures.
+    """
+
     title: str
     lead: str
-    facts: Mapping[str, str]
+    hint: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    compared: Sequence[str] = ()
+    credits: tuple[str, ...] = ()
 
 
-def compare(bench: Bench, plan: Comparison, fit_of: Callable[[str], FitConfig], model: str) -> dict:
-    """Run what is missing.
+def zero_shot_line(task: Task) -> Line:
+    """The model as it is."""
 
-    Args:
-        bench: data, base model and tree cuts.
-        plan: rows, seeds and names.
-        fit_of: the settings of each row.
-        model: locator of the base model.
+    def make(folder: Path, seed: int) -> dict:
+        return zero_shot_row(task, folder, seed, task.run.facts("zero_shot", seed))
+
+    return Line("zero_shot", "zero-shot", make, everywhere=False)
+
+
+def trained_lines(task: Task, rows: Sequence[str], fit_of: Callable[[str], FitConfig], prefix: str = "") -> list[Line]:
+    """One line for each loss of `ROWS`."""
+
+    def make(row: str, folder: Path, seed: int) -> dict:
+        facts = task.run.facts(row, seed, fit=fit_of(row).model_dump(mode="json"))
+        return train_row(task, ROWS[row].title, ROWS[row].loss, fit_of(row), folder, seed, facts)
+
+    return [Line(row, prefix + ROWS[row].title, partial(make, row)) for row in rows]
+
+
+def compare(task: Task, lines: Sequence[Line], seeds: int, story: Story) -> dict:
+    """Run what is missing; then table, result and report.
 
     Returns:
         The content of `result.json`; empty on all processes but the first.
     """
-    data = f"{bench.train.fingerprint}-{bench.test.fingerprint}"
-    main = bench.accelerator.is_main_process
+    run = task.run
     by_seed: list[dict] = []
-    for seed in range(plan.seeds):
-        found = {}
-        folder = plan.out / f"seed-{seed}"
-        if main:
-            facts = {
-                "recipe": plan.recipe,
-                "row": "zero_shot",
-                "data": data,
-                "config": config_hash(LossConfig(), model=model),
-            }
-            (folder / "zero_shot").mkdir(parents=True, exist_ok=True)
-            found["zero_shot"] = finished(folder / "zero_shot", facts) or score_row(
-                bench, build_model(bench, None, seed), folder / "zero_shot", seed=seed, facts=facts
-            )
-        for row in plan.rows:
-            fit, loss = fit_of(row), ROWS[row]
-            hashed = config_hash(fit, loss=loss.model_dump(), model=model, template=bench.template, text=bench.text)
-            facts = {"recipe": plan.recipe, "row": row, "data": data, "config": hashed}
-            found[row] = train_row(bench, TITLES[row], loss, fit, folder / row, seed, facts)
-        by_seed.append(found)
-    return _conclude(bench, plan, data, by_seed) if main else {}
+    for seed in range(seeds):
+        results = {}
+        for line in lines:
+            run.check()
+            if line.everywhere or run.main:
+                results[line.name] = line.make(run.out / f"seed-{seed}" / line.name, seed)
+        by_seed.append(results)
+    if not run.main:
+        return {}
+    titles = {line.name: line.title for line in lines}
+    result = run.finish({"n": len(task.test), "seeds": seeds, "titles": titles, "hint": story.hint, "runs": by_seed})
+    _report(task, result, story)
+    run.seal()
+    return show(result, run)
 
 
-def _conclude(bench: Bench, plan: Comparison, data: str, by_seed: list[dict]) -> dict:
-    first = plan.out / "seed-0"
-    names = ["zero_shot", *plan.rows]
-    rows = {TITLES[row]: by_seed[0][row] for row in names}
-    compared = [TITLES[row] for row in names if row in ("leaf_ce", plan.rows[-1])] or [TITLES["zero_shot"]]
+def read_back(run: Run) -> dict | None:
+    """The result of a finished run of the same command, after printing its table; None if something is missing."""
+    known = run.result()
+    return None if known is None else show(known, run) if run.main else {}
+
+
+def show(result: dict, run: Run) -> dict:
+    """Print the table of a finished run, and return the result."""
+    print(text_table({result["titles"][name]: row for name, row in result["runs"][0].items()}))  # noqa: T201
+    print(f"\nreport: {run.out / 'report.html'}\n{result['hint']}")  # noqa: T201
+    return result
+
+
+def _report(task: Task, result: Mapping, story: Story) -> None:
+    first, titles = task.run.out / "seed-0", result["titles"]
+    records = {titles[name]: read_records(first / name / "metrics.jsonl") for name in titles}
     write_report(
-        plan.out / "report.html",
+        task.run.out / "report.html",
         ReportContent(
-            title=plan.title,
-            lead=plan.lead,
-            rows=rows,
-            outcomes={TITLES[row]: load_outcome(first / row) for row in names},
-            records={TITLES[row]: read_records(first / row / "metrics.jsonl") for row in plan.rows},
-            test=bench.test,
-            compared=tuple(compared),
-            facts={"data": data, "seeds": str(plan.seeds), "settings": "config.resolved.yaml", **plan.facts},
+            title=story.title,
+            lead=story.lead,
+            rows={titles[name]: row for name, row in result["runs"][0].items()},
+            outcomes={titles[name]: load_outcome(first / name) for name in titles},
+            records={title: lines for title, lines in records.items() if lines},
+            test=task.test,
+            compared=tuple(titles[name] for name in story.compared if name in titles),
+            facts={
+                "data": result["data"],
+                "seeds": str(result["seeds"]),
+                "settings": "config.resolved.yaml",
+                **story.facts,
+            },
+            credits=story.credits,
         ),
     )
-    result = {
-        "format": 1,
-        "recipe": plan.recipe,
-        "data": data,
-        "n": len(bench.test),
-        "seeds": plan.seeds,
-        "runs": by_seed,
-    }
-    write_json(plan.out / "result.json", json.loads(json.dumps(result)))
-    print(text_table(rows))  # noqa: T201
-    print(f"\nreport: {plan.out / 'report.html'}\nadapters: {plan.out}/seed-*/<row>/adapter")  # noqa: T201
-    return result

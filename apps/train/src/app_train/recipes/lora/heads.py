@@ -1,7 +1,4 @@
-"""Train the image head alone on cached features: the first stage of a run, seconds long, for studies of many runs.
-
-The numbers are those of `app_train.recipes.lora.loop` with no second stage: the same schedule, optimizer, clipping and dropout seeds.
-"""
+"""Train the image head alone on cached features: the first stage of a run, seconds long, for studies of many runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from app_train.core.config import FitConfig, HeadStageConfig, LossConfig, StageConfig
-from app_train.recipes.lora.loop import schedule
-from app_train.recipes.lora.objective import loss_parts
+from app_train.core.fit import fit
+from app_train.core.schedule import Stage, Step
+from app_train.recipes.lora.losses import LossConfig, loss_parts
+from app_train.recipes.lora.objective import HEAD
 from app_train.recipes.lora.retree import OtherEdges
+from app_train.recipes.lora.settings import HeadStageConfig
 from hier_lora import HierLoraCLIP
 from hier_losses import Taxonomy
 from hier_losses.functional import parent_child_consistency
-
-CLIP_GRAD = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,10 +26,9 @@ class HeadFit:
     epochs: int = 20
     batch_size: int = 256
 
-    def schedule_config(self, lr: float) -> FitConfig:
-        """The settings of a run with this head stage and no second stage."""
-        head = HeadStageConfig(epochs=self.epochs, lr=lr, batch_size=self.batch_size)
-        return FitConfig(head=head, lora=StageConfig(epochs=0))
+    def stage(self, lr: float) -> HeadStageConfig:
+        """The settings of the stage at this rate."""
+        return HeadStageConfig(epochs=self.epochs, lr=lr, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def train_head(
     targets: np.ndarray,
     loss: Callable[[Tensor, Tensor], Tensor],
     lr: float,
-    fit: HeadFit,
+    settings: HeadFit,
     seed: int,
 ) -> None:
     """Train head and scale in place, from where they stand.
@@ -105,24 +101,16 @@ def train_head(
         targets: node ids, (n,).
         loss: from logits (b, N) and targets (b,) to a scalar.
         lr: peak learning rate.
-        fit: epochs and batch size.
+        settings: epochs and batch size.
         seed: of the order and of dropout.
     """
-    base = model.dual_encoder
-    parameters = [*base.projection.parameters(), base.logit_scale]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     truth = torch.from_numpy(np.asarray(targets))
-    model.train()
-    for step in schedule(fit.schedule_config(lr), len(truth), seed):
-        for group in optimizer.param_groups:
-            group["lr"] = step.lr
-        torch.manual_seed(int(np.random.SeedSequence([seed, step.number, 0]).generate_state(1)[0]))
-        logits = model.score(F.normalize(base.project(features[step.rows]), dim=-1))
-        loss(logits, truth[step.rows]).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP_GRAD)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    model.eval()
+
+    def forward(wrapped: HierLoraCLIP, step: Step, rows: np.ndarray):
+        logits = wrapped.score(F.normalize(wrapped.dual_encoder.project(features[rows]), dim=-1))
+        return loss(logits, truth[rows]), {}
+
+    fit(model, [Stage(HEAD, settings.stage(lr), len(truth), forward)], seed=seed)
 
 
 @torch.inference_mode()

@@ -1,43 +1,21 @@
-"""The losses of a run on the logits of all nodes, by name, and the module that distributed training wraps."""
+"""Model and loss as the module that distributed training wraps, and the two stages that train it."""
 
-from pydantic import Field
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app_train.core.config import Frozen, LossConfig
+from app_data.read.pictures import PictureSet
+from app_eval.measure.embed import prepare
+from app_train.core.schedule import Stage, Step
+from app_train.recipes.lora.losses import LossConfig, MultiLabelLoss, loss_parts
+from app_train.recipes.lora.settings import FitConfig
 from hier_lora import HierLoraCLIP
-from hier_losses import Taxonomy
-from hier_losses.functional import hisce, level_cross_entropy, mc_loss, parent_child_consistency, tp_kl
+from hier_losses.functional import mc_loss
 
-
-def loss_parts(logits: Tensor, target: Tensor, tax: Taxonomy, config: LossConfig) -> dict[str, Tensor]:
-    """The weighted parts of the loss that are switched on; their sum is the loss.
-
-    Args:
-        logits: scores of all nodes, (B, N).
-        target: node ids of the leaves, (B,).
-        tax: the taxonomy, on the same device.
-        config: the weights.
-    """
-    parts = {}
-    if config.leaf:
-        parts["leaf"] = config.leaf * F.cross_entropy(logits[:, tax.leaf], tax.leaf_index[target])
-    if config.level:
-        parts["level"] = config.level * level_cross_entropy(logits, target, tax)
-    if config.tp_kl:
-        parts["tp_kl"] = config.tp_kl * tp_kl(logits, target, tax)
-    if config.hisce:
-        parts["hisce"] = config.hisce * hisce(logits, target, tax, eps=config.eps)
-    if config.consistency:
-        parts["consistency"] = config.consistency * parent_child_consistency(logits, tax)
-    return parts
-
-
-class MultiLabelLoss(Frozen):
-    """The loss of pictures with several labels: MCLoss (Giunchiglia and Lukasiewicz, 2020)."""
-
-    mc: float = Field(1.0, gt=0)
-    """Weight of the loss."""
+HEAD, LORA = "head", "lora"
+# Steps of the head, which are quick, that count as one step of LoRA between two checkpoints.
+QUICK = 50
 
 
 class Objective(nn.Module):
@@ -57,6 +35,51 @@ class Objective(nn.Module):
             logits = self.model.score(F.normalize(base.project(base.vision(inputs) - offsets), dim=-1), target)
         else:
             logits = self.model(inputs, target)
+        tax = self.model.tax.to(logits.device)
         if isinstance(self.config, MultiLabelLoss):
-            return {"mc": self.config.mc * mc_loss(logits, target, self.model.tax.to(logits.device))}
-        return loss_parts(logits, target, self.model.tax.to(logits.device), self.config)
+            return {"mc": self.config.mc * mc_loss(logits, target, tax)}
+        return loss_parts(logits, target, tax, self.config)
+
+
+def stages(
+    model: HierLoraCLIP,
+    data: PictureSet,
+    features: Tensor | None,
+    config: FitConfig,
+    *,
+    offsets: Tensor | None = None,
+    save_every: int = 20,
+) -> list[Stage]:
+    """Head first, then LoRA.
+
+    Args:
+        model: zero-shot model with LoRA layers attached.
+        data: training pictures with node ids as targets.
+        features: output of the frozen tower for each picture, (n, d); without them there is no first stage.
+        config: epochs and rates of both.
+        offsets: taken off the tower's output for each picture, (n, d), in the second stage; `features` come without them.
+        save_every: steps of the second stage between two checkpoints.
+    """
+    targets = torch.from_numpy(np.asarray(data.targets))
+
+    def head(wrapped: nn.Module, step: Step, rows: np.ndarray):
+        return _sum(wrapped, targets[rows], features[rows])
+
+    def lora(wrapped: nn.Module, step: Step, rows: np.ndarray):
+        pictures = prepare(model.dual_encoder, data.batch(rows))
+        return _sum(wrapped, targets[rows], pictures, *([] if offsets is None else [offsets[rows]]))
+
+    first = config.head if features is not None else config.head.model_copy(update={"epochs": 0})
+    return [
+        Stage(
+            HEAD, first, len(data), head, trains=lambda name: ".lora_" not in name,
+            save_every=QUICK * save_every, clip_grad=config.clip_grad,
+        ),
+        Stage(LORA, config.lora, len(data), lora, save_every=save_every, clip_grad=config.clip_grad),
+    ]  # fmt: skip
+
+
+def _sum(wrapped: nn.Module, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    device = next(wrapped.parameters()).device
+    parts = wrapped(*(x.to(device) for x in inputs))
+    return sum(parts.values()), {f"loss/{name}": value for name, value in parts.items()}

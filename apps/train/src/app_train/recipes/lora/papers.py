@@ -17,91 +17,24 @@ of ViT-B/32 at batch 64 in bf16 on one 24 GB GPU, 300 pictures a second through 
 | inaturalist | 2,686,843 + 100,000 (500,000 in train_mini) | 16,343 | 8 GB (sampled text) | 12 hours (2.5 with train_mini) |
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
-
-from pydantic import Field
 
 from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet
 from app_data.read.splits import stratified_split
 from app_data.sets.papers import load_aircraft, load_butterfly200, load_cub200, load_inaturalist
-from app_train.core.config import FitConfig, Frozen, StageConfig, claim_folder
 from app_train.core.errors import RunError
-from app_train.core.interrupt import StopFlag
-from app_train.recipes.lora.compare import Comparison, compare
-from app_train.recipes.lora.rows import Bench, cuts_for, frozen_features, load_base, make_accelerator
-
-RowName = Literal["leaf_ce", "level_ce", "tp_kl", "hisce", "both", "both_consistency"]
-
-
-class ClipFit(FitConfig):
-    """LoRA of rank 16 on queries and values of both towers."""
-
-    lora: StageConfig = StageConfig(epochs=5, lr=2e-4, batch_size=64, weight_decay=0.01)
-    """The LoRA layers, on the pictures."""
-    rank: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    towers: Literal["vision", "text", "both"] = "both"
-    save_every: int = Field(200, ge=1)
-    """Steps between two checkpoints."""
-
-
-class PaperConfig(Frozen):
-    """Settings that all data sets share."""
-
-    data: Path | None = None
-    """Folder of the unpacked release (required)."""
-    out: Path = Path("runs/paper")
-    """Run folder; the same command goes on from what it holds."""
-    model: str = "hf:openai/clip-vit-base-patch32"
-    """Locator of the base model."""
-    template: str = "a photo of a {}."
-    """Prompt for each node."""
-    rows: tuple[RowName, ...] = ("leaf_ce", "both")
-    """Losses to train with."""
-    seeds: int = Field(1, ge=1)
-    """Seeds 0 .. seeds-1, one after the other."""
-    text: Literal["live", "chunked", "sampled"] = "chunked"
-    """How prompts become features while the text tower trains; ignored with --fit.towers vision, whose text is cached."""
-    size: int = Field(224, ge=32)
-    """Height and width of the decoded pictures in pixels."""
-    fit: ClipFit = ClipFit()
-    cache_dir: Path | None = None
-    """Where decoded pictures are kept; the user's cache folder if not given."""
-    tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
-
-
-class CubConfig(PaperConfig):
-    """CUB-200-2011 (Wah et al., 2011): order > family > species."""
-
-    out: Path = Path("runs/cub")
-    template: str = "a photo of a {}, a bird."
-    hierarchy: Path | None = None
-    """CSV with the columns order, family, species (required: the data set has no taxonomy of its own)."""
-
-
-class AircraftConfig(PaperConfig):
-    """FGVC-Aircraft (Maji et al., 2013): manufacturer > family > variant."""
-
-    out: Path = Path("runs/aircraft")
-    template: str = "a photo of a {}, an aircraft."
-
-
-class ButterflyConfig(PaperConfig):
-    """Butterfly-200 (Chen et al., 2018): family > subfamily > genus > species."""
-
-    out: Path = Path("runs/butterfly")
-    template: str = "a photo of a {}, a butterfly."
-
-
-class InaturalistConfig(PaperConfig):
-    """iNaturalist 2021 (Van Horn et al., 2021): seven levels, 10,000 species, 16,343 nodes."""
-
-    out: Path = Path("runs/inaturalist")
-    text: Literal["live", "chunked", "sampled"] = "sampled"
-    """How prompts become features while the text tower trains."""
+from app_train.core.run_folder import Run
+from app_train.recipes.lora.compare import Story, compare, read_back, trained_lines, zero_shot_line
+from app_train.recipes.lora.settings import (
+    AircraftConfig,
+    ButterflyConfig,
+    CubConfig,
+    InaturalistConfig,
+    PaperConfig,
+)
+from app_train.recipes.lora.task import Task, check_template, cuts_for, load_base
 
 
 def run_cub(config: CubConfig) -> dict:
@@ -126,28 +59,29 @@ def run_inaturalist(config: InaturalistConfig) -> dict:
     return _run("inaturalist", config, load_inaturalist)
 
 
-def _run(name: str, config: PaperConfig, load) -> dict:
+def _run(name: str, config: PaperConfig, load: Callable[[Path, Decoding], dict[str, PictureSet]]) -> dict:
     if config.data is None:
         raise RunError("--data is missing: name the folder of the unpacked release")
-    accelerator = make_accelerator(config.fit)
-    with StopFlag() as stop:
+    check_template(config.template)
+    with Run(name, config, mixed_precision=config.fit.mixed_precision) as run:
         train, val, test = three_parts(load(config.data, Decoding(size=config.size, cache_dir=config.cache_dir)))
-        if accelerator.is_main_process:
-            claim_folder(config.out, config, train.fingerprint, ignored=("seeds", "rows"))
-        accelerator.wait_for_everyone()
-        bench = Bench(
-            load_base(config.model), train, test, None, cuts_for(train.taxonomy), config.template, stop, accelerator,
-            config.tensorboard, text=None if config.fit.towers == "vision" else config.text, val=val,
-        )  # fmt: skip
-        bench = bench.with_features(frozen_features(bench, train, "frozen features"))
+        run.claim(train.fingerprint)
+        if (known := read_back(run)) is not None:
+            return known
+        text = None if config.fit.towers == "vision" else config.text
+        task = Task(
+            run, load_base(config.model), train, test, cuts_for(train.taxonomy), config.template, text=text, val=val
+        ).with_features()
         tax = train.taxonomy
-        plan = Comparison(
-            name, config.out, config.rows, config.seeds,
+        story = Story(
             title=f"{name}: {len(train)} training pictures",
             lead=f"{config.model}, {tax.num_leaves} leaves, {tax.num_nodes} nodes; scores on {len(test)} test pictures. Seed 0.",
+            hint=f"adapters: {config.out}/seed-*/<row>/adapter",
             facts={"base model": config.model, "calibrated on": f"{len(val)} held-out pictures"},
-        )  # fmt: skip
-        return compare(bench, plan, lambda row: config.fit, config.model)
+            compared=[row for row in ("zero_shot", *config.rows) if row in ("leaf_ce", config.rows[-1])],
+        )
+        lines = [zero_shot_line(task), *trained_lines(task, config.rows, lambda row: config.fit)]
+        return compare(task, lines, config.seeds, story)
 
 
 def three_parts(parts: dict[str, PictureSet]) -> tuple[PictureSet, PictureSet, PictureSet]:

@@ -5,16 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet
 from app_data.sets.cifar100 import load_cifar100_fewshot, take_shots
 from app_data.sets.emoji import load_emoji, validation_split
-from app_eval.measure.embed import prepare, run_batches
-from app_train.recipes.lora.rows import cuts_for
+from app_eval.measure.embed import tower_features
+from app_train.recipes.lora.task import cuts_for
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts
 
@@ -77,15 +75,14 @@ class StudyData:
         return replace(self, train=self.train.select(known), test=self.train.select(held_out))
 
 
-def load_study_data(name: str, base: nn.Module, folder: Path, data: Path | None, cache_dir: Path | None) -> StudyData:
-    """Read the pictures, and their features from `folder` if they are there.
+def load_study_data(name: str, base: nn.Module, data: Path | None, cache_dir: Path | None) -> StudyData:
+    """Read the pictures and their features.
 
     Args:
         name: "emoji" or "cifar100".
         base: the dual encoder with a head apart from its tower.
-        folder: where features are kept.
         data: folder of the few-shot set.
-        cache_dir: where decoded pictures are kept.
+        cache_dir: where decoded pictures and features are kept.
     """
     if name == "emoji":
         train = load_emoji(ARTISTS, size=EMOJI_SIZE, cache_dir=cache_dir)
@@ -94,19 +91,5 @@ def load_study_data(name: str, base: nn.Module, folder: Path, data: Path | None,
     else:
         train, test, cuts = load_cifar100_fewshot(data, decoding=Decoding(size=CIFAR_SIZE, cache_dir=cache_dir))
         centred, template = False, "a picture of {}."
-    first, second = (Split(part, _features(part, base, folder)) for part in (train, test))
+    first, second = (Split(part, tower_features(base, part, "frozen features", cache_dir)) for part in (train, test))
     return StudyData(name, first, second, cuts, centred, template)
-
-
-def _features(pictures: PictureSet, base: nn.Module, folder: Path) -> Tensor:
-    path = folder / f"features-{pictures.fingerprint}.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("features")
-    except (OSError, SafetensorError):
-        found = run_batches(pictures, lambda x: base.vision(prepare(base.eval(), x)), "frozen features").clone()
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({"features": found}, temporary)
-        temporary.replace(path)
-        return found

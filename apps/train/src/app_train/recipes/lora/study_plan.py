@@ -3,15 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from app_train.core.config import LossConfig
+from app_train.recipes.lora import losses
+from app_train.recipes.lora.losses import LossConfig
 
-ROWS: dict[str, LossConfig] = {
-    "leaf_ce": LossConfig(leaf=1),
-    "level_ce": LossConfig(level=1),
-    "tp_kl": LossConfig(tp_kl=1),
-    "hisce": LossConfig(hisce=1),
-    "both": LossConfig(tp_kl=1, hisce=1),
-}
+ROWS = {name: losses.ROWS[name].loss for name in ("leaf_ce", "level_ce", "tp_kl", "hisce", "both")}
 # Peak learning rates of the head that validation chooses among, the same for every row.
 RATES = (3e-3, 1e-2)
 ALPHAS = LAMBDAS = (0.0, 0.5, 2.0, 4.0)
@@ -27,8 +22,8 @@ SECONDS = {"fixed": 3, "head": 6, "update": 12, "towers": 60}
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run: `folder` below the study's own says which.
+class Trial:
+    """One trial: `folder` below the study's own says which.
 
     Attributes:
         experiment, data, row, seed: identify it.
@@ -53,7 +48,7 @@ class Run:
         return f"{self.experiment}/{self.data}/{self.row}/seed-{self.seed}"
 
 
-def plan(data: Sequence[str], seeds: int, few: int) -> list[Run]:
+def plan(data: Sequence[str], seeds: int, few: int) -> list[Trial]:
     """All runs in the order of their importance.
 
     Args:
@@ -65,17 +60,17 @@ def plan(data: Sequence[str], seeds: int, few: int) -> list[Run]:
             for run in part(data, seeds, few)]  # fmt: skip
 
 
-def tuning_plan(data: Sequence[str]) -> list[Run]:
+def tuning_plan(data: Sequence[str]) -> list[Trial]:
     """One run for each data set, row and learning rate, scored on validation."""
     return [
-        Run("tuning", name, f"{row}-{rate:g}", 0, loss=loss, rate_of=row, options={"rate": rate})
+        Trial("tuning", name, f"{row}-{rate:g}", 0, loss=loss, rate_of=row, options={"rate": rate})
         for name in data
         for row, loss in ROWS.items()
         for rate in RATES
     ]
 
 
-def estimate(runs: Sequence[Run]) -> str:
+def estimate(runs: Sequence[Trial]) -> str:
     """The cost of runs as text, by experiment."""
     lines, total = [], 0
     for name in dict.fromkeys(run.experiment for run in runs):
@@ -86,29 +81,29 @@ def estimate(runs: Sequence[Run]) -> str:
     return "\n".join([*lines, f"  {'together':<14}{len(runs):>4} runs {total / 60:>6.1f} CPU minutes on one thread"])
 
 
-def _main(data: Sequence[str], seeds: int, few: int) -> Iterator[Run]:
+def _main(data: Sequence[str], seeds: int, few: int) -> Iterator[Trial]:
     for name in data:
         for row in ("zero_shot", "neighbour"):
-            yield Run("main", name, row, 0, kind="fixed")
+            yield Trial("main", name, row, 0, kind="fixed")
     for seed in range(seeds):
         for name in data:
             for row, loss in ROWS.items():
-                yield Run("main", name, row, seed, loss=loss, rate_of=row)
+                yield Trial("main", name, row, seed, loss=loss, rate_of=row)
 
 
-def _grid(data: Sequence[str], seeds: int, few: int) -> Iterator[Run]:
+def _grid(data: Sequence[str], seeds: int, few: int) -> Iterator[Trial]:
     if "emoji" not in data:
         return
     for seed in range(few):
         for alpha in ALPHAS:
-            yield Run("alpha", "emoji", f"{alpha:g}", seed, loss=LossConfig(tp_kl=alpha, hisce=1))
+            yield Trial("alpha", "emoji", f"{alpha:g}", seed, loss=LossConfig(tp_kl=alpha, hisce=1))
         for lam in LAMBDAS:
-            yield Run("lambda", "emoji", f"{lam:g}", seed, loss=LossConfig(tp_kl=1, hisce=lam))
+            yield Trial("lambda", "emoji", f"{lam:g}", seed, loss=LossConfig(tp_kl=1, hisce=lam))
         for eps in EPSILONS:
-            yield Run("eps", "emoji", f"{eps:g}", seed, loss=LossConfig(tp_kl=1, hisce=1, eps=eps))
+            yield Trial("eps", "emoji", f"{eps:g}", seed, loss=LossConfig(tp_kl=1, hisce=1, eps=eps))
 
 
-def _update(data: Sequence[str], seeds: int, few: int) -> Iterator[Run]:
+def _update(data: Sequence[str], seeds: int, few: int) -> Iterator[Trial]:
     for seed in range(few):
         for name in reversed(data):
             for unit in ("leaf", "parent"):
@@ -117,48 +112,51 @@ def _update(data: Sequence[str], seeds: int, few: int) -> Iterator[Run]:
                         continue
                     for row in ("both", "leaf_ce"):
                         label = f"{unit}-{share:g}-{row}"
-                        yield Run("update", name, label, seed, "update", ROWS[row], row, {"unit": unit, "share": share})
+                        yield Trial(
+                            "update", name, label, seed, "update", ROWS[row], row, {"unit": unit, "share": share}
+                        )
 
 
-def _consistency(data: Sequence[str], seeds: int, few: int) -> Iterator[Run]:
+def _consistency(data: Sequence[str], seeds: int, few: int) -> Iterator[Trial]:
     for seed in range(few):
         for name in data:
             for weight in CONSISTENCY:
                 for permuted in (False, True):
                     label = f"{weight:g}{'-permuted' if permuted else ''}"
                     loss = LossConfig(tp_kl=1, hisce=1, consistency=weight)
-                    yield Run("consistency", name, label, seed, loss=loss, options={"permuted": permuted})
+                    yield Trial("consistency", name, label, seed, loss=loss, options={"permuted": permuted})
 
 
-def _rewired(data: Sequence[str], seeds: int, few: int) -> Iterator[Run]:
+def _rewired(data: Sequence[str], seeds: int, few: int) -> Iterator[Trial]:
     for seed in range(few):
         for name in data:
             for row in ("both", "level_ce"):
                 for share in REWIRED:
-                    yield Run("rewired", name, f"{row}-{share:g}", seed, loss=ROWS[row], rate_of=row, options={"share": share})  # fmt: skip
+                    options, label = {"share": share}, f"{row}-{share:g}"
+                    yield Trial("rewired", name, label, seed, loss=ROWS[row], rate_of=row, options=options)
 
 
-def _tail(data: Sequence[str], seeds: int, few: int) -> Iterator[Run]:
+def _tail(data: Sequence[str], seeds: int, few: int) -> Iterator[Trial]:
     if "cifar100" not in data:
         return
     for seed in range(few):
         for row in ("leaf_ce", "both"):
-            yield Run("tail", "cifar100", row, seed, loss=ROWS[row], rate_of=row, options={"tail": TAIL_RATIO})
+            yield Trial("tail", "cifar100", row, seed, loss=ROWS[row], rate_of=row, options={"tail": TAIL_RATIO})
 
 
-def _sizes(data: Sequence[str], seeds: int, few: int) -> Iterator[Run]:
+def _sizes(data: Sequence[str], seeds: int, few: int) -> Iterator[Trial]:
     if "emoji" not in data:
         return
     for seed in range(few):
         for size in SIZES:
             for row in ("leaf_ce", "both"):
-                yield Run("sizes", "emoji", f"{size}-{row}", seed, loss=ROWS[row], rate_of=row, options={"leaves": size})  # fmt: skip
+                yield Trial("sizes", "emoji", f"{size}-{row}", seed, loss=ROWS[row], rate_of=row, options={"leaves": size})  # fmt: skip
 
 
-def _towers(data: Sequence[str], seeds: int, few: int) -> Iterator[Run]:
+def _towers(data: Sequence[str], seeds: int, few: int) -> Iterator[Trial]:
     if "cifar100" not in data:
         return
     for seed in range(few):
         for row in ("both", "leaf_ce"):
             for towers in ("head", "vision", "both", "text"):
-                yield Run("towers", "cifar100", f"{towers}-{row}", seed, "towers", ROWS[row], row, {"towers": towers})
+                yield Trial("towers", "cifar100", f"{towers}-{row}", seed, "towers", ROWS[row], row, {"towers": towers})

@@ -14,14 +14,16 @@ from app_data.sets.cifar100 import take_shots
 from app_eval.measure.embed import neighbour_logits, node_logits
 from app_eval.measure.paths import Outcome, outcome
 from app_train.core.checkpoint import remove_checkpoints
-from app_train.core.config import FitConfig, StageConfig
-from app_train.core.interrupt import StopFlag
+from app_train.core.config import StageConfig
+from app_train.core.fit import fit
+from app_train.core.run_folder import Run
 from app_train.recipes.lora.heads import HeadFit, TreeLoss, head_logits, head_state, set_head, start_head, train_head
-from app_train.recipes.lora.loop import fit
+from app_train.recipes.lora.objective import Objective, stages
 from app_train.recipes.lora.retree import permute_parents, rewire
-from app_train.recipes.lora.rows import Bench, build_model, cuts_for, make_accelerator
+from app_train.recipes.lora.settings import FitConfig
 from app_train.recipes.lora.study_data import Split, StudyData
-from app_train.recipes.lora.study_plan import SHOTS, Run
+from app_train.recipes.lora.study_plan import SHOTS, Trial
+from app_train.recipes.lora.task import Task, build_model, cuts_for
 from hier_lora import HierLoraCLIP, PromptSet
 from hier_losses import Taxonomy
 
@@ -29,6 +31,7 @@ Outcomes = dict[str, tuple[Outcome, dict]]
 # The second stage of the `towers` runs: short, because the text tower reads every prompt in every step.
 LORA_STAGE = StageConfig(epochs=1, lr=2e-3, batch_size=64)
 TOWERS_TEST_SHOTS = 20
+SAVE_EVERY = 10
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Bank:
     base: nn.Module
     data: dict[str, StudyData]
     head: HeadFit
-    stop: StopFlag
+    run: Run
 
     def __post_init__(self) -> None:
         self._models: dict[str, HierLoraCLIP] = {}
@@ -64,10 +67,10 @@ class Bank:
             return HierLoraCLIP(copy.deepcopy(self.base), tax, text="cached", prompts=prompts, center_text=True)
 
 
-def carry_out(run: Run, bank: Bank, rate: float) -> Outcomes:
+def carry_out(run: Trial, bank: Bank, rate: float) -> Outcomes:
     """Do a run with a learning rate that validation chose."""
     data = bank.data[run.data]
-    kinds: dict[str, Callable[[Run, Bank, StudyData, float], Outcomes]] = {
+    kinds: dict[str, Callable[[Trial, Bank, StudyData, float], Outcomes]] = {
         "fixed": _fixed, "head": _head, "update": _update, "towers": _towers,
     }  # fmt: skip
     return kinds[run.kind](run, bank, data, rate)
@@ -79,7 +82,7 @@ def _scored(model: HierLoraCLIP, data: StudyData, test: Split | None = None) -> 
     return outcome(logits, test.targets, data.taxonomy, data.cuts)
 
 
-def _fixed(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
+def _fixed(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
     if run.row == "zero_shot":
         return {"": (_scored(bank.model(data), data), {})}
     logits = neighbour_logits(
@@ -88,7 +91,7 @@ def _fixed(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
     return {"": (outcome(logits, data.test.targets, data.taxonomy, data.cuts), {})}
 
 
-def _head(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
+def _head(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
     options = run.options
     if "leaves" in options:
         data = _fewer_leaves(data, options["leaves"])
@@ -172,7 +175,7 @@ def hidden_nodes(tax: Taxonomy, unit: str, share: float, seed: int) -> list[int]
     return chosen
 
 
-def _update(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
+def _update(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
     """Train without some classes, add them to the taxonomy untrained, then show a few pictures of each class."""
     full = data.taxonomy
     hidden = hidden_nodes(full, run.options["unit"], run.options["share"], run.seed)
@@ -202,32 +205,30 @@ def _update(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
     return found
 
 
-def _towers(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
+def _towers(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
     """Head first, then LoRA on one tower or both; scored on a part of the test pictures."""
     rows, _ = take_shots(data.test.pictures, TOWERS_TEST_SHOTS, seed=0)
     test = data.test.pictures.select(rows)
     towers = run.options["towers"]
     config = _towers_config(bank.head, towers, rate)
-    accelerator = make_accelerator(config)
     text = "cached" if towers in ("head", "vision") else "live"
-    bench = Bench(
+    task = Task(
+        bank.run,
         bank.base,
         data.train.pictures,
         test,
-        data.train.features,
         data.cuts,
         data.template,
-        bank.stop,
-        accelerator,
+        features=data.train.features,
         text=text,
     )
-    model = build_model(bench, config, run.seed)
-    folder = Path(run.options["folder"])
+    model, folder = build_model(task, config, run.seed), Path(run.options["folder"])
     fit(
-        model, bench.train, bench.features, run.loss, config, folder,
-        seed=run.seed, stop=bank.stop, accelerator=accelerator, label=run.folder,
+        Objective(model, run.loss).to(bank.run.device),
+        stages(model, task.train, task.features, config, save_every=SAVE_EVERY), folder,
+        seed=run.seed, label=run.folder, stop=bank.run.stop, accelerator=bank.run.accelerator,
     )  # fmt: skip
-    logits = node_logits(model, test, centred=data.centred, check=bench.check)
+    logits = node_logits(model, test, centred=data.centred, check=bank.run.check)
     trained = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     facts = {"LoRA weights": 0 if towers == "head" else trained}
     remove_checkpoints(folder)
@@ -236,8 +237,7 @@ def _towers(run: Run, bank: Bank, data: StudyData, rate: float) -> Outcomes:
 
 def _towers_config(head: HeadFit, towers: str, rate: float) -> FitConfig:
     stage = LORA_STAGE.model_copy(update={"epochs": 0}) if towers == "head" else LORA_STAGE
-    config = head.schedule_config(rate).model_copy(update={"lora": stage, "rank": 4, "lora_alpha": 8})
-    return config.model_copy(update={"towers": "vision" if towers == "head" else towers, "save_every": 10})
+    return FitConfig(head=head.stage(rate), lora=stage, towers="vision" if towers == "head" else towers)
 
 
 __all__ = ["Bank", "Outcomes", "carry_out", "hidden_nodes"]

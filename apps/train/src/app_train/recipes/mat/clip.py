@@ -21,7 +21,7 @@ from tqdm import tqdm
 from app_data.read.folder import load_folder
 from app_data.read.pictures import PictureSet
 from app_data.sets.cifar100 import StoredTree, read_stored_tree, take_shots
-from app_eval.measure.results import write_json
+from app_data.store.atomic import write_json
 from app_eval.measure.tree_scores import tree_scores
 from app_train.core.checkpoint import Checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
 from app_train.core.config import Frozen, claim_folder

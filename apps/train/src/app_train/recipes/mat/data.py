@@ -14,11 +14,12 @@ from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet
 from app_data.sets.cifar100 import load_cifar100_fewshot, take_shots
 from app_data.sets.emoji import load_emoji
+from app_data.store.features import cached_features
 from app_data.weights.dual_encoder import Lite0MiniLM
-from app_data.weights.towers import LITE0_WIDTHS, cached_features, dinov2_visual, lite0_stages
+from app_data.weights.towers import LITE0_WIDTHS, dinov2_visual, lite0_stages
 from app_eval.measure.embed import run_batches
 from app_train.core.errors import RunError
-from app_train.recipes.lora.rows import cuts_for
+from app_train.recipes.lora.task import cuts_for
 from app_train.recipes.mat.rows import Row, depths
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts

@@ -22,14 +22,14 @@ from torch import Tensor
 from app_data.read.pictures import PictureSet
 from app_data.sets.cifar100 import StoredTree
 from app_data.sets.emoji import load_emoji
+from app_data.store.atomic import write_json
 from app_eval.measure.embed import neighbour_logits
-from app_eval.measure.results import write_json
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.config import Frozen, claim_folder
 from app_train.core.errors import RunError
 from app_train.core.interrupt import StopFlag
 from app_train.core.records import read_records
-from app_train.recipes.lora.rows import cuts_for, finished
+from app_train.recipes.lora.task import cuts_for, finished
 from app_train.recipes.mat.clip import build_model, encode, encode_labels, fit, load_clip, score
 from app_train.recipes.mat.data import TEST_ARTIST, TRAIN_ARTISTS
 from app_train.recipes.mat.published import PublishedConfig

@@ -25,15 +25,15 @@ from tqdm import tqdm
 
 from app_data.read.pictures import PictureSet
 from app_data.sets.emoji import CONCRETE_GROUPS, emoji_leaves, load_emoji
+from app_data.store.atomic import write_json
 from app_data.weights.dual_encoder import Lite0MiniLM
 from app_data.weights.towers import LITE0_WIDTHS
-from app_eval.measure.results import write_json
 from app_train.core.checkpoint import Checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
 from app_train.core.config import Frozen, claim_folder
 from app_train.core.errors import Interrupted, NonFiniteGradient
 from app_train.core.interrupt import StopFlag
 from app_train.core.records import Records, read_records
-from app_train.recipes.lora.rows import style_offsets
+from app_train.recipes.lora.task import style_offsets
 from app_train.recipes.mat.clip import preprocess
 from app_train.recipes.mat.data import TRAIN_ARTISTS, lite0_features
 from app_train.recipes.mat.fit import rate_share

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from app_data.read.pictures import PictureSet
-from app_eval.measure.results import write_json
+from app_data.store.atomic import write_json
 from app_eval.measure.tree_scores import SCORES, TITLES, differences, means, tree_scores
 from hier_losses.metrics import mta_majority_baseline
 from hier_losses.treecuts import TreeCuts

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from app_data.weights.dual_encoder import Lite0MiniLM
 from app_eval.measure.tree_scores import tree_scores
 from app_train.core.errors import RunError
-from app_train.recipes.lora.rows import cuts_for
+from app_train.recipes.lora.task import cuts_for
 from app_train.recipes.mat.data import Pictures
 from hier_losses import Taxonomy
 from hier_losses.builders import cifar100

@@ -27,14 +27,14 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
+from app_data.store.atomic import write_json
 from app_eval.measure.embed import neighbour_logits
-from app_eval.measure.results import write_json
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.config import Frozen, claim_folder, config_hash
 from app_train.core.errors import Interrupted, RunError
 from app_train.core.interrupt import StopFlag
 from app_train.core.records import read_records
-from app_train.recipes.lora.rows import finished
+from app_train.recipes.lora.task import finished
 from app_train.recipes.mat.data import (
     Features,
     Pictures,

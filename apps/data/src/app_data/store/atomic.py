@@ -1,0 +1,85 @@
+"""Write-then-rename in one place: a reader finds a file or a folder whole or not at all, also after a power cut."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["new_file", "new_folder", "remove_leftovers", "sync", "write_json", "write_text"]
+
+_MARK = ".tmp-"
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_MARK}{os.getpid()}")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Fill the file whose name this gives; it takes the place of `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill the empty folder that this gives; it takes the place of `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for inner in sorted(temporary.rglob("*")):
+            sync(inner)
+        sync(temporary)
+        if path.exists():
+            # A rename never replaces a filled folder: move the old one aside first.
+            aside = path.with_name(f".{path.name}.old{_MARK}{os.getpid()}")
+            os.rename(path, aside)
+            os.rename(temporary, path)
+            shutil.rmtree(aside)
+        else:
+            os.rename(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, one space of indentation."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers left below a folder that nobody else writes to now."""
+    for path in folder.rglob(f".*{_MARK}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,257 @@
+"""The run folder: settings, versions and data in one file, a lock, finished rows, the result, and a manifest of all of it."""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from app_data.store.atomic import new_folder, remove_leftovers, write_json, write_text
+from app_train.core.config import RESOLVED, RunConfig, config_hash, differences
+from app_train.core.errors import RunError
+from app_train.core.interrupt import StopFlag
+
+LOCK, MANIFEST, RESULT = ".lock", "manifest.json", "result.json"
+VERSIONS_OF = (
+    "torch",
+    "peft",
+    "timm",
+    "transformers",
+    "hyper-geom",
+    "hier-losses",
+    "hier-lora",
+    "mat-align",
+    "hyper-blip",
+    "hyper-icl",
+    "app-data",
+    "app-eval",
+    "app-train",
+)
+
+
+class Run:
+    """One call of a recipe: its folder, its processes, and the signals that stop it.
+
+    Use it as a context, then `claim` the folder once the data is known. Only the first process touches the folder.
+
+    Args:
+        recipe: name of the recipe.
+        config: its settings.
+        grows: settings that may grow from one command to the next; they are not part of the run's identity.
+        mixed_precision: "no", "bf16" or "fp16".
+        processes: whether several processes can share the work.
+        unused_parameters: whether a step may leave parameters out.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        config: RunConfig,
+        grows: tuple[str, ...] = ("seeds", "rows"),
+        *,
+        mixed_precision: str = "no",
+        processes: bool = True,
+        unused_parameters: bool = False,
+    ) -> None:
+        if not processes and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RunError(f"the recipe {recipe} runs in one process; start it without torchrun or accelerate launch")
+        kwargs = [DistributedDataParallelKwargs(find_unused_parameters=True)] if unused_parameters else []
+        # Without a GPU, several processes of torchrun talk through gloo.
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision, kwargs_handlers=kwargs
+        )
+        self.recipe, self.config, self.out = recipe, config, config.out
+        self.identity = config.identity(*grows)
+        self.asked = config_hash(config.identity())
+        self.stop = StopFlag()
+        self.data = ""
+        self._lock: Any = None
+
+    def __enter__(self) -> Self:
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop.__exit__(*error)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the first process."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    def check(self) -> None:
+        """Leave if a signal has come: nothing is lost outside training."""
+        self.stop.check()
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        self.accelerator.wait_for_everyone()
+
+    def claim(self, data: str) -> None:
+        """Lock the folder and write the settings into it, or check that they are there already.
+
+        Args:
+            data: fingerprint of the data.
+
+        Raises:
+            RunError: if another process is at work in the folder, or it holds something else; nothing is written then.
+        """
+        self.data = data
+        if self.main:
+            if self.out.exists() and not self.out.is_dir():
+                raise RunError(f"--out must name a folder, {self.out} is a file")
+            ours = any((self.out / name).exists() for name in (RESOLVED, LOCK))
+            if not ours and self.out.exists() and any(p for p in self.out.iterdir() if not p.name.startswith(".")):
+                raise RunError(f"{self.out} is not empty and holds no run; choose another folder with --out")
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.out / LOCK)
+            remove_leftovers(self.out)
+            self._settle()
+        self.wait()
+
+    def _settle(self) -> None:
+        path = self.out / RESOLVED
+        known = _read_settings(path)
+        if known is not None:
+            here = self.config.model_dump(mode="json")
+            old = {k: v for k, v in known["config"].items() if k in self.identity or k not in here}
+            changed = differences(old, self.identity)
+            if known["data"] != self.data:
+                changed.append(f"the data: {known['data']} -> {self.data}")
+            if changed:
+                raise RunError(
+                    f"{self.out} holds a run with other settings ({'; '.join(changed)}); choose another folder with --out, or delete it"
+                )
+        content = {
+            "config": self.config.model_dump(mode="json"),
+            "data": self.data,
+            "versions": {name: version(name) for name in VERSIONS_OF},
+        }
+        if known is None or known["config"] != content["config"]:
+            write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def facts(self, row: str, seed: int, **more: object) -> dict:
+        """What identifies a row of this run; `more` are the settings that are the row's own."""
+        return {
+            "recipe": self.recipe,
+            "row": row,
+            "seed": seed,
+            "data": self.data,
+            "config": config_hash(self.identity, **more),
+        }
+
+    @contextmanager
+    def new_folder(self, path: Path) -> Iterator[Path | None]:
+        """Fill a folder that appears whole; all processes wait, and only the first is handed the folder to fill."""
+        if self.main:
+            with new_folder(path) as temporary:
+                yield temporary
+        else:
+            yield None
+        self.wait()
+
+    def result(self) -> dict | None:
+        """The stored result of the same command; None if there is none yet."""
+        path = self.out / RESULT
+        if not path.exists():
+            return None
+        result = read_json(path)
+        return result if result.get("asked") == self.asked and (self.out / MANIFEST).exists() else None
+
+    def finish(self, content: Mapping[str, object]) -> dict:
+        """Write `result.json`: what a page or a report is made from; call `seal` when all files are there."""
+        result = {"format": 1, "recipe": self.recipe, "data": self.data, "asked": self.asked, **content}
+        # As a reader will find it: tuples become lists now, not at the next call.
+        result = json.loads(json.dumps(result))
+        write_json(self.out / RESULT, result)
+        return result
+
+    def seal(self) -> None:
+        """Write `manifest.json`: the sha256 of every file of the run."""
+        files = sorted(p for p in self.out.rglob("*") if p.is_file() and not _left_out(p.relative_to(self.out)))
+        sums = {p.relative_to(self.out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+        write_json(self.out / MANIFEST, {"format": 1, "sha256": sums})
+
+
+def _left_out(path: Path) -> bool:
+    return path.name == MANIFEST or any(part.startswith((".", "checkpoint-", "tensorboard")) for part in path.parts)
+
+
+def _locked(path: Path) -> Any:
+    """The lock file, open and locked; the system lets go of it when the process ends, however it ends."""
+    handle = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.seek(0)
+        owner = handle.read().strip() or "another process"
+        handle.close()
+        raise RunError(
+            f"{owner} is at work in {path.parent}; wait for it, or choose another folder with --out"
+        ) from error
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+    handle.flush()
+    return handle
+
+
+def _read_settings(path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        known = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(known["config"], dict) and isinstance(known["data"], str):
+            return known
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
+        pass
+    raise RunError(f"{path} is damaged; delete this file, and the same command writes it anew and goes on")
+
+
+def read_json(path: Path) -> dict:
+    """The content of a JSON file of a run.
+
+    Raises:
+        RunError: if the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged; delete it and run the same command again") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged; delete it and run the same command again")
+    return content
+
+
+def finished(folder: Path, facts: Mapping[str, object]) -> dict | None:
+    """The stored result of a finished row; None if it is not finished.
+
+    Raises:
+        RunError: if the file is damaged or belongs to other settings.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    result = read_json(path)
+    different = sorted(k for k, v in facts.items() if result.get(k) != v)
+    if different:
+        raise RunError(
+            f"{path} belongs to another run ({', '.join(different)} differ); choose another folder with --out"
+        )
+    return result
