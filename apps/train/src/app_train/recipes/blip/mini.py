@@ -14,16 +14,13 @@ pruning are crossed for the Lorentz row only: `lorentz` has both, `lorentz_max` 
 `lorentz_plain` neither.
 """
 
-import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 
 from app_data.read.labelled import Decoding
@@ -42,11 +39,12 @@ from app_data.weights.blip2 import (
 )
 from app_eval.measure.retrieval import answers, caption_scores, feature_maps, radii, retrieval
 from app_train.core.checkpoint import remove_checkpoints
-from app_train.core.config import Frozen, StageConfig, claim_folder, config_hash
-from app_train.core.errors import Interrupted
-from app_train.core.interrupt import StopFlag
-from app_train.recipes.blip.loop import blip_accelerator, fit_blip
-from app_train.recipes.lora.task import finished
+from app_train.core.config import StageConfig
+from app_train.core.fit import fit
+from app_train.core.run_folder import Run, finished
+from app_train.core.schedule import Forward, Step
+from app_train.recipes.blip.settings import ROWS, BlipMiniConfig
+from app_train.recipes.blip.stage import blip_stage, pretraining_parts
 from hyper_blip import (
     HyperBlip2ForConditionalGeneration,
     HyperBlip2ForPretraining,
@@ -56,104 +54,32 @@ from hyper_blip import (
 )
 
 TEST_ARTIST = "twemoji"
-LossName = Literal["itc", "itm", "lm"]
-RowName = Literal["euclidean", "cosine", "lorentz", "poincare", "mix", "lorentz_max", "lorentz_whole", "lorentz_plain"]
-_LORENTZ = {"manifold": "lorentz", "similarity": "distance"}
-ROWS: dict[str, dict] = {
-    "euclidean": {"similarity": "cosine", "rqs_prob": 0.0, "rtp_prob": 0.0},
-    "cosine": {"similarity": "cosine"},
-    "lorentz": _LORENTZ,
-    "poincare": {"manifold": "poincare", "similarity": "distance"},
-    "mix": {"manifold": "lorentz", "similarity": "mix"},
-    "lorentz_max": {**_LORENTZ, "rqs_prob": 0.0},
-    "lorentz_whole": {**_LORENTZ, "rtp_prob": 0.0},
-    "lorentz_plain": {**_LORENTZ, "rqs_prob": 0.0, "rtp_prob": 0.0},
-}
-
-
-class FirstStage(StageConfig):
-    """Alignment, matching and description."""
-
-    epochs: int = Field(1, ge=0)
-    lr: float = Field(1e-4, gt=0)
-    batch_size: int = Field(32, ge=1)
-    weight_decay: float = Field(0.05, ge=0)
-
-
-class SecondStage(StageConfig):
-    """The queries as a prefix of the language model."""
-
-    epochs: int = Field(1, ge=0)
-    lr: float = Field(2e-4, gt=0)
-    batch_size: int = Field(8, ge=1)
-    weight_decay: float = Field(0.05, ge=0)
-
-
-class BlipMiniConfig(Frozen):
-    """A small hyperbolic BLIP-2 on emoji."""
-
-    out: Path = Path("runs/blip-mini")
-    """Run folder; the same command goes on from what it holds."""
-    seeds: int = Field(1, ge=1)
-    """Seeds 0 .. seeds-1, one after the other."""
-    rows: tuple[RowName, ...] = ("lorentz",)
-    """Rows to train."""
-    artists: tuple[str, ...] = ("openmoji", "noto-300", "noto-700")
-    """Artists to train on."""
-    size: int = Field(128, ge=32)
-    """Height and width of the pictures in pixels."""
-    limit: int | None = Field(None, ge=2)
-    """Use the pictures of this many leaves only, spread over the taxonomy (for trials)."""
-    losses: tuple[LossName, ...] = ("itc", "itm", "lm")
-    """Losses of stage 1; without "itm" nothing is re-ranked, and the contrastive loss alone is four times cheaper."""
-    start: Literal["pairs", "fresh"] = "pairs"
-    """Start of both stages: "pairs" ties queries to captions, then to the language model's words, by least squares; "fresh"
-    leaves that to the losses."""
-    stage1: FirstStage = FirstStage()
-    stage2: SecondStage = SecondStage()
-    num_queries: int = Field(4, ge=1)
-    num_layers: int = Field(2, ge=1, le=6)
-    """How many of MiniLM's layers the Q-Former takes: the first and the last ones."""
-    max_tokens: int = Field(10, ge=4, le=64)
-    """Tokens of a caption."""
-    k_test: int = Field(16, ge=1)
-    """Candidates that the matching head scores."""
-    num_captions: int = Field(100, ge=0)
-    """Test pictures that are captioned."""
-    coco_mini: Path | None = None
-    """A small COCO in one tar archive, for zero-shot scores; not run if not given."""
-    save_every: int = Field(40, ge=1)
-    """Steps between two checkpoints."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    cache_dir: Path | None = None
-    """Where drawn pictures are kept; the user's cache folder if not given."""
-    tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
 
 
 def run(config: BlipMiniConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
-    accelerator = blip_accelerator(config.mixed_precision)
-    with StopFlag() as stop:
+    grows = ("seeds", "rows", "coco_mini", "num_captions")
+    with Run("blip-mini", config, grows, mixed_precision=config.mixed_precision, unused_parameters=True) as run:
         train = _limited(
             load_emoji_captions(config.artists, size=config.size, cache_dir=config.cache_dir), config.limit
         )
         test = _limited(load_emoji_captions((TEST_ARTIST,), size=config.size, cache_dir=config.cache_dir), config.limit)
-        data = f"{train.fingerprint}-{test.fingerprint}"
-        if accelerator.is_main_process:
-            claim_folder(config.out, config, data, ignored=("seeds", "rows", "coco_mini", "num_captions"))
-        accelerator.wait_for_everyone()
-        features = _Features(train, test, accelerator)
-        runs = []
-        for seed in range(config.seeds):
-            runs.append({row: _row(config, row, seed, features, data, stop, accelerator) for row in config.rows})
-        if not accelerator.is_main_process:
-            return {}
-    result = {"format": 1, "recipe": "blip-mini", "data": data, "n": len(test), "seeds": config.seeds, "runs": runs}
-    write_json(config.out / "result.json", result)
-    print(_table(runs))  # noqa: T201
-    print(f"\npage: python apps/eval blip-page {config.out} docs/results/hyper-blip.md")  # noqa: T201
-    return result
+        run.claim(f"{train.fingerprint}-{test.fingerprint}")
+        known = run.result()
+        if known is None:
+            features = _Features(train, test, run)
+            runs = [
+                {row: _Row(config, run, row, seed, features).make() for row in config.rows}
+                for seed in range(config.seeds)
+            ]
+            if not run.main:
+                return {}
+            known = run.finish({"n": len(test), "seeds": config.seeds, "runs": runs})
+            run.seal()
+    if run.main:
+        print(_table(known["runs"]))  # noqa: T201
+        print(f"\npage: hier page blip {config.out} docs/results/hyper-blip.md")  # noqa: T201
+    return known
 
 
 def hyperbolic(row: str, seed: int = 0, losses: Sequence[str] = ("itc", "itm", "lm")) -> HyperbolicConfig:
@@ -173,57 +99,17 @@ def _limited(data: CaptionSet, limit: int | None) -> CaptionSet:
 class _Features:
     """Both sets with their frozen features, computed once for all rows and seeds; half precision halves their memory."""
 
-    def __init__(self, train: CaptionSet, test: CaptionSet, accelerator: Accelerator) -> None:
-        self.train, self.test = train, test
-        self._accelerator = accelerator
+    def __init__(self, train: CaptionSet, test: CaptionSet, run: Run) -> None:
+        self.train, self.test, self._run = train, test, run
         self._found: dict[str, Tensor] = {}
 
     def maps(self, name: str, model: nn.Module) -> Tensor:
         """Feature maps of the set `name`, "train" or "test"."""
         if name not in self._found:
             data = getattr(self, name)
-            model.to(self._accelerator.device)
+            model.to(self._run.device)
             self._found[name] = feature_maps(model, data.batch(range(len(data)))).half()
         return self._found[name]
-
-
-def _row(
-    config: BlipMiniConfig,
-    row: str,
-    seed: int,
-    features: _Features,
-    data: str,
-    stop: StopFlag,
-    accelerator: Accelerator,
-) -> dict:
-    folder = config.out / f"seed-{seed}" / row
-    settings = config.model_dump(
-        mode="json", exclude={"out", "seeds", "rows", "cache_dir", "tensorboard", "save_every"}
-    )
-    facts = {"recipe": "blip-mini", "row": row, "seed": seed, "data": data}
-    facts["config"] = config_hash(config.stage1, row=ROWS[row], **{k: v for k, v in settings.items() if k != "stage1"})
-    known = finished(folder, facts)
-    if known is not None:
-        return known
-    label = f"{row}, seed {seed}"
-    begun = time.monotonic()
-    first = _first_stage(config, row, seed, features, folder, f"{label}: stage 1", stop, accelerator)
-    second = None
-    if config.stage2.epochs:
-        second = _second_stage(config, seed, first, features, folder, f"{label}: stage 2", stop, accelerator)
-    if not accelerator.is_main_process:
-        return {}
-    first.to(accelerator.device)
-    result = {
-        "format": 1,
-        **facts,
-        "seconds": round(time.monotonic() - begun),
-        **_score(config, first, second, features, stop),
-    }
-    write_json(folder / "result.json", result)
-    for stage in ("train-1", "train-2"):
-        remove_checkpoints(folder / stage)
-    return result
 
 
 def _caption_of(data: CaptionSet, row: int, seed: int, epoch: int) -> str:
@@ -232,145 +118,144 @@ def _caption_of(data: CaptionSet, row: int, seed: int, epoch: int) -> str:
     return captions[int(np.random.default_rng([seed, epoch, row]).integers(len(captions)))]
 
 
-def _first_stage(
-    config: BlipMiniConfig,
-    row: str,
-    seed: int,
-    features: _Features,
-    folder: Path,
-    label: str,
-    stop: StopFlag,
-    accelerator,
-) -> HyperBlip2ForPretraining:
-    done = folder / "stage1"
-    if (done / "hyper_blip.json").exists():
-        return HyperBlip2ForPretraining.from_pretrained(done)
-    made = mini_config(hyperbolic(row, seed, config.losses), config.num_queries, config.num_layers)
-    model = mini_model(made, seed)
-    train, maps = features.train, features.maps("train", model)
-    model.to(accelerator.device)
-    if config.start == "pairs":
-        captions = [_caption_of(train, i, seed, 0) for i in range(len(train))]
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)  # dropout is part of the start
-            model.start_from_pairs(maps.float(), *caption_ids(captions, config.max_tokens))
-    leaves = torch.from_numpy(train.targets)
+@dataclass(frozen=True)
+class _Row:
+    """One row with one seed: both stages, then everything the results page shows of it."""
 
-    def forward(wrapped: nn.Module, rows: np.ndarray, epoch: int, number: int, share: float):
-        captions = [_caption_of(train, int(i), seed, epoch) for i in rows]
-        device = accelerator.device
-        ids, mask = (x.to(device) for x in caption_ids(captions, config.max_tokens))
-        out = wrapped(
-            maps[rows].to(device).float(), ids, mask, image_ids=leaves[rows].to(device), step=number, progress=share
-        )
-        parts = {f"loss/{n}": getattr(out, f"loss_{n}").detach() for n in ("itc", "itm", "lm")}
-        return out.loss, {**parts, **out.diagnostics}
+    config: BlipMiniConfig
+    run: Run
+    name: str
+    seed: int
+    features: _Features
 
-    _fit(config, config.stage1, model, forward, len(train), folder / "train-1", seed, label, stop, accelerator)
-    _save(model, done, accelerator)
-    return model.eval()
+    @property
+    def folder(self) -> Path:
+        return self.run.out / f"seed-{self.seed}" / self.name
 
+    def make(self) -> dict:
+        """The content of its `result.json`, which is read back if it is finished; empty on all processes but the first."""
+        facts = self.run.facts(self.name, self.seed, settings=ROWS[self.name])
+        known = finished(self.folder, facts)
+        if known is not None:
+            return known
+        begun = time.monotonic()
+        first = self._first()
+        second = self._second(first) if self.config.stage2.epochs else None
+        if not self.run.main:
+            return {}
+        first.to(self.run.device)
+        seconds = round(time.monotonic() - begun)
+        result = {"format": 1, **facts, "seconds": seconds, **self._scores(first, second)}
+        write_json(self.folder / "result.json", result)
+        for stage in ("train-1", "train-2"):
+            remove_checkpoints(self.folder / stage)
+        return result
 
-def _second_stage(
-    config: BlipMiniConfig,
-    seed: int,
-    first: HyperBlip2ForPretraining,
-    features: _Features,
-    folder: Path,
-    label: str,
-    stop,
-    accelerator,
-) -> HyperBlip2ForConditionalGeneration:
-    done = folder / "stage2"
-    if (done / "hyper_blip.json").exists():
-        return HyperBlip2ForConditionalGeneration.from_pretrained(done)
-    tokenizer = language_tokenizer()
-    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = HyperBlip2ForConditionalGeneration.from_pretraining(
-            first.cpu(), image_token_id=image_token, language_locator=LANGUAGE
-        )
-    train, maps = features.train, features.maps("train", model)
-    model.to(accelerator.device)
+    def _first(self) -> HyperBlip2ForPretraining:
+        config, seed, device, done = self.config, self.seed, self.run.device, self.folder / "stage1"
+        if (done / "hyper_blip.json").exists():
+            return HyperBlip2ForPretraining.from_pretrained(done)
+        made = mini_config(hyperbolic(self.name, seed, config.losses), config.num_queries, config.num_layers)
+        model = mini_model(made, seed)
+        train, maps = self.features.train, self.features.maps("train", model)
+        model.to(device)
+        if config.start == "pairs":
+            captions = [_caption_of(train, i, seed, 0) for i in range(len(train))]
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)  # dropout is part of the start
+                model.start_from_pairs(maps.float(), *caption_ids(captions, config.max_tokens))
+        leaves = torch.from_numpy(train.targets)
 
-    def texts(rows: Sequence[int] | np.ndarray, epoch: int) -> dict[str, Tensor]:
-        return caption_batch(
-            [_caption_of(train, int(i), seed, epoch).removeprefix(f"{PROMPT} ") for i in rows],
-            tokenizer,
-            num_queries=model.num_queries,
-            image_token_id=image_token,
-            prompt=PROMPT,
-            max_tokens=config.max_tokens,
-        )
+        def forward(wrapped: nn.Module, step: Step, rows: np.ndarray):
+            captions = [_caption_of(train, int(i), seed, step.epoch) for i in rows]
+            ids, mask = (x.to(device) for x in caption_ids(captions, config.max_tokens))
+            out = wrapped(
+                maps[rows].to(device).float(), ids, mask, image_ids=leaves[rows].to(device), step=step.number,
+                progress=step.share,
+            )  # fmt: skip
+            return out.loss, {**pretraining_parts(out), **out.diagnostics}
 
-    if config.start == "pairs":
-        model.start_from_captions(maps.float(), texts(range(len(train)), 0)["labels"])
+        self._fit(config.stage1, model, forward, len(train), 1)
+        return self._saved(model, done)
 
-    def forward(wrapped: nn.Module, rows: np.ndarray, epoch: int, number: int, share: float):
-        batch = {k: v.to(accelerator.device) for k, v in texts(rows, epoch).items()}
-        return wrapped(maps[rows].to(accelerator.device).float(), **batch).loss, {}
+    def _second(self, first: HyperBlip2ForPretraining) -> HyperBlip2ForConditionalGeneration:
+        config, seed, device, done = self.config, self.seed, self.run.device, self.folder / "stage2"
+        if (done / "hyper_blip.json").exists():
+            return HyperBlip2ForConditionalGeneration.from_pretrained(done)
+        tokenizer = language_tokenizer()
+        image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = HyperBlip2ForConditionalGeneration.from_pretraining(
+                first.cpu(), image_token_id=image_token, language_locator=LANGUAGE
+            )
+        train, maps = self.features.train, self.features.maps("train", model)
+        model.to(device)
 
-    _fit(config, config.stage2, model, forward, len(train), folder / "train-2", seed, label, stop, accelerator)
-    _save(model, done, accelerator)
-    return model.eval()
+        def texts(rows: Sequence[int] | np.ndarray, epoch: int) -> dict[str, Tensor]:
+            return caption_batch(
+                [_caption_of(train, int(i), seed, epoch).removeprefix(f"{PROMPT} ") for i in rows],
+                tokenizer,
+                num_queries=model.num_queries,
+                image_token_id=image_token,
+                prompt=PROMPT,
+                max_tokens=config.max_tokens,
+            )
 
+        if config.start == "pairs":
+            model.start_from_captions(maps.float(), texts(range(len(train)), 0)["labels"])
 
-def _fit(config, stage, model, forward, num, folder, seed, label, stop, accelerator) -> None:
-    fit_blip(
-        model, forward, num, stage, folder, seed=seed, stop=stop, accelerator=accelerator, label=label,
-        save_every=config.save_every, tensorboard=config.tensorboard,
-    )  # fmt: skip
+        def forward(wrapped: nn.Module, step: Step, rows: np.ndarray):
+            batch = {k: v.to(device) for k, v in texts(rows, step.epoch).items()}
+            return wrapped(maps[rows].to(device).float(), **batch).loss, {}
 
+        self._fit(config.stage2, model, forward, len(train), 2)
+        return self._saved(model, done)
 
-def _save(model: nn.Module, folder: Path, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        unfinished.rename(folder)
-    accelerator.wait_for_everyone()
-
-
-def _score(
-    config: BlipMiniConfig,
-    first: HyperBlip2ForPretraining,
-    second: HyperBlip2ForConditionalGeneration | None,
-    features: _Features,
-    stop: StopFlag,
-) -> dict:
-    """Everything the results page shows of one row."""
-    settings = {"k_test": config.k_test if "itm" in config.losses else 0, "max_tokens": config.max_tokens}
-    test, maps = features.test, features.maps("test", first).float()
-    found = retrieval(first, test, maps, first_only=True, **settings)
-    _check(stop)
-    scores = {"radius": radii(first, test, maps, found, max_tokens=config.max_tokens)}
-    del found["hits"], found["max_softmax"]
-    scores["retrieval"] = found
-    _check(stop)
-    if config.coco_mini is not None:
-        coco = load_coco_mini(config.coco_mini, Decoding(size=config.size, cache_dir=config.cache_dir))
-        zero = retrieval(first, coco, feature_maps(first, coco.batch(range(len(coco)))), first_only=False, **settings)
-        scores["coco_mini"] = {k: zero[k] for k in ("n_images", "n_texts", "itc", "itm") if k in zero}
-        _check(stop)
-    if second is not None and config.num_captions:
-        rows = np.linspace(0, len(test) - 1, min(config.num_captions, len(test))).round().astype(int).tolist()
-        said = generate_captions(
-            second, maps[rows], language_tokenizer(), prompt=PROMPT, num_beams=3, min_new_tokens=2,
-            max_new_tokens=config.max_tokens,
+    def _fit(self, settings: StageConfig, model: nn.Module, forward: Forward, num: int, number: int) -> None:
+        run, label = self.run, f"{self.name}, seed {self.seed}: stage {number}"
+        stage = blip_stage(model, label, settings, num, forward, self.seed, self.config.save_every)
+        fit(
+            model, [stage], self.folder / f"train-{number}", seed=self.seed, label=label, stop=run.stop,
+            accelerator=run.accelerator, tensorboard=self.config.tensorboard,
         )  # fmt: skip
-        captions = [f"{PROMPT} {text}" for text in said]
-        scores["captions"] = {"n": len(rows), **caption_scores(test, captions, rows)}
-        scores["samples"] = [
-            {"id": str(test.ids[i]), "caption": c, "reference": test.captions[i][0]}
-            for i, c in list(zip(rows, captions, strict=True))[:12]
-        ]
-    return scores
 
+    def _saved(self, model: nn.Module, folder: Path) -> nn.Module:
+        with self.run.new_folder(folder) as target:
+            if target is not None:
+                model.save_pretrained(target)
+        return model.eval()
 
-def _check(stop: StopFlag) -> None:
-    if stop.exit_status is not None:
-        raise Interrupted(stop.exit_status)
+    def _scores(self, first: HyperBlip2ForPretraining, second: HyperBlip2ForConditionalGeneration | None) -> dict:
+        """Everything the results page shows."""
+        config, run = self.config, self.run
+        settings = {"k_test": config.k_test if "itm" in config.losses else 0, "max_tokens": config.max_tokens}
+        test, maps = self.features.test, self.features.maps("test", first).float()
+        ranks = retrieval(first, test, maps, first_only=True, **settings)
+        run.check()
+        scores = {"radius": radii(first, test, maps, ranks, max_tokens=config.max_tokens)}
+        del ranks["hits"], ranks["max_softmax"]
+        scores["retrieval"] = ranks
+        run.check()
+        if config.coco_mini is not None:
+            coco = load_coco_mini(config.coco_mini, Decoding(size=config.size, cache_dir=config.cache_dir))
+            pixels = feature_maps(first, coco.batch(range(len(coco))))
+            zero = retrieval(first, coco, pixels, first_only=False, **settings)
+            scores["coco_mini"] = {k: zero[k] for k in ("n_images", "n_texts", "itc", "itm") if k in zero}
+            run.check()
+        if second is not None and config.num_captions:
+            rows = np.linspace(0, len(test) - 1, min(config.num_captions, len(test))).round().astype(int).tolist()
+            said = generate_captions(
+                second, maps[rows], language_tokenizer(), prompt=PROMPT, num_beams=3, min_new_tokens=2,
+                max_new_tokens=config.max_tokens,
+            )  # fmt: skip
+            captions = [f"{PROMPT} {text}" for text in said]
+            scores["captions"] = {"n": len(rows), **caption_scores(test, captions, rows)}
+            scores["samples"] = [
+                {"id": str(test.ids[i]), "caption": c, "reference": test.captions[i][0]}
+                for i, c in list(zip(rows, captions, strict=True))[:12]
+            ]
+        return scores
 
 
 def _table(runs: list[dict]) -> str:
@@ -384,6 +269,3 @@ def _table(runs: list[dict]) -> str:
             + ("     not run" if cider is None else f"{cider:8.3f}")
         )  # fmt: skip
     return "\n".join(lines)
-
-
-__all__ = ["ROWS", "BlipMiniConfig", "hyperbolic", "run"]

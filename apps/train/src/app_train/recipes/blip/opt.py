@@ -13,21 +13,19 @@ the memory table against a build of the whole model on the meta device, and ever
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import nn
 
 from app_data.read.labelled import Decoding
 from app_data.sets.coco import load_karpathy
-from app_data.store.atomic import write_json
-from app_train.core.config import Frozen, StageConfig, claim_folder
 from app_train.core.errors import RunError
-from app_train.core.interrupt import StopFlag
-from app_train.recipes.blip.loop import blip_accelerator, fit_blip
+from app_train.core.fit import fit
+from app_train.core.run_folder import Run
+from app_train.core.schedule import Step
+from app_train.recipes.blip.settings import Blip2OptConfig
+from app_train.recipes.blip.stage import blip_stage, pretraining_parts
 from hyper_blip import (
     HyperBlip2Config,
     HyperBlip2ForConditionalGeneration,
@@ -40,47 +38,6 @@ GIB = 2**30
 # CLIP's mean and standard deviation, which BLIP-2's processor applies to pixels in [0, 1].
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGE_TOKEN_ID = 50265
-
-
-class BigStage(StageConfig):
-    """AdamW over all cards together."""
-
-    epochs: int = Field(10, ge=0)
-    lr: float = Field(1e-4, gt=0)
-    batch_size: int = Field(800, ge=1)
-    """Pairs over all cards: 100 a card in stage 1, 64 in stage 2, on eight cards."""
-    weight_decay: float = Field(0.05, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
-
-
-class Blip2OptConfig(Frozen):
-    """Hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO."""
-
-    out: Path = Path("runs/blip2-opt-2.7b")
-    stage: Literal[1, 2] = 1
-    """2 goes on from the model that stage 1 left in `out`."""
-    source: str = "Salesforce/blip2-opt-2.7b"
-    """Name or folder of a BLIP-2 checkpoint: its vision encoder and language model are used, its Q-Former is the start."""
-    tokenizer: str = "bert-base-uncased"
-    annotations: Path | None = None
-    """`dataset_coco.json` of the Karpathy splits (required unless --plan-only)."""
-    pictures: Path | None = None
-    """Folder with `train2014/` and `val2014/` (required unless --plan-only)."""
-    fit: BigStage = BigStage()
-    similarity: Literal["cosine", "distance", "inner", "angle", "mix"] = "cosine"
-    """The paper's cosine is the Euclidean cosine; "distance" lets the radius take part."""
-    max_tokens: int = Field(32, ge=4)
-    checkpointing: bool = True
-    """Recompute activations in the backward pass."""
-    shard: bool = False
-    """Spread the layers of the frozen parts over the cards (FSDP2)."""
-    cards: int = Field(8, ge=1)
-    """For the memory table."""
-    plan_only: bool = False
-    """Print the memory table and stop."""
-    cache_dir: Path | None = None
-    save_every: int = Field(500, ge=1)
-    tensorboard: bool = True
 
 
 @dataclass(frozen=True)
@@ -213,32 +170,32 @@ def run(config: Blip2OptConfig) -> dict:
         raise RunError(
             "--annotations and --pictures are missing: name dataset_coco.json and the folder of COCO's pictures"
         )
-    accelerator = blip_accelerator("bf16" if torch.cuda.is_available() else "no")
-    if config.shard and accelerator.num_processes < 2:
-        raise RunError("--shard needs several processes: start with accelerate launch or torchrun")
-    with StopFlag() as stop:
-        data = load_karpathy(config.annotations, config.pictures, Decoding(size=224, cache_dir=config.cache_dir))[
-            "train"
-        ]
-        folder = config.out / f"train-{config.stage}"
-        if accelerator.is_main_process:
-            claim_folder(config.out / f"settings-{config.stage}", config, data.fingerprint, ignored=("cards",))
-        accelerator.wait_for_everyone()
-        model, forward = (_first if config.stage == 1 else _second)(config, data, accelerator)
+    # A run folder for each stage: their settings differ, and the second reads the model of the first.
+    run_config = config.model_copy(update={"out": config.out / f"run-{config.stage}"})
+    precision = "bf16" if torch.cuda.is_available() else "no"
+    with Run("blip2-opt-2.7b", run_config, ("cards",), mixed_precision=precision, unused_parameters=True) as run:
+        if config.shard and run.accelerator.num_processes < 2:
+            raise RunError("--shard needs several processes: start with accelerate launch or torchrun")
+        parts = load_karpathy(config.annotations, config.pictures, Decoding(size=224, cache_dir=config.cache_dir))
+        data = parts["train"]
+        run.claim(data.fingerprint)
+        model, forward = (_first if config.stage == 1 else _second)(config, data, run.device)
         if config.checkpointing:
             model.gradient_checkpointing_enable()
         if config.shard:
             model.shard_frozen()
-        fit_blip(
-            model, forward, len(data), config.fit, folder, seed=0, stop=stop, accelerator=accelerator,
-            label=f"stage {config.stage}", save_every=config.save_every, tensorboard=config.tensorboard,
+        label = f"stage {config.stage}"
+        fit(
+            model, [blip_stage(model, label, config.fit, len(data), forward, 0, config.save_every)], run.out / "train",
+            seed=0, label=label, stop=run.stop, accelerator=run.accelerator, tensorboard=config.tensorboard,
         )  # fmt: skip
-        if config.shard or accelerator.is_main_process:
+        # Of sharded layers every process holds a part: all of them save.
+        if config.shard or run.main:
             model.save_pretrained(config.out / f"stage{config.stage}")
-        if not accelerator.is_main_process:
+        if not run.main:
             return {}
-    result = {"format": 1, "recipe": "blip2-opt-2.7b", "stage": config.stage, "data": data.fingerprint, "n": len(data)}
-    write_json(config.out / f"result-{config.stage}.json", result)
+        result = run.finish({"stage": config.stage, "n": len(data)})
+        run.seal()
     return result
 
 
@@ -253,7 +210,7 @@ def _caption(data, row: int, epoch: int) -> str:
     return captions[int(np.random.default_rng([epoch, row]).integers(len(captions)))]
 
 
-def _first(config: Blip2OptConfig, data, accelerator):
+def _first(config: Blip2OptConfig, data, device: torch.device):
     from transformers import AutoTokenizer
 
     model = HyperBlip2ForPretraining.from_blip2(config.source, HyperbolicConfig(similarity=config.similarity))
@@ -262,21 +219,20 @@ def _first(config: Blip2OptConfig, data, accelerator):
     model.use_tokenizer(tokenizer)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(data.ids))}
 
-    def forward(wrapped, rows, epoch, number, share):
-        captions = [_caption(data, int(i), epoch) for i in rows]
+    def forward(wrapped: nn.Module, step: Step, rows: np.ndarray):
+        captions = [_caption(data, int(i), step.epoch) for i in rows]
         made = tokenizer(
             captions, padding="max_length", truncation=True, max_length=config.max_tokens, return_tensors="pt"
         )
-        ids, mask = (made[k].to(accelerator.device) for k in ("input_ids", "attention_mask"))
-        same = torch.tensor([numbers[data.ids[int(i)]] for i in rows], device=accelerator.device)
-        out = wrapped(_pixels(data, rows, accelerator.device), ids, mask, image_ids=same, step=number, progress=share)
-        parts = {f"loss/{n}": getattr(out, f"loss_{n}").detach() for n in ("itc", "itm", "lm")}
-        return out.loss, {**parts, **out.diagnostics}
+        ids, mask = (made[k].to(device) for k in ("input_ids", "attention_mask"))
+        same = torch.tensor([numbers[data.ids[int(i)]] for i in rows], device=device)
+        out = wrapped(_pixels(data, rows, device), ids, mask, image_ids=same, step=step.number, progress=step.share)
+        return out.loss, {**pretraining_parts(out), **out.diagnostics}
 
     return model, forward
 
 
-def _second(config: Blip2OptConfig, data, accelerator):
+def _second(config: Blip2OptConfig, data, device: torch.device):
     from transformers import AutoModelForCausalLM, AutoTokenizer, Blip2ForConditionalGeneration
 
     first = HyperBlip2ForPretraining.from_pretrained(config.out / "stage1")
@@ -287,24 +243,12 @@ def _second(config: Blip2OptConfig, data, accelerator):
     model = HyperBlip2ForConditionalGeneration.from_pretraining(first, language, image_token_id=token)
     model.cast_vision(torch.bfloat16)
 
-    def forward(wrapped, rows, epoch, number, share):
-        captions = [_caption(data, int(i), epoch) for i in rows]
+    def forward(wrapped: nn.Module, step: Step, rows: np.ndarray):
+        captions = [_caption(data, int(i), step.epoch) for i in rows]
         batch = caption_batch(
             captions, tokenizer, num_queries=model.num_queries, image_token_id=token, max_tokens=config.max_tokens
         )
-        batch = {k: v.to(accelerator.device) for k, v in batch.items()}
-        return wrapped(_pixels(data, rows, accelerator.device), **batch).loss, {}
+        batch = {k: v.to(device) for k, v in batch.items()}
+        return wrapped(_pixels(data, rows, device), **batch).loss, {}
 
     return model, forward
-
-
-__all__ = [
-    "Blip2OptConfig",
-    "MemoryRow",
-    "build_on_meta",
-    "count_frozen_layers",
-    "count_parts",
-    "memory_plan",
-    "memory_table",
-    "run",
-]

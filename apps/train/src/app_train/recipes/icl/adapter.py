@@ -7,18 +7,19 @@ Reference: Alipour Talemi et al., ICML 2026, arXiv 2606.04434: L = L_H + lam CE,
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app_data.sets.demonstration_tasks import IclTask
 from app_data.store.errors import DataError
-from app_train.core.config import Frozen
-from app_train.core.errors import NonFiniteGradient
+from app_train.core.config import StageConfig
+from app_train.core.fit import fit
+from app_train.core.schedule import Stage, Step, shuffled
+from app_train.recipes.icl.settings import AdapterConfig
 from hyper_icl import (
     LogitAdapter,
     LorentzAnchorLoss,
@@ -30,37 +31,7 @@ from hyper_icl import (
     use_calibrated_attention,
 )
 
-__all__ = ["PRESETS", "AdapterConfig", "Example", "encode_task", "train_adapter"]
-
-
-class AdapterConfig(Frozen):
-    """How the adapter is trained; the defaults are the paper's where it gives them."""
-
-    rank: int = Field(4, ge=1)
-    c: float = Field(0.1, gt=0)
-    """Curvature of the anchor loss; the paper tried .01, .1 and 1."""
-    ce: float = Field(0.5, ge=0)
-    """Weight of the cross-entropy (the paper's lambda)."""
-    tangent_scale: Literal["none", "rsqrt_d"] = "none"
-    normalize: Literal["none", "d"] = "none"
-    """"d" divides the anchor loss by the width; unscaled it dwarfs the cross-entropy, as in the paper."""
-    shots: int = Field(8, ge=1)
-    """Demonstrations that the teacher sees."""
-    num_instances: int = Field(1000, ge=2)
-    held_out: float = Field(0.1, gt=0, lt=1)
-    """Share of the instances that chooses the best epoch."""
-    lr: float = Field(5e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    epochs: int = Field(10, ge=1)
-    batch_size: int = Field(8, ge=1)
-    warmup: float = Field(0.1, ge=0, lt=1)
-    seed: int = 0
-
-
-PRESETS = {
-    "idefics-9b": AdapterConfig(shots=32),
-    "idefics2-8b": AdapterConfig(shots=8),
-}
+__all__ = ["Example", "encode_task", "train_adapter"]
 
 
 @dataclass(frozen=True)
@@ -147,39 +118,51 @@ def train_adapter(
         torch.manual_seed(config.seed)
         adapter = LogitAdapter.for_model(model, config.rank)
     anchor = LorentzAnchorLoss(config.c, config.tangent_scale, config.normalize)
-    optimizer = torch.optim.AdamW(adapter.parameters(), config.lr, weight_decay=config.weight_decay)
-    steps = config.epochs * math.ceil(len(train) / config.batch_size)
-    warm = max(1, round(config.warmup * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))),
-    )
-    best: tuple[float, dict[str, Tensor], dict[str, float]] | None = None
-    for epoch in range(config.epochs):
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(train))
-        sums = np.zeros(2)
-        for start in range(0, len(order), config.batch_size):
-            batch = [train[i] for i in order[start : start + config.batch_size]]
-            optimizer.zero_grad()
-            for example in batch:
-                terms = _terms(model, adapter, anchor, example)
-                ((terms[0] + config.ce * terms[1]) / len(batch)).backward()
-                sums += [float(term.detach()) for term in terms]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in adapter.parameters()])
-            if not torch.isfinite(norm):
-                raise NonFiniteGradient(f"epoch {epoch}, instances {order[start : start + config.batch_size].tolist()}")
-            optimizer.step()
-            schedule.step()
-        with torch.no_grad():
-            kept = np.mean([[float(t) for t in _terms(model, adapter, anchor, e)] for e in validation], axis=0)
-        names = ("anchor", "ce", "held_out_anchor", "held_out_ce")
-        record = {"epoch": epoch, **dict(zip(names, (*(sums / len(train)), *kept), strict=True))}
+    sums = {"anchor": 0.0, "ce": 0.0}
+    best = BestEpoch(adapter)
+
+    def forward(wrapped: LogitAdapter, step: Step, rows: np.ndarray):
+        (row,) = rows.tolist()
+        terms = dict(zip(sums, _terms(model, wrapped, anchor, train[row]), strict=True))
+        for name, term in terms.items():
+            sums[name] += float(term.detach())
+        return terms["anchor"] + config.ce * terms["ce"], terms
+
+    @torch.no_grad()
+    def validate(step: Step) -> None:
+        kept = np.mean([[float(t) for t in _terms(model, adapter, anchor, e)] for e in validation], axis=0)
+        record = {"epoch": step.epoch, **{name: value / len(train) for name, value in sums.items()}}
+        record |= dict(zip(("held_out_anchor", "held_out_ce"), kept.tolist(), strict=True))
+        sums.update(anchor=0.0, ce=0.0)
         log(record)
-        loss = float(kept[0] + config.ce * kept[1])
-        if best is None or loss < best[0]:
-            best = loss, {name: value.detach().clone() for name, value in adapter.state_dict().items()}, record
-    adapter.load_state_dict(best[1])
-    return adapter, best[2]
+        best.offer(float(kept[0] + config.ce * kept[1]), record)
+
+    settings = StageConfig(
+        epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, weight_decay=config.weight_decay,
+        warmup=config.warmup,
+    )  # fmt: skip
+    stage = Stage(
+        "adapter", settings, len(train), forward, order=shuffled(len(train), config.seed), clip_grad=None,
+        micro_batches=config.batch_size, after_epoch=validate,
+    )  # fmt: skip
+    fit(adapter, [stage], seed=config.seed)
+    adapter.load_state_dict(best.state)
+    return adapter, best.record
+
+
+class BestEpoch:
+    """The weights of the epoch with the lowest held-out loss."""
+
+    def __init__(self, adapter: LogitAdapter) -> None:
+        self.adapter, self.loss = adapter, math.inf
+        self.state: dict[str, Tensor] = {}
+        self.record: dict[str, float] = {}
+
+    def offer(self, loss: float, record: dict[str, float]) -> None:
+        """Keep the weights as they are if the loss is lower than before."""
+        if loss < self.loss or not self.state:
+            self.loss, self.record = loss, record
+            self.state = {name: value.detach().clone() for name, value in self.adapter.state_dict().items()}
 
 
 def _terms(

@@ -13,26 +13,24 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
-from pydantic import Field
 from torch import Tensor, nn
 
 from app_data.sets.episodes import WEIGHTS, IclMini, Shown, load_icl_mini
-from app_data.store.atomic import write_json
+from app_data.store.atomic import new_folder
 from app_eval.measure.answers import AnswerReader
 from app_eval.measure.demonstration_study import read_cell
 from app_eval.measure.demonstration_task import Task, easy_vqa_tasks
 from app_eval.show.stories.icl import OURS
 from app_train.core.checkpoint import remove_checkpoints
-from app_train.core.config import Frozen, StageConfig, claim_folder, config_hash
-from app_train.core.errors import Interrupted
-from app_train.core.interrupt import StopFlag
-from app_train.recipes.blip.loop import blip_accelerator, fit_blip
-from app_train.recipes.lora.task import finished
+from app_train.core.fit import fit
+from app_train.core.run_folder import Run
+from app_train.core.schedule import Step
+from app_train.recipes.blip.stage import blip_stage
+from app_train.recipes.icl.settings import IclDistillConfig
 from hyper_icl import (
     CalibrationPlan,
     SegmentDistillLoss,
@@ -47,54 +45,6 @@ from hyper_icl import (
 )
 
 SELECTORS = ("random", OURS)
-
-
-class DistillStage(StageConfig):
-    """LoRA on the attention masses of the teacher."""
-
-    epochs: int = Field(1, ge=0)
-    lr: float = Field(1e-3, gt=0)
-    batch_size: int = Field(4, ge=1)
-    weight_decay: float = Field(0.0, ge=0)
-
-
-class IclDistillConfig(Frozen):
-    """Calibrated attention distilled into LoRA weights."""
-
-    model: Path = Path("runs/icl-mini")
-    """A finished run of icl-mini."""
-    out: Path = Path("runs/icl-distill")
-    """Run folder; the same command goes on from what it holds."""
-    seed: int = Field(0, ge=0)
-    strength: float = Field(1.0, gt=0)
-    """lambda of the calibration; icl-study chooses it on held-out questions."""
-    shots: int = Field(4, ge=1)
-    """Demonstrations."""
-    num_questions: int = Field(160, ge=1)
-    """Training questions an epoch."""
-    fit: DistillStage = DistillStage()
-    rank: int = Field(4, ge=1)
-    """Rank of LoRA."""
-    kl: float = Field(1.0, ge=0)
-    """Weight of the divergence of attention masses."""
-    ce: float = Field(0.0, ge=0)
-    """Weight of the cross-entropy of the answer: 0, so that what the student gains or loses comes from the teacher's attention."""
-    base_kl: float = Field(0.1, ge=0)
-    """Weight of the divergence from the answers of the model as it was."""
-    num_pool: int = Field(4000, ge=1)
-    """Questions to take demonstrations from."""
-    num_queries: int = Field(200, ge=2)
-    """Test questions."""
-    eval_seeds: int = Field(3, ge=1)
-    """Seeds of random demonstrations and of the anchors, in the test."""
-    num_masses: int = Field(48, ge=1)
-    """Test questions on which attention itself is compared."""
-    save_every: int = Field(20, ge=1)
-    """Steps between two checkpoints."""
-    cache_dir: Path | None = None
-    """Where pictures and their features are kept; the user's cache folder if not given."""
-    tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
 
 
 class Student(nn.Module):
@@ -183,49 +133,37 @@ class Student(nn.Module):
         masses, logits = self.run(batch)
         return self.loss(teacher, masses, logits, batch["labels"], base)
 
-    def no_decay_names(self) -> set[str]:
-        """LoRA has no biases or norms."""
-        return set()
-
-    def clamp_(self) -> None:
-        """Nothing here has a range to be kept in."""
-
 
 def run(config: IclDistillConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
-    accelerator = blip_accelerator()
-    with StopFlag() as stop:
+    with Run("icl-distill", config, ("model",), processes=False, unused_parameters=True) as run:
         model = load_model(config)
         test, training = load_tasks(config, model)
         weights = next(p for p in (config.model / WEIGHTS, config.model / "model" / WEIGHTS) if p.is_file())
-        fingerprint = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
-        free = ("out", "model", "cache_dir", "save_every", "tensorboard")
-        claim_folder(config.out, config, fingerprint, ignored=free)
-        facts = {"recipe": "icl-distill", "seed": config.seed, "data": fingerprint}
-        facts["config"] = config_hash(config.fit, **config.model_dump(mode="json", exclude={*free, "fit"}))
-        known = finished(config.out, facts)
-        if known is not None:
+        run.claim(hashlib.sha256(weights.read_bytes()).hexdigest()[:16])
+        if (known := run.result()) is not None:
             return known
         begun = time.monotonic()
         student = Student(model, config.rank, config.seed, SegmentDistillLoss(config.kl, config.ce, config.base_kl))
-        _fit(config, student, training, stop, accelerator)
-        student.peft.save_pretrained(config.out / "adapter")
-        result = {
-            "format": 1,
-            **facts,
+        _fit(config, run, student, training)
+        with new_folder(config.out / "adapter") as target:
+            student.peft.save_pretrained(target)
+        options = config.model_dump(
+            mode="json", include={"strength", "shots", "num_questions", "rank", "kl", "ce", "base_kl"}
+        )
+        steps = config.fit.epochs * max(1, config.num_questions // config.fit.batch_size)
+        content = {
+            **run.facts("student", config.seed),
             "model": model.card,
-            "options": {**config.model_dump(mode="json", include={"strength", "shots", "num_questions", "rank"}),
-                        "steps": config.fit.epochs * max(1, config.num_questions // config.fit.batch_size),
-                        "batch_size": config.fit.batch_size, "lr": config.fit.lr,
-                        "kl": config.kl, "ce": config.ce, "base_kl": config.base_kl},
+            "options": {**options, "steps": steps, "batch_size": config.fit.batch_size, "lr": config.fit.lr},
             "layers": student.layers,
-            "masses": _masses(config, student, test, stop),
+            "masses": _masses(config, run, student, test),
             "num_queries": len(test.query),
-            "cells": _cells(config, student, test, stop),
-        }  # fmt: skip
-        result["seconds_of_last_start"] = round(time.monotonic() - begun)
-        write_json(config.out / "result.json", result)
+            "cells": _cells(config, run, student, test),
+        }
+        result = run.finish({**content, "seconds_of_last_start": round(time.monotonic() - begun)})
         remove_checkpoints(config.out / "train")
+        run.seal()
     print(f"divergence of attention masses from the calibrated model: {result['masses']}")  # noqa: T201
     return result
 
@@ -248,25 +186,29 @@ def _prompts(task: Task, rows: Sequence[int], found) -> tuple[list[list[Shown]],
     return [[task.pool[j] for j in found.ids[i].tolist()] for i in rows], [task.query[i] for i in rows]
 
 
-def _fit(config: IclDistillConfig, student: Student, task: Task, stop: StopFlag, accelerator) -> None:
+def _fit(config: IclDistillConfig, run: Run, student: Student, task: Task) -> None:
     chosen, biases = [], []
     for epoch in range(config.fit.epochs):
         chosen.append(task.choose("random", config.shots, 1000 * (config.seed + 1) + epoch))
         biases.append(task.bias("lorentz", chosen[-1], config.seed, config.strength))
 
-    def forward(wrapped, rows: np.ndarray, epoch: int, number: int, share: float):
-        batch = student.batch(*_prompts(task, rows.tolist(), chosen[epoch]))
-        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-        terms = wrapped(batch, biases[epoch][torch.from_numpy(rows)].to(accelerator.device))
-        return terms.total, {"kl": terms.kl.detach(), "ce": terms.ce.detach(), "base_kl": terms.base_kl.detach()}
+    def forward(wrapped: nn.Module, step: Step, rows: np.ndarray):
+        batch = student.batch(*_prompts(task, rows.tolist(), chosen[step.epoch]))
+        batch = {name: value.to(run.device) for name, value in batch.items()}
+        terms = wrapped(batch, biases[step.epoch][torch.from_numpy(rows)].to(run.device))
+        return terms.total, {"kl": terms.kl, "ce": terms.ce, "base_kl": terms.base_kl}
 
-    fit_blip(
-        student, forward, len(task.query), config.fit, config.out / "train", seed=config.seed, stop=stop,
-        accelerator=accelerator, label="distil", save_every=config.save_every, tensorboard=config.tensorboard,
+    # LoRA has no biases or norms to be spared from decay.
+    stage = blip_stage(
+        student, "distil", config.fit, len(task.query), forward, config.seed, config.save_every, frozenset()
+    )
+    fit(
+        student, [stage], config.out / "train", seed=config.seed, label="distil", stop=run.stop,
+        accelerator=run.accelerator, tensorboard=config.tensorboard,
     )  # fmt: skip
 
 
-def _masses(config: IclDistillConfig, student: Student, task: Task, stop: StopFlag) -> dict[str, float]:
+def _masses(config: IclDistillConfig, run: Run, student: Student, task: Task) -> dict[str, float]:
     """Mean divergence of attention masses from the calibrated model, of the model as it was and of the student."""
     found = task.choose("random", config.shots, 0)
     bias = task.bias("lorentz", found, 0, config.strength)
@@ -279,11 +221,11 @@ def _masses(config: IclDistillConfig, student: Student, task: Task, stop: StopFl
             sums["student"] += len(rows) * float(segment_kl(teacher, student.run(batch)[0]))
             with base_model(student.peft):
                 sums["model"] += len(rows) * float(segment_kl(teacher, student.run(batch)[0]))
-        _check(stop)
+        run.check()
     return {**{name: round(value / num, 6) for name, value in sums.items()}, "n": num}
 
 
-def _cells(config: IclDistillConfig, student: Student, task: Task, stop: StopFlag) -> list[dict]:
+def _cells(config: IclDistillConfig, run: Run, student: Student, task: Task) -> list[dict]:
     """Right answers by selector and seed: of the model, of the model calibrated, of the student."""
     reader, cells = AnswerReader(student.model, task.answers), []
     for selector in SELECTORS:
@@ -291,15 +233,7 @@ def _cells(config: IclDistillConfig, student: Student, task: Task, stop: StopFla
             found = task.choose(selector, config.shots, seed)
             bias = task.bias("lorentz", found, seed, config.strength)
             with base_model(student.peft):
-                right = read_cell(reader, task, found, {"model": None, "calibrated": bias}, keep=lambda _: _check(stop))
-            right |= read_cell(reader, task, found, {"distilled": None}, keep=lambda _: _check(stop))
+                right = read_cell(reader, task, found, {"model": None, "calibrated": bias}, keep=lambda _: run.check())
+            right |= read_cell(reader, task, found, {"distilled": None}, keep=lambda _: run.check())
             cells.append({"selector": selector, "seed": seed, "right": right})
     return cells
-
-
-def _check(stop: StopFlag) -> None:
-    if stop.exit_status is not None:
-        raise Interrupted(stop.exit_status)
-
-
-__all__ = ["IclDistillConfig", "Student", "run"]

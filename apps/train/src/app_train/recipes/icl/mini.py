@@ -11,7 +11,6 @@ the emoji names never train.
 """
 
 import resource
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -22,9 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from peft import inject_adapter_in_model
-from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,66 +39,21 @@ from app_data.sets.episodes import (
     held_out_pictures,
 )
 from app_data.sets.vqa import load_easy_vqa
-from app_data.store.atomic import write_json
+from app_data.store.atomic import new_folder
 from app_data.weights.smollm2 import load_smollm2
 from app_train.core.checkpoint import remove_checkpoints
-from app_train.core.config import Frozen, StageConfig, claim_folder, config_hash
 from app_train.core.errors import RunError
-from app_train.core.interrupt import StopFlag
+from app_train.core.fit import fit
 from app_train.core.records import read_records
-from app_train.recipes.blip.loop import blip_accelerator, fit_blip
-from app_train.recipes.lora.task import finished
+from app_train.core.run_folder import Run
+from app_train.core.schedule import Forward, Step
+from app_train.recipes.blip.stage import blip_stage
+from app_train.recipes.icl.settings import IclMiniConfig
 from hyper_icl import lora_config
 
 ARTISTS = ("openmoji", "noto-300", "noto-700")
 # Half of the questions are yes/no; in the data they are three of four.
 KINDS = {"yes/no": 0.5, "shape": 0.25, "color": 0.25}
-
-
-class AlignStage(StageConfig):
-    """The connector alone, against the embeddings of words: seconds."""
-
-    epochs: int = Field(12, ge=0)
-    lr: float = Field(1e-3, gt=0)
-    batch_size: int = Field(64, ge=1)
-    weight_decay: float = Field(0.01, ge=0)
-
-
-class EpisodeStage(StageConfig):
-    """Connector and LoRA on episodes."""
-
-    epochs: int = Field(1, ge=0)
-    lr: float = Field(1e-3, gt=0)
-    batch_size: int = Field(8, ge=1)
-
-
-class IclMiniConfig(Frozen):
-    """A small LLaVA that reads demonstrations."""
-
-    out: Path = Path("runs/icl-mini")
-    """Run folder; the same command goes on from what it holds."""
-    seed: int = Field(0, ge=0)
-    size: int = Field(96, ge=32)
-    """Height and width to which pictures are enlarged for the eye."""
-    align: AlignStage = AlignStage()
-    episodes: EpisodeStage = EpisodeStage()
-    num_episodes: int = Field(3200, ge=1)
-    """Episodes an epoch."""
-    shots: tuple[int, ...] = (0, 2, 4)
-    """Numbers of demonstrations; each batch draws one."""
-    emoji_share: float = Field(0.25, ge=0, le=1)
-    """Share of episodes that name emoji; the others are easy-VQA."""
-    related: float = Field(0.5, ge=0, le=1)
-    """Share of demonstrations with the query's question, and of emoji episodes that show the query's emoji."""
-    rank: int = Field(8, ge=0)
-    """Rank of LoRA; 0 trains the connector alone."""
-    lora_alpha: int = Field(16, ge=1)
-    save_every: int = Field(20, ge=1)
-    """Steps between two checkpoints."""
-    cache_dir: Path | None = None
-    """Where pictures and their features are kept; the user's cache folder if not given."""
-    tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +119,7 @@ class Source:
 
 def run(config: IclMiniConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
-    accelerator = blip_accelerator()
-    with StopFlag() as stop:
+    with Run("icl-mini", config, processes=False, unused_parameters=True) as run:
         language, tokenizer = load_language()
         sources, fingerprint, answers = load_sources(config, tokenizer)
         for source in sources:
@@ -177,31 +128,19 @@ def run(config: IclMiniConfig) -> dict:
                     f"shots must be smaller than the {len(np.unique(source.items.rows))} pictures of {source.items.name}, "
                     f"got {max(config.shots)}"
                 )
-        free = ("out", "cache_dir", "save_every", "tensorboard")
-        claim_folder(config.out, config, fingerprint, ignored=free)
-        settings = config.model_dump(mode="json", exclude={*free, "align"})
-        facts = {"recipe": "icl-mini", "seed": config.seed, "data": fingerprint}
-        facts["config"] = config_hash(config.align, **settings)
-        known = finished(config.out, facts)
-        if known is not None:
-            return known
+        run.claim(fingerprint)
+        if (known := run.result()) is not None:
+            return _show(known, config.out)
         begun = time.monotonic()
         model = make_model(config, language, tokenizer, sources)
-        _align(config, model, sources, stop, accelerator)
-        _episodes(config, model, sources, stop, accelerator)
+        _align(config, run, model, sources)
+        _episodes(config, run, model, sources)
         losses = [r["loss"] for r in read_records(config.out / "train-2" / "metrics.jsonl")]
         tail = losses[-max(1, len(losses) // 10) :]
-        result = {
-            "format": 1,
-            **facts,
-            "steps": len(losses),
-            "loss_of_last_tenth": round(float(np.mean(tail)), 4) if tail else None,
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "seconds_of_last_start": round(time.monotonic() - begun),
-            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10),
-        }  # fmt: skip
+        facts = run.facts("model", config.seed)
         model.card = {
-            **{key: result[key] for key in ("recipe", "seed", "data", "config", "steps")},
+            **{key: facts[key] for key in ("recipe", "seed", "data", "config")},
+            "steps": len(losses),
             "size": config.size,
             "rank": config.rank,
             "lora_scale": config.lora_alpha / config.rank if config.rank else 0.0,
@@ -210,13 +149,29 @@ def run(config: IclMiniConfig) -> dict:
             "options": f"--num-episodes {config.num_episodes} --align.epochs {config.align.epochs}",
             "emoji_answers_held_out": list(answers),
         }
-        _publish(model, config.out / "model")
-        write_json(config.out / "result.json", result)
+        with new_folder(config.out / "model") as target:
+            model.save(target)
+        result = run.finish(
+            {
+                **facts,
+                "steps": len(losses),
+                "loss_of_last_tenth": round(float(np.mean(tail)), 4) if tail else None,
+                "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "seconds_of_last_start": round(time.monotonic() - begun),
+                "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                >> (20 if sys.platform == "darwin" else 10),
+            }
+        )
         for stage in ("train-1", "train-2"):
             remove_checkpoints(config.out / stage)
+        run.seal()
+    return _show(result, config.out)
+
+
+def _show(result: dict, out: Path) -> dict:
     print(  # noqa: T201
         f"{result['steps']} steps, loss of the last tenth {result['loss_of_last_tenth']}\n"
-        f"study: python apps/eval icl-study {config.out} --json docs/results/hyper-icl-model.json"
+        f"study: hier eval icl {out} --json docs/results/hyper-icl-model.json"
     )
     return result
 
@@ -285,55 +240,42 @@ def words_of_pictures(sources: Sequence[Source], model: IclMini) -> tuple[Tensor
     return torch.stack([features for features, _ in found]), shares, torch.tensor(ids)
 
 
-def _align(
-    config: IclMiniConfig, model: IclMini, sources: Sequence[Source], stop: StopFlag, accelerator: Accelerator
-) -> None:
+def _align(config: IclMiniConfig, run: Run, model: IclMini, sources: Sequence[Source]) -> None:
     done = config.out / "aligned"
     if not done.exists():
         features, shares, ids = words_of_pictures(sources, model)
 
-        def forward(wrapped, rows: np.ndarray, epoch: int, number: int, share: float):
-            device = accelerator.device
+        def forward(wrapped: IclMini, step: Step, rows: np.ndarray):
+            device = run.device
             return wrapped(features[rows].to(device), words=shares[rows].to(device), word_ids=ids.to(device)), {}
 
         _set_lora(model, False)
-        _fit(config, config.align, model, forward, len(features), "train-1", "connector", stop, accelerator)
+        _fit(config, run, config.align, model, forward, len(features), 1, "connector")
         _set_lora(model, True)
-        _publish(model, done)
+        with new_folder(done) as target:
+            model.save(target)
     # Read back also after training it here: a run that was stopped in between has seen the same numbers.
     model.llava.load_state_dict(load_file(done / WEIGHTS), strict=False)
 
 
-def _episodes(
-    config: IclMiniConfig, model: IclMini, sources: Sequence[Source], stop: StopFlag, accelerator: Accelerator
-) -> None:
-    def forward(wrapped, rows: np.ndarray, epoch: int, number: int, share: float):
+def _episodes(config: IclMiniConfig, run: Run, model: IclMini, sources: Sequence[Source]) -> None:
+    def forward(wrapped: IclMini, step: Step, rows: np.ndarray):
         # One K for a batch, so that little is padded.
-        num_demos = int(np.random.default_rng([config.seed, 1, number]).choice(config.shots))
+        num_demos = int(np.random.default_rng([config.seed, 1, step.number]).choice(config.shots))
         episodes = []
         for row in rows.tolist():
-            draw = np.random.default_rng([config.seed, 2, epoch, row])
+            draw = np.random.default_rng([config.seed, 2, step.epoch, row])
             source = sources[-1] if len(sources) > 1 and draw.random() < config.emoji_share else sources[0]
             episodes.append([source.items[i] for i in source.draw(num_demos, config.related, draw)])
-        batch = {name: value.to(accelerator.device) for name, value in model.episode_batch(episodes).items()}
-        return wrapped(**batch), {"num_demos": torch.tensor(float(num_demos))}
+        batch = {name: value.to(run.device) for name, value in model.episode_batch(episodes).items()}
+        return wrapped(**batch), {"num_demos": float(num_demos)}
 
-    _fit(config, config.episodes, model, forward, config.num_episodes, "train-2", "episodes", stop, accelerator)
+    _fit(config, run, config.episodes, model, forward, config.num_episodes, 2, "episodes")
 
 
-def _fit(config, stage, model, forward, num, folder, label, stop, accelerator) -> None:
-    fit_blip(
-        model, forward, num, stage, config.out / folder, seed=config.seed, stop=stop, accelerator=accelerator,
-        label=label, save_every=config.save_every, tensorboard=config.tensorboard,
+def _fit(config, run: Run, settings, model: IclMini, forward: Forward, num: int, number: int, label: str) -> None:
+    stage = blip_stage(model, label, settings, num, forward, config.seed, config.save_every)
+    fit(
+        model, [stage], config.out / f"train-{number}", seed=config.seed, label=label, stop=run.stop,
+        accelerator=run.accelerator, tensorboard=config.tensorboard,
     )  # fmt: skip
-
-
-def _publish(model: IclMini, folder: Path) -> None:
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    model.save(unfinished)
-    unfinished.rename(folder)
-
-
-__all__ = ["IclMiniConfig", "Source", "run"]

@@ -8,28 +8,30 @@ shots, in hours: not measured here, where such weights cannot be had; the path r
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from app_data.read.folder import load_folder
 from app_data.read.pictures import PictureSet
 from app_data.sets.cifar100 import StoredTree, read_stored_tree, take_shots
-from app_data.store.atomic import write_json
+from app_data.store.atomic import new_folder
+from app_data.store.progress import progress
 from app_eval.measure.tree_scores import tree_scores
-from app_train.core.checkpoint import Checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
-from app_train.core.config import Frozen, claim_folder
-from app_train.core.errors import Interrupted, NonFiniteGradient, RunError
-from app_train.core.interrupt import StopFlag
-from app_train.core.records import Records
+from app_train.core.checkpoint import remove_checkpoints
+from app_train.core.config import StageConfig
+from app_train.core.errors import RunError
+from app_train.core.fit import fit
+from app_train.core.run_folder import Run
+from app_train.core.schedule import Stage, Step
+from app_train.recipes.mat.fit import step_seed
 from app_train.recipes.mat.published import PUBLISHED, PublishedConfig
-from app_train.recipes.mat.rows import VARIANTS, VariantName
+from app_train.recipes.mat.rows import VARIANTS
+from app_train.recipes.mat.settings import MATClipConfig
 from mat_align import (
     GaussianPromptAverage,
     MaPLePrompts,
@@ -40,30 +42,6 @@ from mat_align import (
     released,
 )
 
-_AVERAGE = "average."
-
-
-class MATClipConfig(Frozen):
-    """Train one published configuration on CLIP weights."""
-
-    published: Literal[tuple(PUBLISHED)] = "cifar100-16-maple"  # type: ignore[valid-type]
-    """data-shots-method."""
-    images: Path | None = None
-    """Folder with train/<leaf>/ and test/<leaf>/ (required)."""
-    tree: Path | None = None
-    """JSON tree with its cuts, in ProTeCt's form (required)."""
-    weights: Path | None = None
-    """Weights file for the model; open_clip's own download if not given."""
-    model: str | None = None
-    """Another open_clip model than the published one; `local-dir:FOLDER` is one that `mini-clip` wrote, with its weights."""
-    variant: VariantName = "HETEROGENEOUS"
-    released: bool = False
-    """Repeat the defects of the released code."""
-    epochs: int | None = Field(None, ge=1)
-    """In place of the published number."""
-    out: Path = Path("runs/mat-clip")
-    cache_dir: Path | None = None
-
 
 def run(config: MATClipConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
@@ -72,33 +50,38 @@ def run(config: MATClipConfig) -> dict:
     settings = PUBLISHED[config.published]()
     changes = {"epochs": config.epochs, "model": config.model}
     settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
-    stored = read_stored_tree(config.tree)
-    clip = load_clip(settings, config.weights)
-    size = clip.visual.image_size[0]
-    parts = load_folder(config.images, stored.taxonomy, size=size, cache_dir=config.cache_dir)
-    missing = [part for part in ("train", "test") if part not in parts]
-    if missing:
-        raise RunError(f"{config.images} has no folder {missing[0]}: give train/<leaf>/ and test/<leaf>/")
-    kept, _ = take_shots(parts["train"], settings.shots, settings.seed)
-    train = parts["train"].select(kept)
-    claim_folder(config.out, config, f"{train.fingerprint}-{parts['test'].fingerprint}")
-    with StopFlag() as stop:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = build_model(settings, clip, config.variant, config.released).to(device)
-        fit(model, settings, train, stored, config.out, stop, config.released)
-        model.save_pretrained(config.out / "model")
+    with Run("mat-clip", config, processes=False) as run:
+        stored = read_stored_tree(config.tree)
+        clip = load_clip(settings, config.weights)
+        size = clip.visual.image_size[0]
+        parts = load_folder(config.images, stored.taxonomy, size=size, cache_dir=config.cache_dir)
+        if "train" not in parts or "test" not in parts:
+            raise RunError(f"{config.images} must hold train/<leaf>/ and test/<leaf>/, it has {', '.join(parts)}")
+        kept, _ = take_shots(parts["train"], settings.shots, settings.seed)
+        train = parts["train"].select(kept)
+        run.claim(f"{train.fingerprint}-{parts['test'].fingerprint}")
+        if (known := run.result()) is not None:
+            return _show(known)
+        model = build_model(settings, clip, config.variant, config.released).to(run.device)
+        train_prompts(model, settings, train, stored, run, config.out, config.released)
+        with new_folder(config.out / "model") as target:
+            model.save_pretrained(target)
         scores = evaluate(model, parts["test"], stored)
-    content = {
-        "format": 1,
-        "recipe": "mat-clip",
-        "published": config.published,
-        "variant": model.variant.name,
-        "n": len(parts["test"]),
-        "scores": {name: float(values.mean()) for name, values in scores.items()},
-        "curvatures": [c().item() for c in (model.c_img, model.c_txt) if c is not None],
-    }
-    write_json(config.out / "result.json", content)
-    remove_checkpoints(config.out)
+        content = run.finish(
+            {
+                "published": config.published,
+                "variant": model.variant.name,
+                "n": len(parts["test"]),
+                "scores": {name: float(values.mean()) for name, values in scores.items()},
+                "curvatures": [c().item() for c in (model.c_img, model.c_txt) if c is not None],
+            }
+        )
+        remove_checkpoints(config.out)
+        run.seal()
+        return _show(content)
+
+
+def _show(content: dict) -> dict:
     print("  ".join(f"{name.upper()} {100 * value:.2f}" for name, value in content["scores"].items()))  # noqa: T201
     return content
 
@@ -169,21 +152,38 @@ def epoch_order(settings: PublishedConfig, num: int, epoch: int, as_released: bo
     return np.random.default_rng([settings.seed, 0 if as_released else epoch]).permutation(num)
 
 
-def fit(
+class Average:
+    """PromptSRC's average of the prompts over the epochs, kept with the checkpoints."""
+
+    def __init__(self, settings: PublishedConfig, model: MATModel, per_epoch: int) -> None:
+        self.model, self.per_epoch = model, per_epoch
+        self.average = GaussianPromptAverage(settings.epochs, settings.average_mean, settings.average_std)
+
+    def update(self, step: Step) -> None:
+        """Take the prompts of this epoch up."""
+        self.average.update(self.model.named_parameters())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The average so far."""
+        return self.average.average
+
+    def restore(self, tensors: Mapping[str, Tensor], index: int) -> None:
+        """Take it back."""
+        device = self.model.logit_scale.device
+        self.average.average = {name: value.to(device) for name, value in tensors.items()}
+        self.average.num_updates = index // self.per_epoch
+
+
+def train_prompts(
     model: MATModel,
     settings: PublishedConfig,
     train: PictureSet,
     stored: StoredTree,
+    run: Run,
     folder: Path,
-    stop: StopFlag,
     as_released: bool = False,
 ) -> None:
-    """Train in place; go on from the newest checkpoint below `folder` if there is one.
-
-    Raises:
-        Interrupted: after a signal; the state is saved.
-        NonFiniteGradient: before the step that would have spoilt the weights.
-    """
+    """Train in place; go on from the newest checkpoint below `folder` if there is one."""
     source = settings.method == "promptsrc"
     regularizer = PromptSRCRegularizer(settings.text_weight, settings.image_weight, settings.logit_weight)
     objective = MATObjective(
@@ -195,74 +195,30 @@ def fit(
         stored.node_text,
         regularizer if source else None,
     )
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-    optimizer = kinds[settings.optimizer](parameters.values(), lr=settings.lr, weight_decay=0.0)
-    average = GaussianPromptAverage(settings.epochs, settings.average_mean, settings.average_std) if source else None
-    position = _resume(folder, parameters, optimizer, average, settings, len(train))
-    per_epoch = math.ceil(len(train) / settings.batch_size)
-    records = Records(folder, position)
-
-    def save(number: int) -> None:
-        records.flush()
-        kept = {} if average is None else {f"{_AVERAGE}{name}": v for name, v in average.average.items()}
-        save_checkpoint(folder, Checkpoint({**parameters, **kept}, optimizer.state_dict(), number))
-
     device = model.logit_scale.device
-    targets = torch.from_numpy(train.targets).to(device)
-    try:
-        for number in tqdm(range(position, per_epoch * settings.epochs), desc="training", disable=None, leave=False):
-            epoch, batch = divmod(number, per_epoch)
-            order = epoch_order(settings, len(train), epoch, as_released)
-            rows = order[batch * settings.batch_size : (batch + 1) * settings.batch_size]
-            rate = learning_rate(settings, epoch, number, as_released)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad()
-            generator = torch.Generator().manual_seed(1_000_003 * settings.seed + number)
-            images = preprocess(model.clip, train.batch(rows)).to(device)
-            losses = objective(model, images, targets[torch.from_numpy(rows).to(device)], generator)
-            losses.total.backward()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
-            if not bool(norm.isfinite()):
-                raise NonFiniteGradient(f"the gradient norm of step {number + 1} is {norm.item()}")
-            optimizer.step()
-            model.head.clamp_()
-            values = {name: value.item() for name, value in losses._asdict().items() if bool(value.isfinite())}
-            records.add(number + 1, lr=rate, **values)
-            if batch == per_epoch - 1 and average is not None:
-                average.update(model.named_parameters())
-            status = stop.exit_status  # read once: a signal between two reads would leave without saving
-            if batch == per_epoch - 1 or status is not None:
-                save(number + 1)
-            if status is not None:
-                raise Interrupted(status)
-    finally:
-        records.close()
-    if average is not None:
-        average.copy_to(model)
+    targets, draw = torch.from_numpy(train.targets).to(device), step_seed(settings.seed)
 
+    def forward(wrapped: nn.Module, step: Step, rows: np.ndarray):
+        images = preprocess(model.clip, train.batch(rows)).to(device)
+        generator = torch.Generator().manual_seed(draw(step))
+        losses = objective(wrapped, images, targets[torch.from_numpy(rows).to(device)], generator)
+        return losses.total, {name: value for name, value in losses._asdict().items() if bool(value.isfinite())}
 
-def _resume(
-    folder: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    average: GaussianPromptAverage | None,
-    settings: PublishedConfig,
-    num: int,
-) -> int:
-    found = load_checkpoint(folder)
-    if found is None:
-        return 0
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(found.weights[name])
-    optimizer.load_state_dict(found.optimizer)
+    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    stage = Stage(
+        "prompts", StageConfig(epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size), len(train), forward,
+        optimizer=lambda parameters: kinds[settings.optimizer](parameters.values(), lr=settings.lr, weight_decay=0.0),
+        order=lambda epoch: epoch_order(settings, len(train), epoch, as_released),
+        rate=lambda step: learning_rate(settings, step.epoch, step.index, as_released) / settings.lr,
+        draw=draw, after_step=model.head.clamp_, clip_grad=None,
+    )  # fmt: skip
+    average = Average(settings, model, stage.per_epoch) if source else None
+    stage = replace(
+        stage, save_every=stage.per_epoch, keeper=average, after_epoch=None if average is None else average.update
+    )
+    fit(model, [stage], folder, seed=settings.seed, label="training", stop=run.stop, tensorboard=run.config.tensorboard)
     if average is not None:
-        kept = {k.removeprefix(_AVERAGE): v for k, v in found.weights.items() if k.startswith(_AVERAGE)}
-        average.average = {name: value.to(parameters[name].device) for name, value in kept.items()}
-        average.num_updates = found.position // math.ceil(num / settings.batch_size)
-    return found.position
+        average.average.copy_to(model)
 
 
 def preprocess(clip: nn.Module, pictures: Tensor) -> Tensor:
@@ -287,7 +243,7 @@ def evaluate(model: MATModel, test: PictureSet, stored: StoredTree, batch_size: 
 def encode(model: MATModel, pictures: PictureSet, batch_size: int = 64) -> Tensor:
     """Layer tokens of all pictures, on the CPU."""
     device, found = model.logit_scale.device, []
-    for start in tqdm(range(0, len(pictures), batch_size), desc="encoding", disable=None, leave=False):
+    for start in progress(range(0, len(pictures), batch_size), "encoding"):
         rows = range(start, min(start + batch_size, len(pictures)))
         found.append(model.encode_image(preprocess(model.clip, pictures.batch(rows)).to(device)).cpu())
     return torch.cat(found)

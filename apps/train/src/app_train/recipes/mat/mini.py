@@ -13,61 +13,25 @@ twenty steps of one to two seconds, and the scoring of 3,412 pictures.
 import copy
 import hashlib
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from app_data.read.pictures import PictureSet
 from app_data.sets.cifar100 import StoredTree
 from app_data.sets.emoji import load_emoji
-from app_data.store.atomic import write_json
+from app_data.store.atomic import new_folder, write_json
 from app_eval.measure.embed import neighbour_logits
 from app_train.core.checkpoint import remove_checkpoints
-from app_train.core.config import Frozen, claim_folder
 from app_train.core.errors import RunError
-from app_train.core.interrupt import StopFlag
 from app_train.core.records import read_records
-from app_train.recipes.lora.task import cuts_for, finished
-from app_train.recipes.mat.clip import build_model, encode, encode_labels, fit, load_clip, score
+from app_train.core.run_folder import Run, finished
+from app_train.recipes.lora.task import cuts_for
+from app_train.recipes.mat.clip import build_model, encode, encode_labels, load_clip, score, train_prompts
 from app_train.recipes.mat.data import TEST_ARTIST, TRAIN_ARTISTS
-from app_train.recipes.mat.published import PublishedConfig
 from app_train.recipes.mat.results import CONTROLS, folder_name, geometry, store, summarise, table
-from app_train.recipes.mat.rows import VARIANTS, VariantName
+from app_train.recipes.mat.settings import MATMiniConfig
 from mat_align import VANILLA, MATModel, MATObjective
-
-_DEPTH = 3
-
-
-class MATMiniConfig(Frozen):
-    """Tune prompts of a small CLIP under the variants."""
-
-    clip: Path = Path("runs/mini-clip/model")
-    """Folder that the recipe `mini-clip` wrote."""
-    out: Path = Path("runs/mat/emoji-mini")
-    """Run folder; the same command goes on from what it holds."""
-    method: Literal["maple", "promptsrc"] = "maple"
-    variant: tuple[VariantName, ...] = tuple(VARIANTS)
-    """Variants to train."""
-    seeds: int = Field(1, ge=1)
-    """Seeds 0 .. seeds-1: initialisation, order of the data, tree cuts."""
-    epochs: int = Field(1, ge=1)
-    batch_size: int = Field(128, ge=1)
-    lr: float = Field(4e-3, gt=0)
-    limit: int | None = Field(None, ge=2)
-    """Use so many training and test pictures only (for trials)."""
-    cache_dir: Path | None = None
-    """Where pictures are kept; the user's cache folder if not given."""
-
-    def settings(self, seed: int) -> PublishedConfig:
-        """What the recipe `mat-clip` needs to know."""
-        return PublishedConfig(
-            data="emoji", shots=len(TRAIN_ARTISTS), method=self.method, epochs=self.epochs, batch_size=self.batch_size,
-            lr=self.lr, optimizer="adamw", warmup_epochs=0, curv_init=0.05, c_img=0.05, c_txt=0.025, scale=1.0, seed=seed,
-            model=f"local-dir:{self.clip}", pretrained=None, depth=_DEPTH, depth_text=_DEPTH, depth_vision=_DEPTH,
-            average_mean=self.epochs / 2, average_std=self.epochs / 2,
-        )  # fmt: skip
 
 
 def run(config: MATMiniConfig) -> dict:
@@ -81,37 +45,40 @@ def run(config: MATMiniConfig) -> dict:
         train, test = (part.select(range(min(config.limit, len(part)))) for part in (train, test))
     stored = StoredTree(train.taxonomy, train.node_text, cuts_for(train.taxonomy))
     weights = hashlib.sha256((config.clip / "open_clip_model.safetensors").read_bytes()).hexdigest()[:12]
-    data = f"{train.fingerprint}-{test.fingerprint}-{weights}"
-    claim_folder(config.out, config, data, ignored=("seeds", "variant"))
-    rows = (*CONTROLS, *config.variant)
-    folders = {n: [config.out / folder_name(n) / f"seed-{seed}" for seed in range(config.seeds)] for n in rows}
-    with StopFlag() as stop:
+    names = (*CONTROLS, *config.variant)
+    folders = {n: [config.out / folder_name(n) / f"seed-{seed}" for seed in range(config.seeds)] for n in names}
+    with Run("mat-mini", config, ("seeds", "variant"), processes=False) as run:
+        run.claim(f"{train.fingerprint}-{test.fingerprint}-{weights}")
+        if (known := run.result()) is not None:
+            print(table(known))  # noqa: T201
+            return known
         results: dict[str, list[dict]] = {}
         for name, places in folders.items():
             results[name] = []
             for seed, folder in enumerate(places):
-                facts = {"recipe": "mat-mini", "row": name, "seed": seed}
+                facts = run.facts(name, seed)
                 known = finished(folder, facts)
                 if known is None and name in CONTROLS:
-                    known = _control(clip, config, name, train, test, stored, folder, facts)
+                    known = _control(clip, name, train, test, stored, folder, facts)
                 elif known is None:
-                    known = _train(clip, config, name, train, test, stored, folder, facts, stop)
+                    known = _train(clip, config, name, train, test, stored, folder, facts, run)
                 results[name].append(known)
-    content = {
-        "format": 1,
-        "recipe": "mat-mini",
-        "study": "main",
-        "data": "emoji",
-        "shots": len(set(train.styles)),
-        "tower": f"mini-{config.method}",
-        "fingerprint": data,
-        "num_train": len(train),
-        "seeds": config.seeds,
-        "size": size,
-        "settings": config.settings(0).model_dump(),
-        **summarise(results, folders, test, stored.cuts),
-    }
-    write_json(config.out / "result-main.json", content)
+        content = run.finish(
+            {
+                "study": "main",
+                "shots": len(set(train.styles)),
+                "tower": f"mini-{config.method}",
+                "fingerprint": run.data,
+                "num_train": len(train),
+                "seeds": config.seeds,
+                "size": size,
+                "settings": config.settings(0).model_dump(),
+                **summarise(results, folders, test, stored.cuts),
+                "data": "emoji",
+            }
+        )
+        write_json(config.out / "result-main.json", content)
+        run.seal()
     print(table(content))  # noqa: T201
     print(f"\nresult: {config.out / 'result-main.json'}")  # noqa: T201
     return content
@@ -119,7 +86,6 @@ def run(config: MATMiniConfig) -> dict:
 
 def _control(
     clip: torch.nn.Module,
-    config: MATMiniConfig,
     name: str,
     train: PictureSet,
     test: PictureSet,
@@ -145,16 +111,16 @@ def _train(
     stored: StoredTree,
     folder: Path,
     facts: dict,
-    stop: StopFlag,
+    run: Run,
 ) -> dict:
     settings, saved = config.settings(facts["seed"]), folder / "model"
     if saved.exists():  # killed while scoring: the trained prompts are there, whole
         model = MATModel.from_pretrained(saved, clip)
     else:
         model = build_model(settings, clip, name)
-        fit(model, settings, train, stored, folder, stop)
-        model.save_pretrained(folder / ".model")
-        (folder / ".model").rename(saved)
+        train_prompts(model, settings, train, stored, run, folder)
+        with new_folder(saved) as target:
+            model.save_pretrained(target)
     model.eval()
     facts["num_trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _, new = _tokens(model, train, test)

@@ -9,34 +9,32 @@ picture feature, through a linear map that is thrown away, follows EfficientNet-
 The result is a folder that `open_clip.create_model("local-dir:FOLDER")` loads. It is a stand-in: it knows 853 things.
 """
 
-import json
 import math
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from app_data.read.pictures import PictureSet
 from app_data.sets.emoji import CONCRETE_GROUPS, emoji_leaves, load_emoji
-from app_data.store.atomic import write_json
+from app_data.store.atomic import new_file, write_json, write_text
 from app_data.weights.dual_encoder import Lite0MiniLM
 from app_data.weights.towers import LITE0_WIDTHS
-from app_train.core.checkpoint import Checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
-from app_train.core.config import Frozen, claim_folder
-from app_train.core.errors import Interrupted, NonFiniteGradient
-from app_train.core.interrupt import StopFlag
-from app_train.core.records import Records, read_records
+from app_train.core.checkpoint import remove_checkpoints
+from app_train.core.config import StageConfig
+from app_train.core.fit import fit
+from app_train.core.records import read_records
+from app_train.core.run_folder import Run
+from app_train.core.schedule import Stage, Step
 from app_train.recipes.lora.task import style_offsets
 from app_train.recipes.mat.clip import preprocess
 from app_train.recipes.mat.data import TRAIN_ARTISTS, lite0_features
-from app_train.recipes.mat.fit import rate_share
+from app_train.recipes.mat.settings import MiniClipConfig
 from hier_losses import Taxonomy
 from mat_align.prompts import label_text
 
@@ -49,63 +47,41 @@ MODEL: dict[str, Any] = {
 _MOST_SCALE = math.log(100)
 
 
-class MiniClipConfig(Frozen):
-    """Train a small CLIP on emoji of the training artists."""
-
-    out: Path = Path("runs/mini-clip")
-    """Run folder; the same command goes on from what it holds. The model is in its folder `model`."""
-    epochs: int = Field(30, ge=1)
-    """Passes over the leaves; each shows one artist's picture of every leaf."""
-    batch_size: int = Field(128, ge=2)
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
-    clip_grad: float = Field(1.0, gt=0)
-    image_weight: float = Field(1.0, ge=0)
-    """Weight of following EfficientNet-Lite0."""
-    text_weight: float = Field(1.0, ge=0)
-    """Weight of following MiniLM."""
-    seed: int = Field(0, ge=0)
-    limit: int | None = Field(None, ge=2)
-    """Use so many leaves only (for trials)."""
-    cache_dir: Path | None = None
-    """Where pictures and features are kept; the user's cache folder if not given."""
-
-
 def run(config: MiniClipConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
-    pictures = load_emoji(TRAIN_ARTISTS, size=128, cache_dir=config.cache_dir)
-    if config.limit is not None:
-        pictures = pictures.select(np.isin(pictures.targets, np.unique(pictures.targets)[: config.limit]))
-    claim_folder(config.out, config, pictures.fingerprint)
-    texts, own = captions(pictures)
-    with StopFlag() as stop:
-
-        def check() -> None:
-            if stop.exit_status is not None:
-                raise Interrupted(stop.exit_status)
-
+    with Run("mini-clip", config, processes=False) as run:
+        pictures = load_emoji(TRAIN_ARTISTS, size=128, cache_dir=config.cache_dir)
+        if config.limit is not None:
+            pictures = pictures.select(np.isin(pictures.targets, np.unique(pictures.targets)[: config.limit]))
+        run.claim(pictures.fingerprint)
+        if (known := run.result()) is not None:
+            return known
+        texts, own = captions(pictures)
         base = Lite0MiniLM()
-        teacher = lite0_features(base, pictures, config.cache_dir, check)[:, -LITE0_WIDTHS[-1] :]
+        teacher = lite0_features(base, pictures, config.cache_dir, run.check)[:, -LITE0_WIDTHS[-1] :]
         teacher = F.normalize(teacher - teacher.mean(0) - style_offsets(teacher, pictures.styles), dim=-1)
         with torch.no_grad():
             words = base.encode_text(texts)
         model = student(config.seed)
-        last = fit(model, pictures, teacher, texts, own, F.normalize(words - words.mean(0), dim=-1), config, stop)
-    write_model(model.clip, config.out / "model")
-    content = {
-        "format": 1,
-        "recipe": "mini-clip",
-        "num_pictures": len(pictures),
-        "num_texts": len(texts),
-        "num_trained": sum(p.numel() for p in model.clip.parameters()),
-        "steps": last["step"],
-        "losses": {name: last[name] for name in ("contrastive", "image", "text")},
-    }
-    write_json(config.out / "result.json", content)
-    remove_checkpoints(config.out)
-    print(json.dumps(content, indent=1))  # noqa: T201
-    print(f"model: {config.out / 'model'}")  # noqa: T201
+        stage = distil_stage(model, pictures, teacher, texts, own, F.normalize(words - words.mean(0), dim=-1), config)
+        fit(
+            model, [stage], config.out, seed=config.seed, label="mini-clip", stop=run.stop,
+            tensorboard=config.tensorboard,
+        )  # fmt: skip
+        last = read_records(config.out / "metrics.jsonl")[-1]
+        write_model(model.clip, config.out / "model")
+        content = run.finish(
+            {
+                "num_pictures": len(pictures),
+                "num_texts": len(texts),
+                "num_trained": sum(p.numel() for p in model.clip.parameters()),
+                "steps": last["step"],
+                "losses": {name: last[name] for name in ("contrastive", "image", "text")},
+            }
+        )
+        remove_checkpoints(config.out)
+        run.seal()
+    print(f"{content['steps']} steps, losses {content['losses']}\nmodel: {config.out / 'model'}")  # noqa: T201
     return content
 
 
@@ -152,7 +128,7 @@ def student(seed: int) -> Student:
         return Student(CLIP(**MODEL))
 
 
-def fit(
+def distil_stage(
     model: Student,
     pictures: PictureSet,
     teacher: Tensor,
@@ -160,9 +136,8 @@ def fit(
     own: dict[int, list[int]],
     words: Tensor,
     config: MiniClipConfig,
-    stop: StopFlag,
-) -> dict:
-    """Train in place; go on from the newest checkpoint if there is one.
+) -> Stage:
+    """The stage that trains the student.
 
     Args:
         model: the student.
@@ -172,73 +147,42 @@ def fit(
         own: positions of the texts of each leaf.
         words: unit text features to follow, one for each text.
         config: the settings.
-        stop: read after every step.
-
-    Returns:
-        The numbers of the last step.
     """
     from open_clip.loss import ClipLoss
     from open_clip.tokenizer import SimpleTokenizer
 
     contrastive = ClipLoss()
     ids = SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(texts)
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
-    found = load_checkpoint(config.out)
-    position = 0 if found is None else found.position
-    if found is not None:
-        with torch.no_grad():
-            for name, value in found.weights.items():
-                parameters[name].copy_(value)
-        optimizer.load_state_dict(found.optimizer)
-    leaves = np.unique(pictures.targets)
-    per_epoch = math.ceil(len(leaves) / config.batch_size)
-    total = per_epoch * config.epochs
-    records, values = Records(config.out, position), {}
-    model.train()
-    try:
-        for number in tqdm(range(position, total), desc="mini-clip", disable=None, leave=False):
-            epoch, batch = divmod(number, per_epoch)
-            chosen = epoch_pictures(pictures.targets, config.seed, epoch)
-            rows = chosen[batch * config.batch_size : (batch + 1) * config.batch_size]
-            draw = np.random.default_rng([config.seed, 1, number])
-            said = [draw.choice(own[leaf]) for leaf in pictures.targets[rows].tolist()]
-            also = draw.integers(0, len(texts), len(rows) // 2)
-            read = torch.from_numpy(np.concatenate([said, also]).astype(np.int64))
-            rate = config.lr * rate_share(number, total, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad()
-            images = augmented(pictures.batch(rows), MODEL["vision_cfg"]["image_size"], draw)
-            image = model.clip.encode_image(preprocess(model.clip, images))
-            text = F.normalize(model.clip.encode_text(ids[read]), dim=-1)
-            parts = {
-                "contrastive": contrastive(F.normalize(image, dim=-1), text[: len(rows)], model.clip.logit_scale.exp()),
-                "image": 1 - F.cosine_similarity(model.follow(image), teacher[torch.from_numpy(rows)]).mean(),
-                "text": 1 - (text * words[read]).sum(-1).mean(),
-            }
-            loss = parts["contrastive"] + config.image_weight * parts["image"] + config.text_weight * parts["text"]
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters.values(), config.clip_grad)
-            if not bool(norm.isfinite()):
-                raise NonFiniteGradient(f"mini-clip: the gradient norm of step {number + 1} is {norm.item()}")
-            optimizer.step()
-            with torch.no_grad():
-                model.clip.logit_scale.clamp_(0, _MOST_SCALE)
-            values = {name: part.item() for name, part in parts.items()} | {"total": loss.item(), "lr": rate}
-            records.add(number + 1, **values)
-            status = stop.exit_status  # read once: a signal between two reads would leave without saving
-            if status is not None or (batch == per_epoch - 1 and (epoch + 1) % 10 == 0):
-                records.flush()
-                save_checkpoint(config.out, Checkpoint(parameters, optimizer.state_dict(), number + 1))
-            if status is not None:
-                raise Interrupted(status)
-    finally:
-        records.close()
-    if not values:  # every step was taken before
-        values = read_records(records.path)[-1]
-    model.eval()
-    return values | {"step": total}
+
+    def forward(wrapped: Student, step: Step, rows: np.ndarray):
+        draw = np.random.default_rng([config.seed, 1, step.index])
+        said = [draw.choice(own[leaf]) for leaf in pictures.targets[rows].tolist()]
+        also = draw.integers(0, len(texts), len(rows) // 2)
+        read = torch.from_numpy(np.concatenate([said, also]).astype(np.int64))
+        clip = wrapped.clip
+        image = clip.encode_image(preprocess(clip, augmented(pictures.batch(rows), clip.visual.image_size[0], draw)))
+        text = F.normalize(clip.encode_text(ids[read]), dim=-1)
+        parts = {
+            "contrastive": contrastive(F.normalize(image, dim=-1), text[: len(rows)], clip.logit_scale.exp()),
+            "image": 1 - F.cosine_similarity(wrapped.follow(image), teacher[torch.from_numpy(rows)]).mean(),
+            "text": 1 - (text * words[read]).sum(-1).mean(),
+        }
+        return parts["contrastive"] + config.image_weight * parts["image"] + config.text_weight * parts["text"], parts
+
+    @torch.no_grad()
+    def clamp() -> None:
+        model.clip.logit_scale.clamp_(0, _MOST_SCALE)
+
+    settings = StageConfig(
+        epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, weight_decay=config.weight_decay,
+        warmup=config.warmup,
+    )  # fmt: skip
+    stage = Stage(
+        "distil", settings, len(np.unique(pictures.targets)), forward,
+        order=lambda epoch: epoch_pictures(pictures.targets, config.seed, epoch),
+        after_step=clamp, clip_grad=config.clip_grad,
+    )  # fmt: skip
+    return replace(stage, save_every=10 * stage.per_epoch)
 
 
 def epoch_pictures(targets: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -270,13 +214,11 @@ def write_model(clip: nn.Module, folder: Path) -> None:
     """Write a folder that open_clip loads by `local-dir:`: configuration, weights (safetensors), and a card."""
     from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    folder.mkdir(parents=True, exist_ok=True)
     preprocessing = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
     write_json(folder / HF_CONFIG_NAME, {"model_cfg": MODEL, "preprocess_cfg": preprocessing})
-    (folder / "README.md").write_text(_CARD.format(groups=", ".join(CONCRETE_GROUPS)), encoding="utf-8")
-    unfinished = folder / f"{HF_SAFE_WEIGHTS_NAME}.unfinished"
-    save_file({name: value.detach().contiguous() for name, value in clip.state_dict().items()}, unfinished)
-    os.replace(unfinished, folder / HF_SAFE_WEIGHTS_NAME)
+    write_text(folder / "README.md", _CARD.format(groups=", ".join(CONCRETE_GROUPS)))
+    with new_file(folder / HF_SAFE_WEIGHTS_NAME) as unfinished:
+        save_file({name: value.detach().contiguous() for name, value in clip.state_dict().items()}, unfinished)
 
 
 _CARD = """---

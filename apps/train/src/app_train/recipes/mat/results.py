@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from app_data.read.pictures import PictureSet
-from app_data.store.atomic import write_json
+from app_data.store.atomic import new_file, write_json
 from app_eval.measure.tree_scores import SCORES, TITLES, differences, means, tree_scores
 from hier_losses.metrics import mta_majority_baseline
 from hier_losses.treecuts import TreeCuts
@@ -26,8 +26,8 @@ def folder_name(name: str) -> str:
 def store(folder: Path, logits: Tensor, test: PictureSet, cuts: TreeCuts, facts: dict) -> dict:
     """Score the logits of all nodes and write `scores.safetensors` and `result.json`; returns the latter's content."""
     found = tree_scores(logits, test.targets, test.taxonomy, cuts)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(found, folder / "scores.safetensors")
+    with new_file(folder / "scores.safetensors") as temporary:
+        save_file(found, temporary)
     result = {**facts, "scores": {s: float(v.mean()) for s, v in found.items()}}
     write_json(folder / "result.json", result)
     return result

@@ -2,13 +2,11 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from app_train.recipes.mat.settings import Study
 from mat_align import EUCLIDEAN, HETEROGENEOUS, PROTECT, SEPARATE, SHARED, VANILLA, Variant, released
 
-VariantName = Literal["VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS"]
 VARIANTS: dict[str, Variant] = {v.name: v for v in (VANILLA, PROTECT, EUCLIDEAN, SHARED, SEPARATE, HETEROGENEOUS)}
-Study = Literal["main", "radius", "intermediate", "layers", "defects", "flat", "cross"]
 
 
 @dataclass(frozen=True)

@@ -13,28 +13,23 @@ cut. With --seeds 3 on one core: emoji about 8 minutes, CIFAR-100 about 3 (1 sho
 """
 
 import copy
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
-from app_data.store.atomic import write_json
+from app_data.store.atomic import new_file, write_json
 from app_eval.measure.embed import neighbour_logits
 from app_train.core.checkpoint import remove_checkpoints
-from app_train.core.config import Frozen, claim_folder, config_hash
-from app_train.core.errors import Interrupted, RunError
-from app_train.core.interrupt import StopFlag
+from app_train.core.errors import RunError
+from app_train.core.fit import fit
 from app_train.core.records import read_records
-from app_train.recipes.lora.task import finished
+from app_train.core.run_folder import Run, finished
 from app_train.recipes.mat.data import (
     Features,
     Pictures,
@@ -46,10 +41,11 @@ from app_train.recipes.mat.data import (
     node_names,
     row_depths,
 )
-from app_train.recipes.mat.fit import MATFitConfig, fit_row
+from app_train.recipes.mat.fit import feature_stage
 from app_train.recipes.mat.results import CONTROLS, folder_name, geometry, store, summarise, table
-from app_train.recipes.mat.rows import VARIANTS, Row, Study, VariantName, study_rows, trained_as
+from app_train.recipes.mat.rows import VARIANTS, Row, study_rows, trained_as
 from app_train.recipes.mat.second_tree import SecondTree, second_scores, second_tree, without_tree
+from app_train.recipes.mat.settings import MATConfig, MATFitConfig
 from hier_losses import Taxonomy
 from mat_align import VANILLA, FeatureMATModel, MATObjective
 
@@ -57,46 +53,9 @@ TRIALS = (3e-4, 1e-3, 3e-3)
 TUNED = ("VANILLA", "PROTECT", "EUCLIDEAN")
 
 
-class MATConfig(Frozen):
-    """Train and score variants of Modality Alignment across Trees on cached features."""
-
-    out: Path = Path("runs/mat")
-    """Run folder; the same command goes on from what it holds."""
-    data: Literal["emoji", "cifar100-fewshot"] = "emoji"
-    source: Path | None = None
-    """Folder with cifar100_fewshot.tar.gz and trees/cifar100.json."""
-    shots: int = Field(16, ge=1, le=16)
-    """Training pictures of each class (CIFAR-100)."""
-    num_test: int = Field(20, ge=1)
-    """Test pictures of each class (CIFAR-100), chosen by a hash of their names."""
-    tower: Literal["lite0", "vit"] = "lite0"
-    variant: tuple[VariantName, ...] = tuple(VARIANTS)
-    """Variants to train."""
-    study: Study = "main"
-    """Which rows: the variants, or those of an open question."""
-    rows: tuple[str, ...] | None = None
-    """Only these rows of the study, by name; the first of them is what the others are compared with."""
-    seeds: int = Field(1, ge=1)
-    """Seeds 0 .. seeds-1: initialisation, order of the data, tree cuts."""
-    fit: MATFitConfig = MATFitConfig()
-    size: int = Field(128, ge=32)
-    """Height and width of the pictures in pixels."""
-    limit: int | None = Field(None, ge=2)
-    """Use so many training and test pictures only (for trials)."""
-    tune: bool = False
-    """Compare learning rates on pictures cut out of the training set instead; never touches the test set."""
-    cache_dir: Path | None = None
-    """Where pictures and features are kept; the user's cache folder if not given."""
-
-
 def run(config: MATConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
-    with StopFlag() as stop:
-
-        def check() -> None:
-            if stop.exit_status is not None:
-                raise Interrupted(stop.exit_status)
-
+    with Run("mat", config, ("seeds", "variant", "study", "rows"), processes=False) as run:
         pictures = load_pictures(
             config.data, config.source, config.shots, config.size, config.cache_dir, config.tune, config.num_test
         )
@@ -104,12 +63,30 @@ def run(config: MATConfig) -> dict:
             pictures = _limited(pictures, config.limit)
         if config.study == "flat":
             pictures = without_tree(pictures)
-        data = f"{pictures.train.fingerprint}-{pictures.test.fingerprint}"
-        claim_folder(config.out, config, data, ignored=("seeds", "variant", "study", "rows"))
-        features = centred(compute_features(pictures, config.tower, config.cache_dir, check), pictures)
-        if config.tune:
-            return _tune(config, pictures, features, data, stop)
-        return _compare(config, pictures, features, data, stop)
+        run.claim(f"{pictures.train.fingerprint}-{pictures.test.fingerprint}")
+        if (known := run.result()) is not None and not config.tune:
+            print(table(known))  # noqa: T201
+            return known
+        features = centred(compute_features(pictures, config.tower, config.cache_dir, run.check), pictures)
+        shared = Shared(config, run, pictures, features, second_tree(pictures) if config.study == "cross" else None)
+        return _tune(shared) if config.tune else _compare(shared)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all rows of a run share.
+
+    Attributes:
+        config, run: settings and run folder.
+        pictures, features: of both parts.
+        tree: the second tree of the study "cross".
+    """
+
+    config: MATConfig
+    run: Run
+    pictures: Pictures
+    features: Features
+    tree: SecondTree | None
 
 
 def _limited(pictures: Pictures, limit: int) -> Pictures:
@@ -129,9 +106,9 @@ def _chosen(rows: dict[str, Row], names: tuple[str, ...] | None) -> dict[str, Ro
     return {name: rows[name] for name in names}
 
 
-def _compare(config: MATConfig, pictures: Pictures, features: Features, data: str, stop: StopFlag) -> dict:
+def _compare(shared: Shared) -> dict:
+    config, run, pictures = shared.config, shared.run, shared.pictures
     rows = _chosen(study_rows(config.study, config.variant), config.rows)
-    tree = second_tree(pictures) if config.study == "cross" else None
     homes = {name: name for name in CONTROLS} | {name: trained_as(row) for name, row in rows.items()}
     folders = {
         name: [config.out / folder_name(home) / f"seed-{seed}" for seed in range(config.seeds)]
@@ -139,47 +116,46 @@ def _compare(config: MATConfig, pictures: Pictures, features: Features, data: st
     }
     results: dict[str, list[dict]] = {}
     for name, places in folders.items():
-        results[name] = []
-        for seed, folder in enumerate(places):
-            if name in CONTROLS:
-                results[name].append(_control(config, pictures, features, data, name, folder))
-            else:
-                results[name].append(
-                    train_row(config, rows[name], pictures, features, data, folder, seed, stop, homes[name], tree)
-                )
-    content = {
-        "format": 1,
-        "recipe": "mat",
-        "study": config.study,
-        "data": config.data,
-        "shots": config.shots if config.data != "emoji" else len(set(pictures.train.styles)),
-        "tower": config.tower,
-        "fingerprint": data,
-        "num_train": len(pictures.train),
-        "seeds": config.seeds,
-        "size": config.size,
-        "settings": config.fit.model_dump(),
-        **summarise(results, folders, pictures.test, pictures.cuts, ("second",) if config.study == "cross" else ()),
-    }
+        results[name] = [
+            _control(shared, name, folder)
+            if name in CONTROLS
+            else train_row(shared, rows[name], folder, seed, homes[name])
+            for seed, folder in enumerate(places)
+        ]
+    content = run.finish(
+        {
+            "study": config.study,
+            "shots": config.shots if config.data != "emoji" else len(set(pictures.train.styles)),
+            "tower": config.tower,
+            "fingerprint": run.data,
+            "num_train": len(pictures.train),
+            "seeds": config.seeds,
+            "size": config.size,
+            "settings": config.fit.model_dump(),
+            **summarise(results, folders, pictures.test, pictures.cuts, ("second",) if config.study == "cross" else ()),
+            "data": config.data,
+        }
+    )
     write_json(config.out / f"result-{config.study}.json", content)
+    run.seal()
     print(table(content))  # noqa: T201
     print(f"\nresult: {config.out / f'result-{config.study}.json'}")  # noqa: T201
     return content
 
 
-def _facts(config: MATConfig, name: str, row: Row | None, data: str) -> dict:
-    hashed = config_hash(config.fit, tower=config.tower, row=None if row is None else row.facts(), size=config.size)
-    return {"recipe": "mat", "row": name, "data": data, "config": hashed}
+def _facts(shared: Shared, name: str, seed: int, row: Row | None) -> dict:
+    return shared.run.facts(name, seed, row=None if row is None else row.facts())
 
 
-def _control(config: MATConfig, pictures: Pictures, features: Features, data: str, name: str, folder: Path) -> dict:
-    facts = _facts(config, name, None, data)
+def _control(shared: Shared, name: str, folder: Path) -> dict:
+    facts = _facts(shared, name, 0, None)
     known = finished(folder, facts)
     if known is not None:
         return known
+    features, pictures, fit_config = shared.features, shared.pictures, shared.config.fit
     tax = pictures.test.taxonomy
     if name == "zero-shot":
-        model = build_model(Row(VANILLA), features, config.fit.ridge, 0, **config.fit.head())
+        model = build_model(Row(VANILLA), features, fit_config.ridge, 0, **fit_config.head())
         logits = _logits(model, Row(VANILLA), features, node_names(tax))
     else:
         train = torch.from_numpy(pictures.train.targets)
@@ -195,36 +171,34 @@ def _logits(model: FeatureMATModel, row: Row, features: Features, names: Sequenc
     return torch.cat([model.score(model.encode_image(part[:, chosen]), text) for part in features.test.split(512)])
 
 
-def train_row(
-    config: MATConfig,
-    row: Row,
-    pictures: Pictures,
-    features: Features,
-    data: str,
-    folder: Path,
-    seed: int,
-    stop: StopFlag,
-    name: str,
-    tree: SecondTree | None = None,
-) -> dict:
+def train_row(shared: Shared, row: Row, folder: Path, seed: int, name: str, config: MATFitConfig | None = None) -> dict:
     """Train, save and score one row; a finished row is read back instead.
+
+    Args:
+        shared: what all rows share.
+        row: what is computed and trained.
+        folder: of the row.
+        seed: initialisation, order of the data, tree cuts.
+        name: of the row.
+        config: how it is trained; as the run says if None.
 
     Returns:
         The content of its `result.json`.
     """
-    facts = _facts(config, name, row, data) | {"seed": seed}
+    run, pictures, features, tree = shared.run, shared.pictures, shared.features, shared.tree
+    config = config or shared.config.fit
+    facts = _facts(shared, name, seed, row) | {"lr": config.lr}
     known = finished(folder, facts)
     # A row that another study has trained lacks the scores on the second tree: it is scored again.
     if known is not None and (tree is None or "second" in known):
         return known
     tax = pictures.train.taxonomy
-    fit = config.fit
     model = build_model(
-        row, features, fit.ridge, seed, None if tree is None else tree.text, dropout=fit.dropout, **fit.head()
+        row, features, config.ridge, seed, None if tree is None else tree.text, dropout=config.dropout, **config.head()
     )
 
     def objective_of(taxonomy: Taxonomy, names: list[str]) -> MATObjective:
-        return MATObjective(taxonomy, 1.0, fit.node_weight, fit.entail_weight, fit.treecut_dropout, names)
+        return MATObjective(taxonomy, 1.0, config.node_weight, config.entail_weight, config.treecut_dropout, names)
 
     objective = objective_of(tax, node_names(tax))
     inputs = features.train[:, columns(features.widths, row_depths(row, features))]
@@ -237,10 +211,10 @@ def train_row(
         model.load_state_dict(load_tensors(saved), strict=False)
     else:
         objectives, targets = zip(*sides, strict=True)
-        fit_row(model, objectives, inputs, targets, fit, folder, seed=seed, stop=stop, label=f"{name}, seed {seed}")
-        unfinished = saved.with_suffix(".unfinished")
-        save_tensors({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, unfinished)
-        os.replace(unfinished, saved)
+        stage = feature_stage(model, objectives, inputs, targets, config, seed)
+        fit(model, [stage], folder, seed=seed, label=f"{name}, seed {seed}", stop=run.stop)
+        with new_file(saved) as unfinished:
+            save_tensors({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, unfinished)
     model.eval()
     facts["num_trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
@@ -256,36 +230,28 @@ def train_row(
     return result
 
 
-def _tune(config: MATConfig, pictures: Pictures, features: Features, data: str, stop: StopFlag) -> dict:
+def _tune(shared: Shared) -> dict:
     """Three rates for three rows; the one with the best mean of all scores over the rows serves every row."""
-    trials = {}
+    config, trials = shared.config, {}
     for lr in TRIALS:
-        tried = config.model_copy(update={"fit": config.fit.model_copy(update={"lr": lr})})
+        tried = config.fit.model_copy(update={"lr": lr})
         trials[f"{lr:g}"] = {
             name: train_row(
-                tried,
-                Row(VARIANTS[name]),
-                pictures,
-                features,
-                data,
-                config.out / f"{name}-{lr:g}",
-                0,
-                stop,
-                f"{name} {lr:g}",
+                shared, Row(VARIANTS[name]), config.out / f"{name}-{lr:g}", 0, f"{name} {lr:g}", tried
             )["scores"]
             for name in TUNED
-        }
+        }  # fmt: skip
     best = max(trials, key=lambda lr: np.mean([v for row in trials[lr].values() for v in row.values()]))
-    content = {
-        "format": 1,
-        "recipe": "mat",
-        "study": "tuning",
-        "data": config.data,
-        "tower": config.tower,
-        "shots": config.shots if config.data != "emoji" else len(set(pictures.train.styles)),
-        "trials": trials,
-        "chosen": best,
-    }
+    content = shared.run.finish(
+        {
+            "study": "tuning",
+            "tower": config.tower,
+            "shots": config.shots if config.data != "emoji" else len(set(shared.pictures.train.styles)),
+            "trials": trials,
+            "chosen": best,
+            "data": config.data,
+        }
+    )
     write_json(config.out / "result-tuning.json", content)
-    print(json.dumps(content, indent=1))  # noqa: T201
+    print(f"chosen rate: {best}; all trials: {config.out / 'result-tuning.json'}")  # noqa: T201
     return content

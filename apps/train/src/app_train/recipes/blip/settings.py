@@ -1,0 +1,116 @@
+"""Settings of the recipes of this folder; the module is light, for `--help`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from app_train.core.config import RunConfig, StageConfig
+
+LossName = Literal["itc", "itm", "lm"]
+RowName = Literal["euclidean", "cosine", "lorentz", "poincare", "mix", "lorentz_max", "lorentz_whole", "lorentz_plain"]
+_LORENTZ = {"manifold": "lorentz", "similarity": "distance"}
+ROWS: dict[str, dict] = {
+    "euclidean": {"similarity": "cosine", "rqs_prob": 0.0, "rtp_prob": 0.0},
+    "cosine": {"similarity": "cosine"},
+    "lorentz": _LORENTZ,
+    "poincare": {"manifold": "poincare", "similarity": "distance"},
+    "mix": {"manifold": "lorentz", "similarity": "mix"},
+    "lorentz_max": {**_LORENTZ, "rqs_prob": 0.0},
+    "lorentz_whole": {**_LORENTZ, "rtp_prob": 0.0},
+    "lorentz_plain": {**_LORENTZ, "rqs_prob": 0.0, "rtp_prob": 0.0},
+}
+
+
+class FirstStage(StageConfig):
+    """Alignment, matching and description."""
+
+    epochs: int = Field(1, ge=0)
+    lr: float = Field(1e-4, gt=0)
+    batch_size: int = Field(32, ge=1)
+    weight_decay: float = Field(0.05, ge=0)
+
+
+class SecondStage(StageConfig):
+    """The queries as a prefix of the language model."""
+
+    epochs: int = Field(1, ge=0)
+    lr: float = Field(2e-4, gt=0)
+    batch_size: int = Field(8, ge=1)
+    weight_decay: float = Field(0.05, ge=0)
+
+
+class BlipMiniConfig(RunConfig):
+    """A small hyperbolic BLIP-2 on emoji."""
+
+    out: Path = Path("runs/blip-mini")
+    seeds: int = Field(1, ge=1)
+    """Seeds 0 .. seeds-1, one after the other."""
+    rows: tuple[RowName, ...] = ("lorentz",)
+    """Rows to train."""
+    artists: tuple[str, ...] = ("openmoji", "noto-300", "noto-700")
+    """Artists to train on."""
+    size: int = Field(128, ge=32)
+    """Height and width of the pictures in pixels."""
+    limit: int | None = Field(None, ge=2)
+    """Use the pictures of this many leaves only, spread over the taxonomy (for trials)."""
+    losses: tuple[LossName, ...] = ("itc", "itm", "lm")
+    """Losses of stage 1; without "itm" nothing is re-ranked, and the contrastive loss alone is four times cheaper."""
+    start: Literal["pairs", "fresh"] = "pairs"
+    """Start of both stages: "pairs" ties queries to captions, then to the language model's words, by least squares; "fresh"
+    leaves that to the losses."""
+    stage1: FirstStage = FirstStage()
+    stage2: SecondStage = SecondStage()
+    num_queries: int = Field(4, ge=1)
+    num_layers: int = Field(2, ge=1, le=6)
+    """How many of MiniLM's layers the Q-Former takes: the first and the last ones."""
+    max_tokens: int = Field(10, ge=4, le=64)
+    """Tokens of a caption."""
+    k_test: int = Field(16, ge=1)
+    """Candidates that the matching head scores."""
+    num_captions: int = Field(100, ge=0)
+    """Test pictures that are captioned."""
+    coco_mini: Path | None = None
+    """A small COCO in one tar archive, for zero-shot scores; not run if not given."""
+    save_every: int = Field(40, ge=1)
+    """Steps between two checkpoints."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+
+
+class BigStage(StageConfig):
+    """AdamW over all cards together."""
+
+    epochs: int = Field(10, ge=0)
+    lr: float = Field(1e-4, gt=0)
+    batch_size: int = Field(800, ge=1)
+    """Pairs over all cards: 100 a card in stage 1, 64 in stage 2, on eight cards."""
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+
+
+class Blip2OptConfig(RunConfig):
+    """Hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO."""
+
+    out: Path = Path("runs/blip2-opt-2.7b")
+    stage: Literal[1, 2] = 1
+    """2 goes on from the model that stage 1 left in `out`."""
+    source: str = "Salesforce/blip2-opt-2.7b"
+    """Name or folder of a BLIP-2 checkpoint: its vision encoder and language model are used, its Q-Former is the start."""
+    tokenizer: str = "bert-base-uncased"
+    annotations: Path | None = None
+    """`dataset_coco.json` of the Karpathy splits (required unless --plan-only)."""
+    pictures: Path | None = None
+    """Folder with `train2014/` and `val2014/` (required unless --plan-only)."""
+    fit: BigStage = BigStage()
+    similarity: Literal["cosine", "distance", "inner", "angle", "mix"] = "cosine"
+    """The paper's cosine is the Euclidean cosine; "distance" lets the radius take part."""
+    max_tokens: int = Field(32, ge=4)
+    checkpointing: bool = True
+    """Recompute activations in the backward pass."""
+    shard: bool = False
+    """Spread the layers of the frozen parts over the cards (FSDP2)."""
+    cards: int = Field(8, ge=1)
+    """For the memory table."""
+    plan_only: bool = False
+    """Print the memory table and stop."""
+    save_every: int = Field(500, ge=1)

@@ -1,0 +1,49 @@
+"""The stage of both trainings of a BLIP-2: whole batches, AdamW with BLIP-2's betas, no decay of norms and biases."""
+
+import torch
+from torch import Tensor, nn
+
+from app_train.core.config import StageConfig
+from app_train.core.schedule import Forward, Stage, shuffled
+
+
+def blip_stage(
+    model: nn.Module,
+    name: str,
+    settings: StageConfig,
+    num_items: int,
+    forward: Forward,
+    seed: int,
+    save_every: int,
+    no_decay: frozenset[str] | set[str] | None = None,
+) -> Stage:
+    """The stage.
+
+    Args:
+        model: with its trainable parameters marked.
+        name: recorded with every step.
+        settings: epochs, peak rate, batch size over all processes.
+        num_items: pictures.
+        forward: the loss of a share of a batch.
+        seed: of the order of the pictures.
+        save_every: steps between two checkpoints.
+        no_decay: parameters without weight decay; what the model names itself if None.
+    """
+    plain = model.no_decay_names() if no_decay is None else no_decay
+
+    def optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [p for n, p in parameters.items() if n not in plain], "weight_decay": settings.weight_decay},
+            {"params": [p for n, p in parameters.items() if n in plain], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
+
+    return Stage(
+        name, settings, num_items, forward, optimizer=optimizer, order=shuffled(num_items, seed), whole_batches=True,
+        after_step=getattr(model, "clamp_", None), save_every=save_every,
+    )  # fmt: skip
+
+
+def pretraining_parts(out) -> dict[str, Tensor]:
+    """The losses of the first stage, to be recorded."""
+    return {f"loss/{n}": getattr(out, f"loss_{n}") for n in ("itc", "itm", "lm")}

@@ -1,0 +1,142 @@
+"""Settings of the recipes of this folder; the module is light, for `--help`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from app_train.core.config import Frozen, RunConfig
+from app_train.recipes.mat.published import PUBLISHED, PublishedConfig
+
+VariantName = Literal["VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS"]
+VARIANTS: tuple[VariantName, ...] = ("VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS")
+Study = Literal["main", "radius", "intermediate", "layers", "defects", "flat", "cross"]
+# Prompts of mat-mini go no deeper than the text tower of mini-clip.
+MINI_DEPTH = 3
+
+
+class MATFitConfig(Frozen):
+    """AdamW on cached features, a cosine from `lr` to 0 after a linear warm-up."""
+
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    curvature_lr: float = Field(1e-2, gt=0)
+    """Rate of the curvatures, the radii and the logit scale."""
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    clip_grad: float = Field(1.0, gt=0)
+    node_weight: float = Field(0.5, ge=0)
+    entail_weight: float = Field(0.5, ge=0)
+    treecut_dropout: float = Field(0.1, ge=0, lt=1)
+    scale: float = Field(1.0, gt=0)
+    min_radius: float = Field(0.1, gt=0)
+    curv_init: float = Field(0.05, gt=0)
+    c_img: float = Field(0.05, gt=0)
+    c_txt: float = Field(0.025, gt=0)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    """Share of the pooled features that a step does not see: without it the maps learn few pictures by heart."""
+    ridge: float = Field(0.1, gt=0)
+    """Penalty of the closed-form maps of the stages."""
+
+    def head(self) -> dict[str, float]:
+        """Settings of the model's head."""
+        names = ("scale", "min_radius", "curv_init", "c_img", "c_txt")
+        return {name: getattr(self, name) for name in names}
+
+
+class MATConfig(RunConfig):
+    """Train and score variants of Modality Alignment across Trees on cached features."""
+
+    out: Path = Path("runs/mat")
+    data: Literal["emoji", "cifar100-fewshot"] = "emoji"
+    source: Path | None = None
+    """Folder with cifar100_fewshot.tar.gz and trees/cifar100.json."""
+    shots: int = Field(16, ge=1, le=16)
+    """Training pictures of each class (CIFAR-100)."""
+    num_test: int = Field(20, ge=1)
+    """Test pictures of each class (CIFAR-100), chosen by a hash of their names."""
+    tower: Literal["lite0", "vit"] = "lite0"
+    variant: tuple[VariantName, ...] = VARIANTS
+    """Variants to train."""
+    study: Study = "main"
+    """Which rows: the variants, or those of an open question."""
+    rows: tuple[str, ...] | None = None
+    """Only these rows of the study, by name; the first of them is what the others are compared with."""
+    seeds: int = Field(1, ge=1)
+    """Seeds 0 .. seeds-1: initialisation, order of the data, tree cuts."""
+    fit: MATFitConfig = MATFitConfig()
+    size: int = Field(128, ge=32)
+    """Height and width of the pictures in pixels."""
+    limit: int | None = Field(None, ge=2)
+    """Use so many training and test pictures only (for trials)."""
+    tune: bool = False
+    """Compare learning rates on pictures cut out of the training set instead; never touches the test set."""
+
+
+class MATClipConfig(RunConfig):
+    """Train one published configuration on CLIP weights."""
+
+    published: Literal[tuple(PUBLISHED)] = "cifar100-16-maple"  # type: ignore[valid-type]
+    """data-shots-method."""
+    images: Path | None = None
+    """Folder with train/<leaf>/ and test/<leaf>/ (required)."""
+    tree: Path | None = None
+    """JSON tree with its cuts, in ProTeCt's form (required)."""
+    weights: Path | None = None
+    """Weights file for the model; open_clip's own download if not given."""
+    model: str | None = None
+    """Another open_clip model than the published one; `local-dir:FOLDER` is one that `mini-clip` wrote, with its weights."""
+    variant: VariantName = "HETEROGENEOUS"
+    released: bool = False
+    """Repeat the defects of the released code."""
+    epochs: int | None = Field(None, ge=1)
+    """In place of the published number."""
+    out: Path = Path("runs/mat-clip")
+
+
+class MATMiniConfig(RunConfig):
+    """Tune prompts of a small CLIP under the variants."""
+
+    clip: Path = Path("runs/mini-clip/model")
+    """Folder that the recipe `mini-clip` wrote."""
+    out: Path = Path("runs/mat/emoji-mini")
+    method: Literal["maple", "promptsrc"] = "maple"
+    variant: tuple[VariantName, ...] = VARIANTS
+    """Variants to train."""
+    seeds: int = Field(1, ge=1)
+    """Seeds 0 .. seeds-1: initialisation, order of the data, tree cuts."""
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(128, ge=1)
+    lr: float = Field(4e-3, gt=0)
+    limit: int | None = Field(None, ge=2)
+    """Use so many training and test pictures only (for trials)."""
+
+    def settings(self, seed: int) -> PublishedConfig:
+        """What the recipe `mat-clip` needs to know."""
+        return PublishedConfig(
+            data="emoji", shots=3, method=self.method, epochs=self.epochs, batch_size=self.batch_size,
+            lr=self.lr, optimizer="adamw", warmup_epochs=0, curv_init=0.05, c_img=0.05, c_txt=0.025, scale=1.0, seed=seed,
+            model=f"local-dir:{self.clip}", pretrained=None, depth=MINI_DEPTH, depth_text=MINI_DEPTH, depth_vision=MINI_DEPTH,
+            average_mean=self.epochs / 2, average_std=self.epochs / 2,
+        )  # fmt: skip
+
+
+class MiniClipConfig(RunConfig):
+    """Train a small CLIP on emoji of the training artists."""
+
+    out: Path = Path("runs/mini-clip")
+    epochs: int = Field(30, ge=1)
+    """Passes over the leaves; each shows one artist's picture of every leaf."""
+    batch_size: int = Field(128, ge=2)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    clip_grad: float = Field(1.0, gt=0)
+    image_weight: float = Field(1.0, ge=0)
+    """Weight of following EfficientNet-Lite0."""
+    text_weight: float = Field(1.0, ge=0)
+    """Weight of following MiniLM."""
+    seed: int = Field(0, ge=0)
+    limit: int | None = Field(None, ge=2)
+    """Use so many leaves only (for trials)."""
