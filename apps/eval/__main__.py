@@ -1,6 +1,6 @@
-"""`python apps/eval COMMAND`: see `app_eval.cli`."""
+"""`python apps/eval COMMAND`: the same as `hier COMMAND`; see `app_train.cli`."""
 
-from app_eval.cli import main
+from app_train.cli import hier
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(hier())

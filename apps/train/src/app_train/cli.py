@@ -4,44 +4,48 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 from pydantic import ValidationError
 
 from app_data.store.errors import DataError, MissingAssetError
+from app_train.commands import COMMANDS
 from app_train.core.config import RunConfig, explain, read_yaml
 from app_train.core.errors import Interrupted, RunError
 from app_train.recipes import ALIASES, RECIPES
 
-# Commands of `app_eval`, each imported only when it is asked for.
-ASK = {
-    "predict": "the path of each picture through the tree, level by level, with probabilities",
-    "caption": "describe pictures with a trained blip-mini",
-    "search": "find the pictures of a folder that fit a text best",
-    "select": "choose demonstrations from a pool for a query",
-    "page": "write a results page from stored results",
-    "eval": "evaluate a finished model: icl or selection",
-}
+T = TypeVar("T")
 
 
 def hier(argv: Sequence[str] | None = None) -> int:
     """Run a command of `hier`; user errors end in one sentence on standard error and exit status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": "run a recipe", "recipes": "what each recipe needs, and whether it is here", **ASK}
+    known = {
+        "train": "run a recipe",
+        "recipes": "what each recipe needs, and whether that is here",
+        **{name: command.help for name, command in COMMANDS.items()},
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: hier COMMAND ...   (hier COMMAND --help says more)\n")  # noqa: T201
-        for name, text in commands.items():
-            print(f"  {name:<10}{text}")  # noqa: T201
+        for name, text in known.items():
+            print(f"  {name:<16}{text}")  # noqa: T201
         return 0 if argv else 2
     if argv[0] == "train":
         return main(argv[1:])
     if argv[0] == "recipes":
         return list_recipes()
-    if argv[0] in ASK:
-        from app_eval.cli import main as ask
+    # "eval icl" is a command of two words.
+    name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), None)
+    if name is None:
+        return _fail(f"unknown command {' '.join(argv[:2])!r}; the commands are {', '.join(known)}")
+    command = COMMANDS[name]
 
-        return ask(argv)
-    return _fail(f"unknown command {argv[0]!r}; the commands are {', '.join(commands)}")
+    def work() -> int:
+        config = tyro.cli(command.kind(), args=argv[len(name.split()) :], prog=f"hier {name}")
+        return _heavy(lambda: command.function()(config))
+
+    return guarded(work)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,14 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         config = parse(name, recipe.kind(), argv[1:])
-        # Only now: what runs a recipe imports torch, which costs seconds.
-        from app_data.store.memory import keep_freed_memory
-
-        keep_freed_memory()
-        recipe.function()(config)
+        _heavy(lambda: recipe.function()(config))
         return 0
 
     return guarded(work)
+
+
+def _heavy(work: Callable[[], T]) -> T:
+    """Do what imports torch, which costs seconds and which no help text needs."""
+    from app_data.store.memory import keep_freed_memory
+
+    keep_freed_memory()
+    return work()
 
 
 def guarded(work: Callable[[], int]) -> int:

@@ -1,4 +1,4 @@
-"""`caption RUN PICTURE...` and `search RUN TEXT --images DIR`: a trained small BLIP-2 at work."""
+"""`hier caption RUN PICTURE...` and `hier search RUN TEXT --data DIR`: a trained small BLIP-2 at work."""
 
 import sys
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from app_data.read.pictures import load_picture
 from app_data.store.errors import DataError, MissingAssetError
 from app_data.weights.blip2 import PROMPT, caption_ids, language_tokenizer
 from app_data.weights.lite0_minilm import lite0_preprocess, to_uint8
+from app_eval.ask.settings import Caption, Search
 from hyper_blip import HyperBlip2ForConditionalGeneration, HyperBlip2ForPretraining, generate_captions
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -55,30 +56,31 @@ def _read(paths: Sequence[Path]) -> tuple[list[Path], torch.Tensor]:
     return good, to_uint8(np.stack(arrays)) if arrays else torch.zeros(0, 3, SIZE, SIZE, dtype=torch.uint8)
 
 
-def print_captions(run: Path, pictures: Sequence[Path], num_beams: int = 3) -> int:
+def caption(config: Caption) -> int:
     """Print a caption and the radius of each picture; unreadable ones make the exit status 1."""
-    model = _load(HyperBlip2ForConditionalGeneration, find_stage(run, "stage2"))
-    good, pixels = _read(pictures)
+    model = _load(HyperBlip2ForConditionalGeneration, find_stage(config.run, "stage2"))
+    good, pixels = _read(config.pictures)
     if good:
         ready = lite0_preprocess(pixels)
         captions = generate_captions(
-            model, ready, language_tokenizer(), prompt=PROMPT, num_beams=num_beams, min_new_tokens=2,
+            model, ready, language_tokenizer(), prompt=PROMPT, num_beams=3, min_new_tokens=2,
             max_new_tokens=MAX_TOKENS,
         )  # fmt: skip
-        for path, caption, radius in zip(good, captions, model.radius(ready).tolist(), strict=True):
-            print(f"{path}: {PROMPT} {caption}   (radius {radius:.3f})")  # noqa: T201
-    return 1 if len(good) < len(pictures) else 0
+        for path, text, radius in zip(good, captions, model.radius(ready).tolist(), strict=True):
+            print(f"{path}: {PROMPT} {text}   (radius {radius:.3f})")  # noqa: T201
+    return 1 if len(good) < len(config.pictures) else 0
 
 
 @torch.inference_mode()
-def print_search(run: Path, text: str, images: Path, top: int = 5) -> int:
+def search(config: Search) -> int:
     """Print the pictures of a folder that fit a text best, by the contrastive similarity."""
+    text, images = config.text, config.data
     if not text.strip():
         raise DataError("the text to search for is empty")
     paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in PICTURES) if images.is_dir() else []
     if not paths:
         raise DataError(f"{images} holds no pictures ({', '.join(PICTURES)})")
-    model = _load(HyperBlip2ForPretraining, find_stage(run, "stage1"))
+    model = _load(HyperBlip2ForPretraining, find_stage(config.run, "stage1"))
     good, pixels = _read(paths)
     if not good:
         raise DataError(f"no picture in {images} can be read")
@@ -86,6 +88,6 @@ def print_search(run: Path, text: str, images: Path, top: int = 5) -> int:
     scores = torch.cat(
         [model.similarity(model.encode_image(lite0_preprocess(part)), wanted)[:, 0] for part in pixels.split(64)]
     )
-    for index in scores.argsort(descending=True)[:top].tolist():
+    for index in scores.argsort(descending=True)[: config.top].tolist():
         print(f"{scores[index]:.4f}  {good[index]}")  # noqa: T201
     return 1 if len(good) < len(paths) else 0

@@ -1,7 +1,7 @@
 """A user's own pool of demonstrations: a folder of pictures, or JSON lines with image, question and answer."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,18 @@ from app_data.read.pictures import load_picture
 from app_data.sets.demonstration_tasks import read_jsonl
 from app_data.store.errors import DataError, Skipped, UnreadablePicture
 from app_data.weights.lite0_minilm import lite0_preprocess
-from hyper_icl import AnchorBank, HyperbolicLift, anchor_loss
+from hyper_icl import AnchorBank, HyperbolicLift
 
-__all__ = ["DemoPool", "PoolItem", "encode_pictures", "encode_pool", "fit_bank", "read_items", "train_lift"]
+__all__ = ["DemoPool", "PoolItem", "TrainLift", "codes", "encode_pictures", "encode_pool", "fit_bank", "read_items"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SIZE = 128
 _BATCH = 64
 _MAX_BAD = 0.01
+
+
+# From features (n, d) and classes (n,), with options c, steps and seed, to a trained lift; see `app_train.recipes.icl.lift`.
+TrainLift = Callable[..., HyperbolicLift]
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,18 @@ def encode_pictures(paths: Sequence[Path], encoder: nn.Module) -> tuple[Tensor, 
     return torch.cat(found) if found else torch.empty(0, 1), tuple(bad)
 
 
-def fit_bank(pool: DemoPool, seed: int = 0) -> tuple[AnchorBank, HyperbolicLift | None, Tensor, float]:
+def fit_bank(
+    pool: DemoPool, train_lift: TrainLift, seed: int = 0
+) -> tuple[AnchorBank, HyperbolicLift | None, Tensor, float]:
     """Lift a pool into hyperbolic space.
 
     Where at least two items share an answer, the lift is trained on that (same answer = positive). Otherwise nothing can
     teach it a norm, and the depth is the distance of the features from their mean, scaled to at most 3.
+
+    Args:
+        pool: The pool.
+        train_lift: Trains a lift on features and classes.
+        seed: Of the lift.
 
     Returns:
         The bank; the lift, None if untrained; the features' mean; and the scale of the untrained lift.
@@ -148,7 +159,7 @@ def fit_bank(pool: DemoPool, seed: int = 0) -> tuple[AnchorBank, HyperbolicLift 
     centred = pool.features - mean
     counts = Counter(item.answer for item in pool.items if item.answer)
     if len(counts) > 1 and max(counts.values()) > 1:
-        lift = train_lift(F.normalize(centred, dim=-1), _codes([item.answer for item in pool.items]), seed=seed)
+        lift = train_lift(F.normalize(centred, dim=-1), codes([item.answer for item in pool.items]), seed=seed)
         with torch.no_grad():
             tangent = lift(F.normalize(centred, dim=-1))
         return AnchorBank(tangent.clone(), lift.c, pool.groups), lift, mean, 1.0
@@ -156,60 +167,7 @@ def fit_bank(pool: DemoPool, seed: int = 0) -> tuple[AnchorBank, HyperbolicLift 
     return AnchorBank(scale * centred, 1.0, pool.groups), None, mean, scale
 
 
-def _codes(answers: Sequence[str]) -> Tensor:
+def codes(answers: Sequence[str]) -> Tensor:
     """A number for each answer; items without one get a number of their own."""
     known = {answer: i for i, answer in enumerate(sorted(set(answers) - {""}))}
     return torch.tensor([known.get(answer, len(known) + i) for i, answer in enumerate(answers)])
-
-
-def train_lift(
-    features: Tensor,
-    codes: Tensor,
-    *,
-    out_dim: int = 64,
-    c: float = 1.0,
-    tau: float = 0.1,
-    steps: int = 150,
-    batch: int = 384,
-    seed: int = 0,
-) -> HyperbolicLift:
-    """Train a lift by the anchor loss, items of equal code being positives of one another.
-
-    Args:
-        features: Rows of features.
-        codes: Their classes; classes of one item only take part as negatives.
-        out_dim: Width of the tangent vectors.
-        c: Curvature.
-        tau: Temperature of the loss.
-        steps: Optimizer steps.
-        batch: Items a step.
-        seed: Seed of weights and batches.
-
-    Raises:
-        DataError: No two items share a class.
-    """
-    if len(codes.unique()) == len(codes):
-        raise DataError("no two items share an answer: a lift cannot be trained on them")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        lift = HyperbolicLift(features.shape[1], out_dim, c)
-    optimizer = torch.optim.Adam(lift.parameters(), 5e-3)
-    for _ in range(steps):
-        rows = torch.randperm(len(features), generator=generator)[:batch]
-        same = codes[rows, None] == codes[rows]
-        if int(same.sum()) == len(rows):
-            # A random batch of many small classes may hold no pair; add the partners of its first half.
-            partner = (codes[rows[: len(rows) // 2], None] == codes).float()
-            partner[torch.arange(len(partner)), rows[: len(rows) // 2]] = 0
-            has = partner.sum(-1) > 0
-            if not has.any():
-                continue
-            drawn = torch.multinomial(partner[has], 1, generator=generator).squeeze(-1)
-            rows = torch.cat((rows[: len(rows) // 2], drawn)).unique()
-            same = codes[rows, None] == codes[rows]
-        loss = anchor_loss(lift(features[rows]), same, c, tau)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return lift.eval()

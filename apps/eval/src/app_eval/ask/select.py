@@ -1,4 +1,4 @@
-"""`python apps/eval select-demos`: choose demonstrations for pictures from a pool of one's own."""
+"""`hier select`: choose demonstrations for pictures from a pool of one's own."""
 
 import json
 import sys
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import MiniLM, lite0
-from app_eval.ask.pool import DemoPool, encode_pictures, encode_pool, fit_bank, read_items
+from app_eval.ask.pool import DemoPool, TrainLift, encode_pictures, encode_pool, fit_bank, read_items
+from app_eval.ask.settings import Select
 from hyper_icl import (
     DemoSelection,
     HyperbolicDemoIndex,
@@ -31,6 +32,7 @@ FORMAT = 1
 def select_demos(
     source: str | Path,
     queries: Sequence[str | Path],
+    train_lift: TrainLift,
     *,
     k: int = 4,
     mu: float = 0.3,
@@ -44,6 +46,7 @@ def select_demos(
     Args:
         source: The pool: a folder of pictures or a file of JSON lines; see `read_items`.
         queries: Picture files. A query that is in the pool does not get its own picture.
+        train_lift: Trains a lift, for "hyperbolic".
         k: Demonstrations a query.
         mu: Weight of the depth, for "hyperbolic".
         method: "hyperbolic", "rices" (most similar last), "topk" (most similar first), "mmices" (the 200 most similar
@@ -76,7 +79,7 @@ def select_demos(
     available = len(pool.items) - max(int((pool.groups == group).sum()) for group in exclude)
     if k > available:
         raise DataError(f"k must be at most {available}, the pool without the query's own picture, got {k}")
-    selection, notes = _select(pool, features, exclude, k, mu, method, diversity, seed, question)
+    selection, notes = _select(pool, features, train_lift, exclude, k, mu, method, diversity, seed, question)
     return {
         "format": FORMAT,
         "pool": str(source),
@@ -108,6 +111,7 @@ def select_demos(
 def _select(
     pool: DemoPool,
     features: torch.Tensor,
+    train_lift: TrainLift,
     exclude: torch.Tensor,
     k: int,
     mu: float,
@@ -132,7 +136,7 @@ def _select(
     if method != "hyperbolic":
         kind = RicesSelector if method == "rices" else TopKClipSelector
         return kind(pool.features - mean, pool.groups).search(features - mean, k, exclude), {}
-    bank, lift, mean, scale = fit_bank(pool, seed)
+    bank, lift, mean, scale = fit_bank(pool, train_lift, seed)
     with torch.no_grad():
         centred = features - mean
         query = scale * centred if lift is None else lift(F.normalize(centred, dim=-1))
@@ -152,28 +156,29 @@ def _select(
     }
 
 
-def run(args) -> int:
+def run(config: Select, train_lift: TrainLift) -> int:
     """The command: a table on standard output, JSON into a file (or, for "-", instead of the table)."""
-    found = select_demos(
-        args.pool,
-        args.query,
-        k=args.k,
-        mu=args.mu,
-        method=args.method,
-        diversity=args.diversity,
-        seed=args.seed,
-        question=args.question,
+    chosen = select_demos(
+        config.data,
+        config.query,
+        train_lift,
+        k=config.k,
+        mu=config.mu,
+        method=config.method,
+        diversity=config.diversity,
+        seed=config.seed,
+        question=config.question,
     )
-    for skipped in found["skipped"]:
+    for skipped in chosen["skipped"]:
         print(f"skipped {skipped['path']}: {skipped['reason']}", file=sys.stderr)  # noqa: T201
-    for warning in found.get("warnings", ()):
+    for warning in chosen.get("warnings", ()):
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
-    if args.json == "-":
-        print(json.dumps(found, indent=1))  # noqa: T201
+    if str(config.out) == "-":
+        print(json.dumps(chosen, indent=1))  # noqa: T201
         return 0
-    if args.json:
-        write_json(Path(args.json), found)
-    print(text_table(found))  # noqa: T201
+    if config.out is not None:
+        write_json(config.out, chosen)
+    print(text_table(chosen))  # noqa: T201
     return 0
 
 
@@ -191,20 +196,3 @@ def text_table(found: dict) -> str:
             said = " ".join(part for part in (demo["question"], demo["answer"]) if part)
             lines.append(f"  {demo['score']:8.3f}  {demo['depth']:6.3f}  {demo['path']}{'  ' + said if said else ''}")
     return "\n".join(lines)
-
-
-def add_arguments(commands) -> None:
-    """Add the command to the parser of `python apps/eval`."""
-    parser = commands.add_parser("select-demos", help="choose demonstrations for pictures from your own pool")
-    parser.add_argument(
-        "--pool", required=True, help="a folder of pictures, or JSON lines with image, question, answer"
-    )
-    parser.add_argument("--query", required=True, nargs="+", metavar="PICTURE")
-    parser.add_argument("-k", type=int, default=4, help="demonstrations a query")
-    parser.add_argument("--mu", type=float, default=0.3, help="weight of the depth (method hyperbolic)")
-    parser.add_argument("--method", choices=METHODS, default="hyperbolic")
-    parser.add_argument("--diversity", type=float, default=0.0, help="0..1, maximal marginal relevance")
-    parser.add_argument("--question", default="", help="what is asked about the queries (method mmices)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="write the result here; - prints JSON in place of the table")
-    parser.set_defaults(run_command=run)

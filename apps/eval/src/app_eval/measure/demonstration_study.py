@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from app_data.sets.episodes import (
 )
 from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
+from app_eval.ask.pool import TrainLift
+from app_eval.ask.settings import EvalIcl
 from app_eval.measure.answers import AnswerReader
 from app_eval.measure.demonstration_task import CURVATURES, MU, Task, easy_vqa_tasks, emoji_task
 from app_eval.measure.paths import resamples
@@ -31,7 +34,7 @@ from hyper_icl import (
     knn_vote,
 )
 
-__all__ = ["add_arguments", "choose_lambda", "read_cell", "run_icl_study", "summary"]
+__all__ = ["choose_lambda", "read_cell", "run_icl_study", "summary"]
 
 FORMAT = 1
 KS = (4, 2, 8)  # the middle one first, should the study be cut short
@@ -173,6 +176,7 @@ def summary(task: dict) -> list[dict]:
 def run_icl_study(
     run: Path,
     path: Path,
+    train_lift: TrainLift,
     *,
     quick: bool = False,
     num_queries: int = 200,
@@ -188,6 +192,7 @@ def run_icl_study(
     Args:
         run: A finished run of `icl-mini`.
         path: The file.
+        train_lift: Trains a lift on features and classes.
         quick: Tiny sizes: does it run.
         num_queries: Of each task.
         seeds: Of random demonstrations and of the lift.
@@ -216,12 +221,12 @@ def run_icl_study(
     }
     result = _resumed(path, settings)
     if make_tasks is None:
-        size, steps = model.card["size"], 5 if quick else 150
+        size, lift = model.card["size"], partial(train_lift, steps=5 if quick else 150)
         numbers = (60, num_queries, 4) if quick else (4000, num_queries, 50)
-        main, tuning, _ = easy_vqa_tasks(size, cache_dir, *numbers, steps)
+        main, tuning, _ = easy_vqa_tasks(size, cache_dir, *numbers, lift)
         tasks = [main]
         if emoji and model.card.get("emoji_answers_held_out"):
-            tasks.append(emoji_task(model, size, cache_dir, num_queries, steps))
+            tasks.append(emoji_task(model, size, cache_dir, num_queries, lift))
     else:
         tasks, tuning = make_tasks(model)
     begun, before = time.monotonic(), result.get("seconds", 0)
@@ -323,21 +328,19 @@ def _resumed(path: Path, settings: dict) -> dict:
     return known
 
 
-def add_arguments(commands) -> None:
-    """Add the command `icl-study` to the parser of `python apps/eval`."""
-    study = commands.add_parser("icl-study", help="judge selection and calibration by a trained icl-mini")
-    study.add_argument("run", type=Path, help="the folder of a finished run of icl-mini")
-    study.add_argument("--json", type=Path, required=True, help="write the numbers here; goes on from what it holds")
-    study.add_argument("--queries", type=int, default=200)
-    study.add_argument("--no-emoji", action="store_true", help="easy-VQA alone")
-    study.add_argument("--quick", action="store_true", help="tiny sizes: does it run")
-    study.set_defaults(run_command=_run)
-
-
-def _run(args) -> int:
-    if args.queries < 2:
-        raise DataError(f"queries must be at least 2, got {args.queries}")
-    run_icl_study(args.run, args.json, quick=args.quick, num_queries=args.queries, emoji=not args.no_emoji, log=_line)
+def run(config: EvalIcl, train_lift: TrainLift) -> int:
+    """The command `hier eval icl`."""
+    if config.queries < 2:
+        raise DataError(f"queries must be at least 2, got {config.queries}")
+    run_icl_study(
+        config.run,
+        config.out,
+        train_lift,
+        quick=config.quick,
+        num_queries=config.queries,
+        emoji=config.emoji,
+        log=_line,
+    )
     return 0
 
 

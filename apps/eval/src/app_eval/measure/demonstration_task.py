@@ -22,7 +22,7 @@ from app_data.sets.vqa import load_easy_vqa
 from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import MiniLM
 from app_data.weights.towers import LITE0_WIDTHS
-from app_eval.ask.pool import _codes, train_lift
+from app_eval.ask.pool import TrainLift, codes
 from app_eval.show.stories.icl import OURS
 from hyper_icl import (
     DemoSelection,
@@ -53,6 +53,7 @@ class Task:
         answers: The closed set.
         pool_images, query_images: Centred picture features, for the selectors.
         pool_texts, query_texts: Centred embeddings of the questions; None where all questions are one.
+        train_lift: Trains a lift; only what needs one calls it.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Task:
     query_images: Tensor
     pool_texts: Tensor | None = None
     query_texts: Tensor | None = None
-    steps: int = 150
+    train_lift: TrainLift | None = None
 
     @cached_property
     def joint(self) -> tuple[Tensor, Tensor]:
@@ -79,7 +80,7 @@ class Task:
         """Tangents of pool and queries under a lift that is trained on the pool's answers."""
         if (c, seed) not in self._lifts:
             pool, query = self.joint
-            lift = train_lift(pool, _codes(self.pool.answers), c=c, seed=seed, steps=self.steps)
+            lift = self.train_lift(pool, codes(self.pool.answers), c=c, seed=seed)
             with torch.no_grad():
                 self._lifts[c, seed] = lift(pool).clone(), lift(query).clone()
         return self._lifts[c, seed]
@@ -120,7 +121,7 @@ def easy_vqa_tasks(
     num_pool: int,
     num_queries: int,
     num_held_out: int,
-    steps: int,
+    train_lift: TrainLift,
     num_training: int = 0,
 ) -> tuple[Task, Task, Task]:
     """Test questions, held-out training questions, and training questions outside the pool; the pool is the same for all."""
@@ -146,13 +147,13 @@ def easy_vqa_tasks(
     images, texts = ([F.normalize(x - group[0].mean(0), dim=-1) for x in group] for group in (images, texts))
     answers = tuple(sorted({a for items in (train, test) for a in items.answers}))
     return tuple(
-        Task("easy-vqa", pool, items, answers, images[0], images[i], texts[0], texts[i], steps)
+        Task("easy-vqa", pool, items, answers, images[0], images[i], texts[0], texts[i], train_lift)
         for i, items in enumerate(parts)
         if i
     )
 
 
-def emoji_task(model: IclMini, size: int, cache_dir: Path | None, num_queries: int, steps: int) -> Task:
+def emoji_task(model: IclMini, size: int, cache_dir: Path | None, num_queries: int, train_lift: TrainLift) -> Task:
     """Names that never trained: two artists' pictures for a third's."""
     found, answers = [], tuple(model.card["emoji_answers_held_out"])
     for artists in (POOL_ARTISTS, ("twemoji",)):
@@ -167,4 +168,4 @@ def emoji_task(model: IclMini, size: int, cache_dir: Path | None, num_queries: i
         found.append((items, F.normalize(images, dim=-1)))
     (pool, pool_images), (query, query_images) = found
     rows = np.sort(np.random.default_rng(0).permutation(len(query))[:num_queries])
-    return Task("emoji", pool, query.select(rows), answers, pool_images, query_images[rows], steps=steps)
+    return Task("emoji", pool, query.select(rows), answers, pool_images, query_images[rows], train_lift=train_lift)

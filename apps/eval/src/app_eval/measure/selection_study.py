@@ -4,10 +4,10 @@ Features are frozen (EfficientNet-Lite0 for pictures, MiniLM for questions), so 
 would do with the demonstrations is not measured here; the k-nearest-neighbour vote is what selection yields without one.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,9 @@ from app_data.read.pictures import StoredPictures
 from app_data.sets.emoji import load_emoji
 from app_data.sets.vqa import QuestionSet, load_easy_vqa
 from app_data.store.atomic import write_json
-from app_data.store.errors import DataError
 from app_data.weights.dual_encoder import Lite0MiniLM, load
-from app_eval.ask.pool import train_lift
-from app_eval.show.stories.selection import write_page
+from app_eval.ask.pool import TrainLift
+from app_eval.ask.settings import EvalSelection
 from hyper_icl import (
     DemoSelection,
     HyperbolicDemoIndex,
@@ -32,7 +31,7 @@ from hyper_icl import (
     knn_vote,
 )
 
-__all__ = ["Study", "add_arguments", "run_study", "score"]
+__all__ = ["Study", "run_study", "score"]
 
 FORMAT = 1
 KS = (2, 4, 8)
@@ -163,13 +162,13 @@ def emoji_study(encoder: Lite0MiniLM, num_queries: int) -> Study:
     return Study("emoji", *images, *images, None, None, *paths, classes)  # type: ignore[call-arg]
 
 
-def _lifted(study: Study, c: float, seed: int, steps: int) -> tuple[Tensor, Tensor]:
-    lift = train_lift(study.pool, study.classes, c=c, seed=seed, steps=steps)
+def _lifted(study: Study, c: float, seed: int, train_lift: TrainLift) -> tuple[Tensor, Tensor]:
+    lift = train_lift(study.pool, study.classes, c=c, seed=seed)
     with torch.no_grad():
         return lift(study.pool).clone(), lift(study.query).clone()
 
 
-def study_rows(study: Study, seeds: Sequence[int], steps: int) -> list[dict]:
+def study_rows(study: Study, seeds: Sequence[int], train_lift: TrainLift) -> list[dict]:
     """All rows of one data set: {"name", "k", "scores": mean over seeds, "spread": largest minus smallest}."""
     rows = []
 
@@ -196,7 +195,7 @@ def study_rows(study: Study, seeds: Sequence[int], steps: int) -> list[dict]:
         add("MMICES", lambda _, k: mmices.search(study.query_images, k, text=study.query_texts), [0])
         both = TopKClipSelector(study.pool)
         add("cosine of picture and question", lambda _, k: both.search(study.query, k), [0])
-    lifted = {(c, seed): _lifted(study, c, seed, steps) for c in (EUCLIDEAN, *CURVATURES) for seed in seeds}
+    lifted = {(c, seed): _lifted(study, c, seed, train_lift) for c in (EUCLIDEAN, *CURVATURES) for seed in seeds}
 
     def anchors(name: str, c: float, mu: float) -> None:
         indexes, facts = {}, {"mu": mu, "c": c}
@@ -224,16 +223,18 @@ def study_rows(study: Study, seeds: Sequence[int], steps: int) -> list[dict]:
     return rows
 
 
-def run_study(path: Path, quick: bool = False) -> dict:
+def run_study(path: Path, train_lift: TrainLift, quick: bool = False) -> dict:
     """Run the study on easy-VQA and emoji, and write its JSON.
 
     Args:
         path: The file.
+        train_lift: Trains a lift on features and classes.
         quick: Tiny sizes: does it run.
     """
     encoder = load("pip:lite0-minilm")
     seeds = SEEDS[:1] if quick else SEEDS
     steps = 5 if quick else 150
+    train_lift = partial(train_lift, steps=steps)
     found = []
     for study in (
         easy_vqa_study(encoder, *((200, 20) if quick else (6000, 500))),
@@ -245,7 +246,7 @@ def run_study(path: Path, quick: bool = False) -> dict:
                 "num_pool": len(study.pool),
                 "num_queries": len(study.query),
                 "levels": len(study.pool_paths[0]),
-                "rows": study_rows(study, seeds, steps),
+                "rows": study_rows(study, seeds, train_lift),
             }
         )
     result = {"format": FORMAT, "quick": quick, "seeds": list(seeds), "steps": steps, "studies": found}
@@ -253,38 +254,7 @@ def run_study(path: Path, quick: bool = False) -> dict:
     return result
 
 
-def add_arguments(commands) -> None:
-    """Add the commands `selection-study` and `selection-page` to the parser of `python apps/eval`."""
-    study = commands.add_parser(
-        "selection-study", help="judge selectors on easy-VQA and emoji without a language model"
-    )
-    study.add_argument("--json", type=Path, required=True, help="write the numbers here")
-    study.add_argument("--quick", action="store_true", help="tiny sizes: does it run")
-    study.set_defaults(run_command=_run)
-    page = commands.add_parser("selection-page", help="write the results page from the numbers of selection-study")
-    page.add_argument("json", type=Path)
-    page.add_argument("page", type=Path)
-    page.add_argument("--model", type=Path, help="the JSON of icl-study, which then comes first")
-    page.add_argument("--distilled", type=Path, help="the result.json of icl-distill on that model")
-    page.set_defaults(run_command=_page)
-
-
-def _run(args) -> int:
-    if not args.quick:
-        print("about ten minutes on one core")  # noqa: T201
-    run_study(args.json, args.quick)
+def run(config: EvalSelection, train_lift: TrainLift) -> int:
+    """The command `hier eval selection`."""
+    run_study(config.out, train_lift, config.quick)
     return 0
-
-
-def _page(args) -> int:
-    model = None if args.model is None else _read(args.model, "icl-study")
-    distilled = None if args.distilled is None else _read(args.distilled, "icl-distill")
-    write_page(_read(args.json, "selection-study"), args.page, model, distilled)
-    return 0
-
-
-def _read(path: Path, study: str) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} must be the JSON of {study}: {error}") from error

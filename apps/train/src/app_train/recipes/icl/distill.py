@@ -30,6 +30,7 @@ from app_train.core.fit import fit
 from app_train.core.run_folder import Run
 from app_train.core.schedule import Step
 from app_train.recipes.blip.stage import blip_stage
+from app_train.recipes.icl.lift import train_lift
 from app_train.recipes.icl.settings import IclDistillConfig
 from hyper_icl import (
     CalibrationPlan,
@@ -177,7 +178,7 @@ def load_tasks(config: IclDistillConfig, model: IclMini) -> tuple[Task, Task]:
     """Test questions and training questions with one pool."""
     numbers = (config.num_pool, config.num_queries, 0)
     test, _, training = easy_vqa_tasks(
-        model.card["size"], config.cache_dir, *numbers, steps=150, num_training=config.num_questions
+        model.card["size"], config.cache_dir, *numbers, train_lift, num_training=config.num_questions
     )
     return test, training
 

@@ -1,0 +1,110 @@
+"""What each command reads; the module is light, for `--help`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Run = Annotated[Path, tyro.conf.Positional]
+Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Print the path of each picture through the tree, level by level, with probabilities."""
+
+    run: Run
+    """A run folder, or a saved adapter."""
+    pictures: Pictures
+    """Picture files."""
+    decoder: Literal["joint_path", "bottom_up", "top_down", "level_argmax", "crm", "threshold"] = "joint_path"
+    """How scores become a path."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Describe pictures with a trained blip-mini."""
+
+    run: Run
+    """A run folder, or a saved model of stage 2."""
+    pictures: Pictures
+    """Picture files."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Find the pictures of a folder that fit a text best."""
+
+    run: Run
+    """A run folder, or a saved model of stage 1."""
+    text: Annotated[str, tyro.conf.Positional]
+    """What to look for."""
+    data: Path
+    """Folder of pictures, searched with its subfolders."""
+    top: int = 5
+    """How many to print."""
+
+
+@dataclass(frozen=True)
+class Select:
+    """Choose demonstrations for pictures from your own pool."""
+
+    data: Path
+    """The pool: a folder of pictures, or JSON lines with image, question, answer."""
+    query: tuple[Path, ...]
+    """Pictures to choose for."""
+    k: int = 4
+    """Demonstrations a query."""
+    mu: float = 0.3
+    """Weight of the depth (method hyperbolic)."""
+    method: Literal["hyperbolic", "rices", "topk", "mmices", "random"] = "hyperbolic"
+    """How to choose."""
+    diversity: float = 0.0
+    """0 to 1: maximal marginal relevance (method hyperbolic)."""
+    question: str = ""
+    """What is asked about the queries (method mmices)."""
+    seed: int = 0
+    """Of "random" and of the training of the lift."""
+    out: Path | None = None
+    """Write the result here as JSON; - prints JSON in place of the table."""
+
+
+@dataclass(frozen=True)
+class EvalIcl:
+    """Judge selection and calibration by a trained icl-mini."""
+
+    run: Run
+    """The folder of a finished run of icl-mini."""
+    out: Path
+    """JSON file for the numbers; goes on from what it holds."""
+    queries: int = 200
+    """Queries of each task."""
+    emoji: bool = True
+    """Also name emoji; else easy-VQA alone."""
+    quick: bool = False
+    """Tiny sizes: does it run."""
+
+
+@dataclass(frozen=True)
+class EvalSelection:
+    """Judge selectors on easy-VQA and emoji without a language model; about ten minutes on one core."""
+
+    out: Path
+    """JSON file for the numbers."""
+    quick: bool = False
+    """Tiny sizes: does it run."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Write a results page from stored results."""
+
+    story: Annotated[Literal["emoji", "lora", "mat", "blip", "icl"], tyro.conf.Positional]
+    """Which page."""
+    sources: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders or JSON files, and last the Markdown file to write."""
+    model: Path | None = None
+    """icl: the JSON of `hier eval icl`."""
+    distilled: Path | None = None
+    """icl: the result.json of icl-distill on that model."""
