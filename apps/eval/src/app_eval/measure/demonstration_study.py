@@ -4,13 +4,13 @@ Easy-VQA: questions about test pictures, demonstrations from the training part. 
 two artists for the pictures of a third. An answer counts as right if it is the likeliest of the closed set.
 """
 
+import functools
 import json
 import resource
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -221,7 +221,7 @@ def run_icl_study(
     }
     result = _resumed(path, settings)
     if make_tasks is None:
-        size, lift = model.card["size"], partial(train_lift, steps=5 if quick else 150)
+        size, lift = model.card["size"], functools.partial(train_lift, steps=5 if quick else 150)
         numbers = (60, num_queries, 4) if quick else (4000, num_queries, 50)
         main, tuning, _ = easy_vqa_tasks(size, cache_dir, *numbers, lift)
         tasks = [main]

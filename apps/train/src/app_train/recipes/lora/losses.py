@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, create_model
 
@@ -89,7 +89,7 @@ LOSSES: dict[str, Loss] = {
     "hrn": Loss("HRN", "Marginal likelihood of the paths of the tree.", _of("hrn_tree_loss")),
 }
 
-LossConfig = create_model(  # type: ignore[call-overload]
+LossConfig: Any = create_model(
     "LossConfig",
     __base__=LossSettings,
     __doc__="Which losses are added up, and with which weight.",
