@@ -29,7 +29,17 @@ from golden.recipes import RECIPES, Case  # noqa: E402
 
 STEPS = 20
 # Not results: costs, settings that the case itself gives, and the formats of files.
-LEFT_OUT = {"format", "seed", "seconds", "seconds_of_last_start", "peak_memory_mib", "settings", "options", "loss", "model"}
+LEFT_OUT = {
+    "format",
+    "seed",
+    "seconds",
+    "seconds_of_last_start",
+    "peak_memory_mib",
+    "settings",
+    "options",
+    "loss",
+    "model",
+}
 LOSS_RTOL, SCORE_ATOL = 2e-4, 0.02
 
 
@@ -40,12 +50,18 @@ def missing(case: Case) -> list[str]:
 
 def run(name: str, folder: Path) -> dict:
     """Run a case through the command line, in this process, and collect its numbers."""
+    import torch
+
     from app_train.cli import main
 
     case = RECIPES[name]
     folder.mkdir(parents=True)
     said = io.StringIO()
-    for command in case.prepare(folder):
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        commands = case.prepare(folder)
+    for command in commands:
+        if case.unseeded:
+            torch.manual_seed(0)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             status = main(command)
         if status:
@@ -100,7 +116,9 @@ def means(path: Path) -> dict[str, float | None]:
     from safetensors.numpy import load_file
 
     arrays = load_file(path)
-    return {f"mean.{name}": number(float(a.mean(dtype="f8"))) for name, a in sorted(arrays.items()) if a.dtype.kind == "f"}
+    return {
+        f"mean.{name}": number(float(a.mean(dtype="f8"))) for name, a in sorted(arrays.items()) if a.dtype.kind == "f"
+    }
 
 
 def number(value: float | None) -> float | int | None:

@@ -13,7 +13,27 @@ OPEN_CLIP = {
     "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 9},
 }
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-WORDS = "black blue brown circle gray green no rectangle red teal triangle yellow yes a of picture is the shape".split()
+WORDS = [
+    "black",
+    "blue",
+    "brown",
+    "circle",
+    "gray",
+    "green",
+    "no",
+    "rectangle",
+    "red",
+    "teal",
+    "triangle",
+    "yellow",
+    "yes",
+    "a",
+    "of",
+    "picture",
+    "is",
+    "the",
+    "shape",
+]
 
 
 def clip(folder: Path) -> str:
@@ -49,24 +69,48 @@ def open_clip_folder(folder: Path) -> Path:
         model = CLIP(**OPEN_CLIP)
     preprocessing = {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD)}
     (folder / HF_CONFIG_NAME).write_text(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": preprocessing}))
-    save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, folder / HF_SAFE_WEIGHTS_NAME)
+    save_file(
+        {name: value.detach().contiguous() for name, value in model.state_dict().items()}, folder / HF_SAFE_WEIGHTS_NAME
+    )
     return folder
 
 
-def blip2(folder: Path) -> list[str]:
-    """A BLIP-2 captioning checkpoint with OPT and the tokenizer of a BERT; returns the recipe's options."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, PreTrainedTokenizerFast
+def word_pieces(folder: Path, special: list[str], before: int = 0) -> list[str]:
+    """A tokenizer of `WORDS` and letters that puts its third special token before a text and the fourth after it.
+
+    Args:
+        folder: Folder to write to.
+        special: Padding, unknown, start, end, mask, and more.
+        before: Unused tokens after the padding.
+
+    Returns:
+        All tokens in the order of their ids.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
     letters = [chr(c) for c in range(97, 123)]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "<image>"]
-    tokens = [*special, *WORDS, *letters[1:], *[f"##{c}" for c in letters], "\n"]
-    made = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokens = [special[0], *[f"[unused{i}]" for i in range(before)], *special[1:], *WORDS, *letters[1:]]
+    tokens += [f"##{c}" for c in letters]
+    made = Tokenizer(models.WordPiece({token: i for i, token in enumerate(tokens)}, unk_token=special[1]))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
+    start, end = ((token, tokens.index(token)) for token in special[2:4])
+    made.post_processor = processors.TemplateProcessing(single=f"{start[0]} $A {end[0]}", special_tokens=[start, end])
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=False))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, **names, bos_token="[CLS]", eos_token="[SEP]", additional_special_tokens=["<image>"]
+        tokenizer_object=made, **names, bos_token=start[0], eos_token=end[0], additional_special_tokens=special[5:]
     )
+    tokenizer.save_pretrained(folder)
+    return tokens
+
+
+def blip2(folder: Path) -> list[str]:
+    """A BLIP-2 captioning checkpoint with OPT, and a tokenizer with BERT's special ids; returns the recipe's options."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    word_pieces(folder / "bert", special, before=99)
+    tokens = word_pieces(folder, [*special, "<image>"])
     wide = {**SIZE, "hidden_size": 32, "num_attention_heads": 4}
     vision = {**wide, "image_size": 224, "patch_size": 112, "initializer_range": 0.02}
     qformer = {**wide, "vocab_size": 30523, "max_position_embeddings": 64, "use_qformer_text_input": False}
@@ -81,8 +125,7 @@ def blip2(folder: Path) -> list[str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         Blip2ForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return ["--source", str(folder), "--tokenizer", str(folder)]
+    return ["--source", str(folder), "--tokenizer", str(folder / "bert")]
 
 
 def smollm2(folder: Path) -> None:
