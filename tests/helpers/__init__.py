@@ -1,0 +1,1 @@
+"""Miniature pictures, data sets in released formats, and random weights that several tests share."""
