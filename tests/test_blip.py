@@ -132,9 +132,10 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, s
 
 @pytest.mark.slow
 def test_caption_search_and_page(finished, tmp_path, capsys, monkeypatch):
+    from app_eval.cli import main
+
     from app_data.weights.blip2 import PROMPT
     from app_eval.ask import describe as blip_cli
-    from app_eval.cli import main
 
     asked, describe = {}, blip_cli.generate_captions
     monkeypatch.setattr(blip_cli, "generate_captions", lambda *a, **k: asked.update(k) or describe(*a, **k))

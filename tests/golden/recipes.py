@@ -24,12 +24,24 @@ def by_row(path: PurePath) -> str | None:
 
 def by_experiment(path: PurePath) -> str | None:
     """`experiment/data/row/seed-N` of the study, as it is; nothing for what describes its data."""
-    return None if path.name == "data.json" else path.parent.as_posix()
+    return None if path.name == "data.json" or len(path.parts) == 1 else path.parent.as_posix()
 
 
 def by_stage(row: str, path: PurePath) -> str:
     """Everything belongs to one row of one seed, and each folder to a stage of it."""
     return "/".join((row, *path.parent.parts))
+
+
+def by_loss(path: PurePath) -> str | None:
+    """As `by_row`, under the names that the rows of the recipe `emoji` had when it was recorded."""
+    place = by_row(path)
+    names = {"both/": "tp_kl_hisce/", "both_consistency/": "tp_kl_hisce_consistency/"}
+    return next((old + place.removeprefix(new) for new, old in names.items() if place and place.startswith(new)), place)
+
+
+def by_run(path: PurePath) -> str:
+    """The two stages of `blip2-opt-2.7b`, each in a run folder of its own."""
+    return by_stage("blip2", PurePath(*(p.replace("run-", "train-") for p in path.parts if p != "train")))
 
 
 def with_summary(path: PurePath) -> str:
@@ -60,7 +72,7 @@ def _emoji(folder: Path) -> list[list[str]]:
     quick = [
         "--rows",
         "level_ce",
-        "tp_kl_hisce_consistency",
+        "both_consistency",
         "--limit",
         "8",
         "--size",
@@ -76,7 +88,7 @@ def _emoji(folder: Path) -> list[list[str]]:
 
 def _lora(folder: Path) -> list[list[str]]:
     images = pictures.colour_folders(folder / "colours")
-    quick = ["--data.size", "32", "--fit.head.epochs", "2", "--fit.head.batch-size", "16", "--fit.lora.epochs", "2"]
+    quick = ["--size", "32", "--fit.head.epochs", "2", "--fit.head.batch-size", "16", "--fit.lora.epochs", "2"]
     quick += ["--fit.lora.batch-size", "8", "--no-tensorboard"]
     weighted = [
         "--loss.level",
@@ -90,7 +102,7 @@ def _lora(folder: Path) -> list[list[str]]:
         "--loss.consistency",
         "1",
     ]
-    return [["lora", "--data.images", str(images), "--out", str(folder / "run"), *quick, *weighted]]
+    return [["folder", "--data", str(images), "--out", str(folder / "run"), *quick, *weighted]]
 
 
 def _few_shot(folder: Path) -> list[list[str]]:
@@ -209,8 +221,8 @@ def _icl_distill(folder: Path) -> list[list[str]]:
 
 
 RECIPES: dict[str, Case] = {
-    "emoji": Case(_emoji, needs=EMOJI + TOWERS),
-    "lora": Case(_lora, needs=TOWERS),
+    "emoji": Case(_emoji, by_loss, needs=EMOJI + TOWERS),
+    "folder": Case(_lora, needs=TOWERS),
     "cifar100-fewshot": Case(_few_shot, needs=TOWERS),
     "cub": Case(partial(_paper, "cub")),
     "aircraft": Case(partial(_paper, "aircraft")),
@@ -227,7 +239,7 @@ RECIPES: dict[str, Case] = {
     "mini-clip": Case(_mini_clip, partial(by_stage, "mini-clip"), (*EMOJI, *TOWERS, "open_clip")),
     "mat-mini": Case(_mat_mini, with_summary, (*EMOJI, "open_clip")),
     "blip-mini": Case(_blip_mini, needs=EMOJI + TOWERS + LANGUAGE),
-    "blip2-opt-2.7b": Case(_blip2_opt, partial(by_stage, "blip2"), unseeded=True),
+    "blip2-opt-2.7b": Case(_blip2_opt, by_run, unseeded=True),
     "icl-mini": Case(_icl_mini, partial(by_stage, "icl-mini"), TOWERS + LANGUAGE),
     "icl-distill": Case(_icl_distill, partial(by_stage, "icl-distill"), TOWERS + LANGUAGE),
 }

@@ -4,9 +4,9 @@ import copy
 import json
 
 import pytest
+from app_eval.cli import main
 
 from app_data.store.errors import DataError
-from app_eval.cli import main
 from app_eval.show.stories.mat import collect, render
 
 SCORES = ("la", "hca", "mta")

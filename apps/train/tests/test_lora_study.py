@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from app_train.recipes.lora.rows import cuts_for
 
 from app_data.read.pictures import PictureSet
 from app_train.core.errors import RunError
@@ -14,7 +15,6 @@ from app_train.recipes.lora import study as lora_study
 from app_train.recipes.lora.heads import HeadFit, TreeLoss
 from app_train.recipes.lora.objective import loss_parts
 from app_train.recipes.lora.retree import permute_parents, rewire, with_parents
-from app_train.recipes.lora.rows import cuts_for
 from app_train.recipes.lora.study import StudyConfig
 from app_train.recipes.lora.study_data import Split, StudyData
 from app_train.recipes.lora.study_plan import ROWS, estimate, plan, tuning_plan

@@ -74,7 +74,7 @@ def fit(
                 state = known.optimizer if known is not None and step.number == position + 1 and step.index else None
                 if loop.stage is not stage:
                     loop.begin(stage, state)
-                values, status = loop.take(step, None if stop is None else stop.exit_status)
+                values, status = loop.take(step, stop)
                 if records is not None:
                     records.add(step.number, **values)
                 shown.step()
@@ -136,7 +136,7 @@ class _Loop:
             self.accelerator.free_memory()
             self.wrapped, self.optimizer = self.accelerator.prepare(self.model, made)
 
-    def take(self, step: Step, asked: int | None) -> tuple[dict, int]:
+    def take(self, step: Step, stop: StopFlag | None) -> tuple[dict, int]:
         """One optimizer step.
 
         Returns:
@@ -176,7 +176,7 @@ class _Loop:
             stage.after_step()
         if stage.after_epoch is not None and step.last_of_epoch:
             stage.after_epoch(step)
-        found, status = self._together(sums, asked or 0)
+        found, status = self._together(sums, 0 if stop is None else stop.exit_status or 0)
         first = {"stage": step.stage, "epoch": step.epoch, "lr": self.peaks[0] * share}
         return {**first, "loss": found.pop("loss"), "grad_norm": float(norm), **found}, status
 

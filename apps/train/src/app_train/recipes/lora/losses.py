@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import Field, create_model
 
@@ -89,11 +89,14 @@ LOSSES: dict[str, Loss] = {
     "hrn": Loss("HRN", "Marginal likelihood of the paths of the tree.", _of("hrn_tree_loss")),
 }
 
-LossConfig: Any = create_model(
-    "LossConfig",
-    __base__=LossSettings,
-    __doc__="Which losses are added up, and with which weight.",
-    **{name: (float, Field(0.0, ge=0, description=loss.about)) for name, loss in LOSSES.items()},
+LossConfig = cast(
+    Any,
+    create_model(
+        "LossConfig",
+        __base__=LossSettings,
+        __doc__="Which losses are added up, and with which weight.",
+        **{name: (float, Field(0.0, ge=0, description=loss.about)) for name, loss in LOSSES.items()},
+    ),
 )
 
 

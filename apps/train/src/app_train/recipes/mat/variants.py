@@ -144,7 +144,7 @@ def _compare(shared: Shared) -> dict:
 
 
 def _facts(shared: Shared, name: str, seed: int, row: Row | None) -> dict:
-    return shared.run.facts(name, seed, row=None if row is None else row.facts())
+    return shared.run.facts(name, seed, variant=None if row is None else row.facts())
 
 
 def _control(shared: Shared, name: str, folder: Path) -> dict:

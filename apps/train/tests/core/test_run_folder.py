@@ -1,0 +1,212 @@
+"""A run folder belongs to one run and one process at a time; what may differ between two commands does not block them."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import Field
+
+from app_data.store.atomic import new_file, new_folder, write_json
+from app_train.core.config import Frozen, RunConfig, StageConfig, config_hash, read_yaml
+from app_train.core.errors import RunError
+from app_train.core.run_folder import Run, finished
+
+
+class Group(Frozen):
+    stage: StageConfig = StageConfig(lr=2e-4)
+    rank: int = 4
+
+
+class Config(RunConfig):
+    fit: Group = Group()
+    seeds: int = Field(1, ge=1)
+    rates: dict[str, float] = Field(default_factory=lambda: {"a": 1.0, "b": 2.0})
+
+
+def config(folder, **more):
+    return Config(out=folder, **more)
+
+
+def claim(settings, data="data-1"):
+    with Run("test", settings, ("seeds",)) as run:
+        run.claim(data)
+
+
+def test_settings_stand_in_the_folder_before_anything_else(tmp_path):
+    claim(config(tmp_path / "run"))
+    written = yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text())
+    assert written["config"]["fit"]["stage"]["lr"] == 2e-4
+    assert "torch" in written["versions"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"save_every": 3}, {"tensorboard": False}, {"cache_dir": Path("elsewhere")}, {"seeds": 3}, {}]
+)
+def test_what_says_where_and_how_does_not_block_a_resume(tmp_path, more):
+    claim(config(tmp_path / "run"))
+    claim(config(tmp_path / "run", **more))
+
+
+def test_other_settings_are_named_with_dots_old_and_new(tmp_path):
+    claim(config(tmp_path / "run"))
+    other = Group(stage=StageConfig(lr=0.5), rank=8)
+    with pytest.raises(RunError, match=r"fit\.stage\.lr: 0\.0002 -> 0\.5; fit\.rank: 4 -> 8"):
+        claim(config(tmp_path / "run", fit=other))
+    with pytest.raises(RunError, match="the data: data-1 -> data-2"):
+        claim(config(tmp_path / "run"), "data-2")
+
+
+def test_a_foreign_folder_and_a_file_are_refused(tmp_path):
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match="not empty"):
+        claim(config(strange))
+    with pytest.raises(RunError, match="is a file"):
+        claim(config(strange / "thesis.tex"))
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path):
+    with Run("test", config(tmp_path / "run")) as run:
+        run.claim("data-1")
+        code = (
+            "import fcntl, sys; f = open(sys.argv[1], 'a+'); "
+            "\ntry: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); print('free')"
+            "\nexcept BlockingIOError: print('taken')"
+        )
+        args = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
+        assert subprocess.run(args, capture_output=True, text=True).stdout.strip() == "taken"
+        with pytest.raises(RunError, match=f"process {os.getpid()} on .* is at work"):
+            claim(config(tmp_path / "run"))
+    claim(config(tmp_path / "run"))  # the first one has let go
+
+
+def test_a_lock_of_a_dead_process_is_taken_over(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("process 999999 on elsewhere")
+    claim(config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("content", ["", "config: {", "just a sentence", "config: 3\ndata: x\n"])
+def test_damaged_settings_say_how_to_go_on(tmp_path, content):
+    claim(config(tmp_path / "run"))
+    path = tmp_path / "run" / "config.resolved.yaml"
+    path.write_text(content)
+    with pytest.raises(RunError, match="delete this file"):
+        claim(config(tmp_path / "run"))
+    path.unlink()
+    claim(config(tmp_path / "run"))
+
+
+def test_a_full_disk_leaves_no_half_settings(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            claim(config(tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.resolved.yaml").exists()
+    claim(config(tmp_path / "run"))
+
+
+def test_leftovers_of_a_killed_writer_go_when_the_folder_is_claimed(tmp_path):
+    claim(config(tmp_path / "run"))
+    (tmp_path / "run" / "row").mkdir()
+    (tmp_path / "run" / "row" / ".adapter.tmp-123").mkdir()
+    (tmp_path / "run" / ".result.json.tmp-123").write_text("{")
+    claim(config(tmp_path / "run"))
+    assert not list((tmp_path / "run").rglob(".*tmp*"))
+
+
+def test_a_result_comes_before_the_manifest_and_is_read_back(tmp_path):
+    with Run("test", config(tmp_path / "run"), ("seeds",)) as run:
+        run.claim("data-1")
+        assert run.result() is None
+        run.finish({"n": 3, "pair": (1, 2)})
+        assert run.result() is None  # not sealed: the report may be missing
+        run.seal()
+        assert run.result()["pair"] == [1, 2]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())["sha256"]
+    assert set(manifest) == {"config.resolved.yaml", "result.json"}
+    with Run("test", config(tmp_path / "run", seeds=2), ("seeds",)) as run:
+        run.claim("data-1")
+        assert run.result() is None  # more was asked for
+
+
+def test_rows_belong_to_their_settings(tmp_path):
+    write_json(tmp_path / "result.json", {"row": "a", "config": "1"})
+    assert finished(tmp_path, {"row": "a"})["config"] == "1"
+    assert finished(tmp_path / "none", {}) is None
+    with pytest.raises(RunError, match="config differ"):
+        finished(tmp_path, {"row": "a", "config": "2"})
+    (tmp_path / "result.json").write_text('{"row"')
+    with pytest.raises(RunError, match="damaged"):
+        finished(tmp_path, {"row": "a"})
+
+
+def test_one_process_recipes_refuse_several(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="runs in one process"):
+        Run("test", config(tmp_path / "run"), processes=False)
+
+
+def test_a_file_merges_into_the_recipes_own_defaults(tmp_path):
+    """A nested group keeps what the file does not name: the recipe's learning rate, not that of the group's class."""
+    file = tmp_path / "some.yaml"
+    file.write_text("fit: {stage: {epochs: 1}}\nrates: {a: 5.0}\n")
+    read = read_yaml(file, Config)
+    assert read.fit.stage == StageConfig(lr=2e-4, epochs=1)
+    assert read.rates == {"a": 5.0, "b": 2.0}
+
+
+def test_resolved_settings_can_be_fed_back(tmp_path):
+    settings = config(tmp_path / "run", fit=Group(rank=7))
+    claim(settings)
+    assert read_yaml(tmp_path / "run" / "config.resolved.yaml", Config) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("fit: {rnak: 3}", "rnak"),
+        ("[1, 2]", "keys and values"),
+        ("fit: {stage: {epochs: -1}}", "epochs"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_wrong_files_are_explained(tmp_path, text, words):
+    file = tmp_path / "some.yaml"
+    file.write_text(text)
+    with pytest.raises(RunError, match=words):
+        read_yaml(file, Config)
+
+
+def test_the_hash_changes_with_any_setting():
+    one, other = Config(), Config(fit=Group(rank=8))
+    assert config_hash(one) != config_hash(other)
+    assert config_hash(one) == config_hash(Config(**json.loads(one.model_dump_json())))
+
+
+def die_writing(make, target):
+    with make(target) as temporary:
+        (temporary / "a" if temporary.is_dir() else temporary).write_text("new")
+        raise ZeroDivisionError
+
+
+def test_a_writer_that_dies_leaves_the_old_content(tmp_path):
+    for make, target in ((new_file, tmp_path / "file"), (new_folder, tmp_path / "folder")):
+        with make(target) as temporary:
+            (temporary / "a" if temporary.is_dir() else temporary).write_text("old")
+        with pytest.raises(ZeroDivisionError):
+            die_writing(make, target)
+        assert (target / "a" if target.is_dir() else target).read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+    with new_folder(tmp_path / "folder") as temporary:
+        (temporary / "b").write_text("new")
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["b"]
