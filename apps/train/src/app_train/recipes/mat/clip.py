@@ -207,9 +207,10 @@ def train_prompts(
     kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
     stage = Stage(
         "prompts", StageConfig(epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size), len(train), forward,
-        optimizer=lambda parameters: kinds[settings.optimizer](parameters.values(), lr=settings.lr, weight_decay=0.0),
+        optimizer=lambda parameters: kinds[settings.optimizer](parameters.values(), lr=1.0, weight_decay=0.0),
         order=lambda epoch: epoch_order(settings, len(train), epoch, as_released),
-        rate=lambda step: learning_rate(settings, step.epoch, step.index, as_released) / settings.lr,
+        # The rate itself, over a peak of 1: the warm-up of the released code is no share of the peak.
+        rate=lambda step: learning_rate(settings, step.epoch, step.index, as_released),
         draw=draw, after_step=model.head.clamp_, clip_grad=None,
     )  # fmt: skip
     average = Average(settings, model, stage.per_epoch) if source else None
