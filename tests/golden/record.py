@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
-if str(HERE.parent) not in sys.path:
+if str(HERE.parent) not in sys.path:  # run as a program
     sys.path.insert(0, str(HERE.parent))
 
 from golden.recipes import RECIPES, Case  # noqa: E402
