@@ -5,17 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from helpers.pictures import colour_folders
 
 ROOT = Path(__file__).parents[1]
-COLOURS = {
-    "warm/red": (220, 30, 30),
-    "warm/orange": (240, 140, 20),
-    "cold/blue": (30, 60, 220),
-    "cold/green": (30, 180, 60),
-}
 # Small enough for a test, large enough that both stages take several steps.
 QUICK = ["--data.size", "32", "--fit.head.epochs", "2", "--fit.head.batch-size", "16", "--fit.lora.epochs", "2"]
 QUICK += ["--fit.lora.batch-size", "8", "--fit.save-every", "2", "--no-tensorboard"]
@@ -24,15 +18,7 @@ QUICK += ["--fit.lora.batch-size", "8", "--fit.save-every", "2", "--no-tensorboa
 @pytest.fixture(scope="session")
 def colours(tmp_path_factory) -> Path:
     """Nested folders of 4 classes with 10 noisy pictures each."""
-    root = tmp_path_factory.mktemp("colours")
-    draw = np.random.default_rng(0)
-    for name, colour in COLOURS.items():
-        folder = root / name
-        folder.mkdir(parents=True)
-        for index in range(10):
-            noisy = np.clip(np.array(colour) + draw.normal(0, 25, (40, 40, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(noisy).save(folder / f"{index}.png")
-    return root
+    return colour_folders(tmp_path_factory.mktemp("colours"))
 
 
 def start(*args: str, cwd: Path = ROOT, program: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:

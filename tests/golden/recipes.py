@@ -58,6 +58,8 @@ class Case:
         place: from a file of the run folder to the row, seed and stage that its numbers belong to; None leaves it out.
         needs: modules without which the case is skipped.
         outcomes: also keep the mean of what `outcome.safetensors` holds of every picture.
+        rtol: how far the columns of two kinds of CPU may lie apart, five times what AVX2 against AVX-512 was measured to do
+            where that is more than 4e-5; geometry of nearly parallel features and closed-form maps amplify rounding.
         unseeded: the recipe draws weights from torch's global generator without seeding it: the recorder does.
     """
 
@@ -65,6 +67,7 @@ class Case:
     place: Callable[[PurePath], str | None] = by_row
     needs: tuple[str, ...] = ()
     outcomes: bool = False
+    rtol: float = 2e-4
     unseeded: bool = False
 
 
@@ -230,9 +233,9 @@ RECIPES: dict[str, Case] = {
     "inaturalist": Case(partial(_paper, "inaturalist")),
     "chest": Case(partial(_paper, "chest"), with_summary),
     "lora-study": Case(_lora_study, by_experiment, TOWERS, outcomes=True),
-    "mat": Case(_mat, with_summary, TOWERS),
+    "mat": Case(_mat, with_summary, TOWERS, rtol=2e-2),
     "mat-emoji": Case(_mat_emoji, with_summary, EMOJI + TOWERS),
-    "mat-clip": Case(partial(_mat_clip, "cifar100-16-maple"), partial(by_stage, "maple"), ("open_clip",)),
+    "mat-clip": Case(partial(_mat_clip, "cifar100-16-maple"), partial(by_stage, "maple"), ("open_clip",), rtol=1e-2),
     "mat-clip-promptsrc": Case(
         partial(_mat_clip, "cifar100-16-promptsrc"), partial(by_stage, "promptsrc"), ("open_clip",)
     ),

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
-if str(HERE.parent) not in sys.path:
+if str(HERE.parent) not in sys.path:  # run as a program
     sys.path.insert(0, str(HERE.parent))
 
 from golden.recipes import RECIPES, Case  # noqa: E402
@@ -40,7 +40,7 @@ LEFT_OUT = {
     "loss",
     "model",
 }
-LOSS_RTOL, SCORE_ATOL = 2e-4, 0.02
+SCORE_ATOL = 0.02
 
 
 def missing(case: Case) -> list[str]:
@@ -128,13 +128,14 @@ def number(value: float | None) -> float | int | None:
     return int(value) if isinstance(value, int) else float(f"{value:.9g}")
 
 
-def differences(known: dict, found: dict, *, exact: bool = False) -> list[str]:
+def differences(known: dict, found: dict, rtol: float = 2e-4, *, exact: bool = False) -> list[str]:
     """What differs between two recordings, one line each, the largest first; nothing if they agree.
 
     Args:
         known: the recording.
         found: what was computed now.
-        exact: compare digit for digit; otherwise columns may differ by `LOSS_RTOL` and scores by `SCORE_ATOL`.
+        rtol: how far columns may differ, relatively; scores may differ by `SCORE_ATOL` more.
+        exact: compare digit for digit instead.
     """
     lines = []
     for part in ("steps", "scores"):
@@ -145,7 +146,7 @@ def differences(known: dict, found: dict, *, exact: bool = False) -> list[str]:
                 lines.append((math.inf, f"{part}: {key} is gone"))
                 continue
             a, b = old[key], new[key]
-            allowed = 0.0 if exact else LOSS_RTOL * abs(a or 0) + (SCORE_ATOL if part == "scores" else 1e-6)
+            allowed = 0.0 if exact else rtol * abs(a or 0) + (SCORE_ATOL if part == "scores" else 1e-6)
             if (a is None) != (b is None) or (a is not None and abs(a - b) > allowed):
                 gap = math.inf if a is None or b is None else abs(a - b) / max(abs(a), 1e-12)
                 lines.append((gap, f"{part}: {key} was {a}, is {b} (relative {gap:.2g})"))

@@ -13,27 +13,8 @@ OPEN_CLIP = {
     "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 9},
 }
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-WORDS = [
-    "black",
-    "blue",
-    "brown",
-    "circle",
-    "gray",
-    "green",
-    "no",
-    "rectangle",
-    "red",
-    "teal",
-    "triangle",
-    "yellow",
-    "yes",
-    "a",
-    "of",
-    "picture",
-    "is",
-    "the",
-    "shape",
-]
+WORDS = ["black", "blue", "brown", "circle", "gray", "green", "no", "rectangle", "red", "teal", "triangle", "yellow"]
+WORDS += ["yes", "a", "of", "picture", "is", "the", "shape"]
 
 
 def clip(folder: Path) -> str:

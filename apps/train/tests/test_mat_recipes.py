@@ -3,11 +3,9 @@
 import json
 import math
 
-import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
 
 from app_train.core.errors import Interrupted, RunError
 from app_train.core.interrupt import StopFlag
@@ -15,9 +13,9 @@ from app_train.recipes.mat import clip as mat_clip
 from app_train.recipes.mat import variants as mat
 from app_train.recipes.mat.published import PUBLISHED, published
 from app_train.recipes.mat.rows import VARIANTS, depths, study_rows, trained_as
+from helpers.releases import few_shot
 
-LEAVES = {"cat": (200, 40, 40), "dog": (40, 200, 40), "oak_tree": (40, 40, 200)}
-NODES = [("root", None), ("animal", 0), ("plant_1", 0), ("cat", 1), ("dog", 1), ("oak_tree", 2)]
+PATHS = (("animal", "cat"), ("animal", "dog"), ("plant_1", "oak_tree"))
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +29,16 @@ def small():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("mat")
-    draw = np.random.default_rng(0)
-    for part in ("train", "test"):
-        for leaf, colour in LEAVES.items():
-            folder = root / "images" / part / leaf
-            folder.mkdir(parents=True)
-            for index in range(2):
-                noisy = np.clip(np.array(colour) + draw.normal(0, 20, (32, 32, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(noisy).save(folder / f"{index}.png")
-    children = [[j for j, (_, up) in enumerate(NODES) if up == i] for i in range(len(NODES))]
-    nodes = [
-        {"id": i, "name": name, "text": name.replace("_", " "), "parent": up, "children": children[i]}
-        for i, (name, up) in enumerate(NODES)
-    ]
-    cuts = [
-        {"text": ["animal", "plant 1"], "leaf_to_label": [0, 0, 1]},
-        {"text": ["cat", "dog", "oak tree"], "leaf_to_label": [0, 1, 2]},
-    ]
-    (root / "tree.json").write_text(json.dumps({"nodes": nodes, "leaves": [3, 4, 5], "treecuts": cuts}))
-    return root
+    return few_shot(tmp_path_factory.mktemp("mat"), PATHS, train=2, test=2)
 
 
 def run_config(data, tmp_path, **changes):
     return mat_clip.MATClipConfig(
-        images=data / "images", tree=data / "tree.json", out=tmp_path / "run", cache_dir=data / "cache", **changes
+        images=data / "images",
+        tree=data / "trees" / "cifar100.json",
+        out=tmp_path / "run",
+        cache_dir=data / "cache",
+        **changes,
     )
 
 
@@ -117,7 +100,7 @@ def test_schedule_and_order():
 @pytest.mark.parametrize("method", ["maple", "promptsrc"])
 def test_a_stopped_run_goes_on_bit_for_bit(method, small, data, tmp_path):
     settings = published("cifar100", 16, method).model_copy(update={"epochs": 2, "batch_size": 2, "warmup_epochs": 0})
-    stored = mat_clip.read_stored_tree(data / "tree.json")
+    stored = mat_clip.read_stored_tree(data / "trees" / "cifar100.json")
     train = mat_clip.load_folder(data / "images", stored.taxonomy, size=32, cache_dir=data / "cache")["train"]
     whole = mat_clip.build_model(settings, small, "HETEROGENEOUS")
     mat_clip.fit(whole, settings, train, stored, tmp_path / "whole", StopFlag())
