@@ -11,8 +11,8 @@ from helpers.pictures import colour_folders
 
 ROOT = Path(__file__).parents[1]
 # Small enough for a test, large enough that both stages take several steps.
-QUICK = ["--data.size", "32", "--fit.head.epochs", "2", "--fit.head.batch-size", "16", "--fit.lora.epochs", "2"]
-QUICK += ["--fit.lora.batch-size", "8", "--fit.save-every", "2", "--no-tensorboard"]
+QUICK = ["--size", "32", "--fit.head.epochs", "2", "--fit.head.batch-size", "16", "--fit.lora.epochs", "2"]
+QUICK += ["--fit.lora.batch-size", "8", "--save-every", "2", "--no-tensorboard"]
 
 
 @pytest.fixture(scope="session")
