@@ -41,6 +41,8 @@ def by_loss(path: PurePath) -> str | None:
 
 def by_run(path: PurePath) -> str:
     """The two stages of `blip2-opt-2.7b`, each in a run folder of its own."""
+    if path.name == "result.json":
+        return "blip2"
     return by_stage("blip2", PurePath(*(p.replace("run-", "train-") for p in path.parts if p != "train")))
 
 
