@@ -91,8 +91,9 @@ class HierarchicalMetric(Metric):
 class PathMetric(HierarchicalMetric):
     """A metric of predicted paths against target nodes.
 
-    A metric consists of two pure functions: `_sums` counts a batch, `_value` turns counts into the result. The class
-    adds the counts up over batches and processes, its functional twin (`evaluate`) takes those of one batch.
+    A metric consists of two pure functions: `_samples` counts each sample of a batch, `_value` turns their sums into
+    the result. The class adds the sums up over batches and processes, its functional twin (`evaluate`) takes those of
+    one batch, and `path_scores` hands out the counts themselves.
     """
 
     def __init__(self, tax: Taxonomy, *, validate_args: bool = True, metric_options: dict[str, Any], **settings: Any):
@@ -141,9 +142,14 @@ class PathMetric(HierarchicalMetric):
             check_choice("average", settings["average"], ("micro", "macro"))
 
     @staticmethod
-    @abstractmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, *_: Any, **settings: Any) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, *_: Any, **settings: Any) -> dict[str, Tensor]:
+        """Count each of (B, k, D) paths, (B, ...); of two counts the first is divided by the second."""
+        raise NotImplementedError
+
+    @classmethod
+    def _sums(cls, paths: Tensor, target: Tensor, tax: Taxonomy, *_: Any, **settings: Any) -> dict[str, Tensor]:
         """Count a batch of (B, k, D) paths."""
+        return {name: part.sum(0) for name, part in cls._samples(paths, target, tax, **settings).items()}
 
     @staticmethod
     @abstractmethod

@@ -52,9 +52,9 @@ class MistakeSeverity(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
-        distance = _distance(paths, target, tax)
-        return {"distance": distance.sum(), "mistakes": (distance > 0).sum()}
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+        distance = _distance(paths, target, tax)[:, 0]
+        return {"distance": distance, "mistakes": distance > 0}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> Tensor:
@@ -92,9 +92,9 @@ class AverageHierarchicalDistance(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs, k=k)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, k: int) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, k: int) -> dict[str, Tensor]:
         distance = _distance(paths, target, tax)
-        return {"distance": distance.sum(), "total": torch.tensor(distance.numel(), device=distance.device)}
+        return {"distance": distance.sum(1), "total": torch.ones_like(distance).sum(1)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy, k: int) -> Tensor:
@@ -129,12 +129,12 @@ class HierarchicalPrecisionAtK(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs, k=k, over_ranks=over_ranks)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, k: int, over_ranks: bool) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, k: int, over_ranks: bool) -> dict[str, Tensor]:
         scale = max(max_leaf_distance(tax), 1)
         got = (1 - _distance(paths, target, tax).double() / scale).clamp(min=0).cumsum(1)
         precision = got / _best_similarity(target, tax, k, scale)
         value = precision.mean(1) if over_ranks else precision[:, -1]
-        return {"precision": value.sum(), "total": torch.tensor(len(target), device=value.device)}
+        return {"precision": value, "total": torch.ones_like(target)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy, k: int, over_ranks: bool) -> Tensor:
@@ -191,12 +191,12 @@ class EdgeDistance(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
         node = judged_node(end_of_paths(paths[:, 0]), target, tax)
         _, shared = lowest_common_ancestor(node, target, tax)
         depth = torch.where(node >= 0, tax.depth[node.clamp(min=0)], 0)
         edges = depth + tax.depth[target] - 2 * shared
-        return {"edges": edges.sum(), "total": torch.tensor(len(target), device=edges.device)}
+        return {"edges": edges, "total": torch.ones_like(target)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> Tensor:

@@ -32,7 +32,7 @@ class LCAMetrics(PathMetric):
         check_choice("value", value, ("depth", "info"))
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, value: str) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, value: str) -> dict[str, Tensor]:
         node = judged_node(end_of_paths(paths[:, 0]), target, tax)
         ancestor, _ = lowest_common_ancestor(node, target, tax)
         if value == "depth":
@@ -46,8 +46,7 @@ class LCAMetrics(PathMetric):
         # Nothing shared, though there was something to share, is 0 and not the 0/0 of two worthless nodes.
         f1 = ratio(2 * precision * recall, precision + recall, 0.0)
         parts = (precision, recall, f1, true + predicted - 2 * shared, predicted - shared, true - shared)
-        total = torch.tensor(len(target), device=target.device)
-        return {name: part.sum() for name, part in zip(_NAMES, parts, strict=True)} | {"total": total}
+        return dict(zip(_NAMES, parts, strict=True)) | {"total": torch.ones_like(target)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy, value: str) -> dict[str, Tensor]:

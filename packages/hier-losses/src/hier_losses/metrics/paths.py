@@ -31,9 +31,9 @@ class FullPathAccuracy(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
         pred, truth, known = extended_pair(paths, target, tax)
-        return {"correct": ((pred == truth) | ~known).all(1).sum(), "total": known[:, 0].sum()}
+        return {"correct": ((pred == truth) | ~known).all(1), "total": known[:, 0]}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> Tensor:
@@ -68,12 +68,12 @@ class TICE(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
         pred = extend_paths(paths[:, 0], tax)
         above, below = pred[:, :-1], pred[:, 1:]
         step = (above == below) | ((above >= 0) & (above == tax.parent[below.clamp(min=0)]))
         broken = ((below >= 0) & ~step).any(1)
-        return {"broken": broken.sum(), "total": torch.tensor(broken.shape[0], device=broken.device)}
+        return {"broken": broken, "total": torch.ones_like(broken)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> Tensor:
@@ -110,9 +110,9 @@ class LevelAccuracy(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
         pred, truth, known = extended_pair(paths, target, tax)
-        return {"correct": ((pred == truth) & known).sum(0), "total": known.sum(0)}
+        return {"correct": (pred == truth) & known, "total": known}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> Tensor:
@@ -144,15 +144,16 @@ class LeafAccuracy(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs, average=average)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, average: str) -> dict[str, Tensor]:
-        leaf = tax.leaf_index[target]
-        correct = (end_of_paths(paths[:, 0]) == target) & (leaf >= 0)
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, average: str) -> dict[str, Tensor]:
+        known = tax.leaf_index[target] >= 0
+        return {"correct": (end_of_paths(paths[:, 0]) == target) & known, "total": known}
+
+    @classmethod
+    def _sums(cls, paths: Tensor, target: Tensor, tax: Taxonomy, average: str) -> dict[str, Tensor]:
         if average == "micro":
-            return {"correct": correct.sum(), "total": (leaf >= 0).sum()}
-        return {
-            "correct": torch.bincount(leaf[correct], minlength=tax.num_leaves),
-            "total": torch.bincount(leaf[leaf >= 0], minlength=tax.num_leaves),
-        }
+            return super()._sums(paths, target, tax, average=average)
+        leaf, marks = tax.leaf_index[target], cls._samples(paths, target, tax, average)
+        return {name: torch.bincount(leaf[mark], minlength=tax.num_leaves) for name, mark in marks.items()}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy, average: str) -> Tensor:

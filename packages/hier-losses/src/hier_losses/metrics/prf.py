@@ -35,7 +35,7 @@ class HierarchicalPRF(PathMetric):
             raise ValueError(f"beta must lie in [0, inf), got {beta}")
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, average: str, beta: float) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, average: str, beta: float) -> dict[str, Tensor]:
         pred, truth, known = extended_pair(paths, target, tax)
         # An inconsistent path may name a leaf on several levels, not always in a row; it is one element of the set.
         earlier = torch.ones(2 * [tax.num_levels], dtype=torch.bool, device=pred.device).tril(-1)
@@ -44,14 +44,10 @@ class HierarchicalPRF(PathMetric):
         hit = element & (pred[:, :, None] == truth[:, None, :]).any(2)
         hits, predicted, true = hit.sum(1), element.sum(1), tax.depth[target]
         if average == "micro":
-            return {"hits": hits.sum(), "predicted": predicted.sum(), "true": true.sum()}
+            return {"hits": hits, "predicted": predicted, "true": true}
         precision, recall = ratio(hits, predicted, 1.0), ratio(hits, true)
-        return {
-            "precision": precision.sum(),
-            "recall": recall.sum(),
-            "f": _f_score(precision, recall, beta).sum(),
-            "total": torch.tensor(len(target), device=target.device),
-        }
+        f_score = _f_score(precision, recall, beta)
+        return {"precision": precision, "recall": recall, "f": f_score, "total": torch.ones_like(target)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy, average: str, beta: float) -> dict[str, Tensor]:
