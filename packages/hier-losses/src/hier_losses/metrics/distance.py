@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hier_losses.functional._inputs import IGNORE
 from hier_losses.metrics._base import (
     PathMetric,
     judged_node,
@@ -61,7 +62,9 @@ class MistakeSeverity(PathMetric):
         return ratio(sums["distance"], sums["mistakes"])
 
 
-def mistake_severity(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[Tensor, ""]:
+def mistake_severity(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     r"""Mean of $d(\hat y, y) = h(LCA)$ over the samples with $\hat y \ne y$, the end of the predicted path.
 
     It falls when a model adds easy near misses to its mistakes, so a worse model can score better: always print top-1
@@ -71,6 +74,7 @@ def mistake_severity(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float
         pred_paths: (B, D) padded or extended paths.
         target: (B,) node ids.
         tax: the taxonomy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [1, D]; NaN without mistakes.
@@ -78,7 +82,7 @@ def mistake_severity(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return MistakeSeverity.evaluate(pred_paths, target, tax)
+    return MistakeSeverity.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
 
 
 class AverageHierarchicalDistance(PathMetric):
@@ -101,7 +105,9 @@ class AverageHierarchicalDistance(PathMetric):
         return ratio(sums["distance"], sums["total"])
 
 
-def average_hierarchical_distance(pred_paths: Tensor, target: Tensor, tax: Taxonomy, k: int = 1) -> Float[Tensor, ""]:
+def average_hierarchical_distance(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, k: int = 1, *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     r"""Mean over all samples of $\frac{1}{k} \sum_{j \le k} d(\hat y_j, y)$, with $d = h(LCA)$.
 
     Args:
@@ -109,6 +115,7 @@ def average_hierarchical_distance(pred_paths: Tensor, target: Tensor, tax: Taxon
         target: (B,) node ids.
         tax: the taxonomy.
         k: number of predictions that count.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, D]; for k = 1 equal to (1 - accuracy) times `mistake_severity`. NaN for an empty batch.
@@ -116,7 +123,7 @@ def average_hierarchical_distance(pred_paths: Tensor, target: Tensor, tax: Taxon
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, k out of [1, K], too few ranks.
     """
-    return AverageHierarchicalDistance.evaluate(pred_paths, target, tax, k=k)
+    return AverageHierarchicalDistance.evaluate(pred_paths, target, tax, k=k, ignore_index=ignore_index)
 
 
 class HierarchicalPrecisionAtK(PathMetric):
@@ -158,7 +165,13 @@ def _best_similarity(target: Tensor, tax: Taxonomy, k: int, scale: int) -> Tenso
 
 
 def hierarchical_precision_at_k(
-    pred_paths: Tensor, target: Tensor, tax: Taxonomy, k: int = 1, *, over_ranks: bool = False
+    pred_paths: Tensor,
+    target: Tensor,
+    tax: Taxonomy,
+    k: int = 1,
+    *,
+    over_ranks: bool = False,
+    ignore_index: int = IGNORE,
 ) -> Float[Tensor, ""]:
     r"""Mean of $hP@k = \sum_{j \le k} sim(\hat y_j, y) / \max \sum_{j \le k} sim$, with $sim = 1 - d / d_{max}$.
 
@@ -170,6 +183,7 @@ def hierarchical_precision_at_k(
         tax: the taxonomy.
         k: number of predictions that count.
         over_ranks: return $hmAP@k = \frac{1}{k} \sum_{j \le k} hP@j$ instead.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 1]; NaN for an empty batch.
@@ -177,7 +191,9 @@ def hierarchical_precision_at_k(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, k out of [1, K], too few ranks.
     """
-    return HierarchicalPrecisionAtK.evaluate(pred_paths, target, tax, k=k, over_ranks=over_ranks)
+    return HierarchicalPrecisionAtK.evaluate(
+        pred_paths, target, tax, k=k, over_ranks=over_ranks, ignore_index=ignore_index
+    )
 
 
 class EdgeDistance(PathMetric):
@@ -203,13 +219,16 @@ class EdgeDistance(PathMetric):
         return ratio(sums["edges"], sums["total"])
 
 
-def edge_distance(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[Tensor, ""]:
+def edge_distance(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     r"""Mean of $depth(\hat y) + depth(y) - 2\, depth(LCA)$, the edges between the end of the path and the target.
 
     Args:
         pred_paths: (B, D) padded or extended paths.
         target: (B,) node ids.
         tax: the taxonomy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 2 D]; NaN for an empty batch.
@@ -217,4 +236,4 @@ def edge_distance(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[Te
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return EdgeDistance.evaluate(pred_paths, target, tax)
+    return EdgeDistance.evaluate(pred_paths, target, tax, ignore_index=ignore_index)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hier_losses.functional._inputs import check_choice
+from hier_losses.functional._inputs import IGNORE, check_choice
 from hier_losses.metrics._base import PathMetric, judged_node, lowest_common_ancestor, ratio
 from hier_losses.path_ops import end_of_paths
 from hier_losses.taxonomy import Taxonomy
@@ -54,7 +54,7 @@ class LCAMetrics(PathMetric):
 
 
 def lca_metrics(
-    pred_paths: Tensor, target: Tensor, tax: Taxonomy, value: str = "depth"
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, value: str = "depth", *, ignore_index: int = IGNORE
 ) -> dict[str, Float[Tensor, ""]]:
     r"""Means over samples of ratios of the value v of the prediction h, the truth g and their common ancestor.
 
@@ -67,6 +67,7 @@ def lca_metrics(
         target: (B,) node ids.
         tax: the taxonomy.
         value: "depth" or "info".
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         `lca_precision`, `lca_recall`, `lca_f1` in [0, 1]; `lca_distance`, `lca_excess`, `lca_deficient` >= 0 in levels
@@ -75,4 +76,4 @@ def lca_metrics(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, unknown value.
     """
-    return LCAMetrics.evaluate(pred_paths, target, tax, value=value)
+    return LCAMetrics.evaluate(pred_paths, target, tax, value=value, ignore_index=ignore_index)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hier_losses.functional._inputs import check_choice
+from hier_losses.functional._inputs import IGNORE, check_choice
 from hier_losses.metrics._base import PathMetric, extended_pair, ratio
 from hier_losses.path_ops import end_of_paths, extend_paths
 from hier_losses.taxonomy import Taxonomy
@@ -40,13 +40,16 @@ class FullPathAccuracy(PathMetric):
         return ratio(sums["correct"], sums["total"])
 
 
-def full_path_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[Tensor, ""]:
+def full_path_accuracy(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     r"""Share of samples with $h_l = g_l$ on every level of the extended paths (those above a partial label).
 
     Args:
         pred_paths: (B, D) padded or extended paths.
         target: (B,) node ids.
         tax: the taxonomy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 1], at most the accuracy of each level and, over leaf targets, at most 1 - TICE; NaN for an empty
@@ -55,7 +58,7 @@ def full_path_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Flo
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return FullPathAccuracy.evaluate(pred_paths, target, tax)
+    return FullPathAccuracy.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
 
 
 class TICE(PathMetric):
@@ -119,13 +122,16 @@ class LevelAccuracy(PathMetric):
         return ratio(sums["correct"], sums["total"])
 
 
-def level_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[Tensor, " depth"]:
+def level_accuracy(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, *, ignore_index: int = IGNORE
+) -> Float[Tensor, " depth"]:
     r"""Share of $h_l = g_l$ on each level of the extended paths, among the samples known on that level.
 
     Args:
         pred_paths: (B, D) padded or extended paths.
         target: (B,) node ids.
         tax: the taxonomy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         One value in [0, 1] per level, top level first; NaN where no sample is known.
@@ -133,7 +139,7 @@ def level_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[T
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return LevelAccuracy.evaluate(pred_paths, target, tax)
+    return LevelAccuracy.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
 
 
 class LeafAccuracy(PathMetric):
@@ -160,7 +166,9 @@ class LeafAccuracy(PathMetric):
         return ratio(sums["correct"], sums["total"]).nanmean()
 
 
-def leaf_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy, average: str = "micro") -> Float[Tensor, ""]:
+def leaf_accuracy(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, average: str = "micro", *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     """Share of samples whose deepest predicted node is the target leaf; partial labels are left out.
 
     Args:
@@ -168,6 +176,7 @@ def leaf_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy, average: st
         target: (B,) node ids.
         tax: the taxonomy.
         average: "micro" over samples, or "macro": the mean, over leaves that occur as target, of their accuracy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 1]; NaN if no target is a leaf.
@@ -175,7 +184,7 @@ def leaf_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy, average: st
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, unknown average.
     """
-    return LeafAccuracy.evaluate(pred_paths, target, tax, average=average)
+    return LeafAccuracy.evaluate(pred_paths, target, tax, average=average, ignore_index=ignore_index)
 
 
 class WeightedAveragePrecision(PathMetric):
@@ -219,7 +228,7 @@ class WeightedAveragePrecision(PathMetric):
 
 
 def weighted_average_precision(
-    pred_paths: Tensor, target: Tensor, tax: Taxonomy, per_level: str = "precision"
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, per_level: str = "precision", *, ignore_index: int = IGNORE
 ) -> Float[Tensor, ""]:
     r"""Mean of the levels weighted by their numbers of nodes, $\sum_l \frac{C_l}{\sum_m C_m} P_l$.
 
@@ -231,6 +240,7 @@ def weighted_average_precision(
         target: (B,) node ids.
         tax: the taxonomy.
         per_level: "precision" or "accuracy".
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 1]; NaN for an empty batch.
@@ -238,4 +248,4 @@ def weighted_average_precision(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, unknown per_level.
     """
-    return WeightedAveragePrecision.evaluate(pred_paths, target, tax, per_level=per_level)
+    return WeightedAveragePrecision.evaluate(pred_paths, target, tax, per_level=per_level, ignore_index=ignore_index)

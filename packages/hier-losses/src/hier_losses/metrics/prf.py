@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hier_losses.functional._inputs import IGNORE
 from hier_losses.metrics._base import PathMetric, extended_pair, ratio
 from hier_losses.taxonomy import Taxonomy
 
@@ -67,7 +68,13 @@ def _f_score(precision: Tensor, recall: Tensor, beta: float) -> Tensor:
 
 
 def hierarchical_prf(
-    pred_paths: Tensor, target: Tensor, tax: Taxonomy, average: str = "micro", beta: float = 1.0
+    pred_paths: Tensor,
+    target: Tensor,
+    tax: Taxonomy,
+    average: str = "micro",
+    beta: float = 1.0,
+    *,
+    ignore_index: int = IGNORE,
 ) -> dict[str, Float[Tensor, ""]]:
     r"""Overlap of the predicted and the true sets of nodes, virtual root excluded.
 
@@ -80,6 +87,7 @@ def hierarchical_prf(
         tax: the taxonomy.
         average: "micro" (sizes are summed over samples first) or "macro" (the three values are averaged over samples).
         beta: weight of the recall, >= 0.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         `hierarchical_precision`, `hierarchical_recall` and `hierarchical_f` in [0, 1]; NaN for an empty batch.
@@ -87,4 +95,4 @@ def hierarchical_prf(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, unknown average, negative beta.
     """
-    return HierarchicalPRF.evaluate(pred_paths, target, tax, average=average, beta=beta)
+    return HierarchicalPRF.evaluate(pred_paths, target, tax, average=average, beta=beta, ignore_index=ignore_index)
