@@ -4,8 +4,9 @@ Checks that read tensor values cannot run while `torch.compile` traces: there a 
 CUDA they become device-side assertions: a synchronisation per step would cost more than the loss.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -207,11 +208,66 @@ def read_samples(
             sound = (node >= 0) & (node < tax.num_nodes)
             if leaf_only:
                 sound = sound & (tax.leaf_index[torch.where(sound, node, 0)] >= 0)
-            rows = torch.where((sound | ~kept)[:, None], rows, torch.nan)
+            rows = rows * torch.where(sound | ~kept, 1.0, torch.nan).to(rows.dtype)[:, None]
             node = torch.where(sound & kept, node, _any_leaf(tax))
         else:
             node = torch.where(kept, node, _any_leaf(tax))
     return Samples(rows, node, tax, kept, weight, shape, class_weights)
+
+
+Loss = TypeVar("Loss", bound=Callable[..., Any])
+
+
+def over_mixtures(function: Loss) -> Loss:
+    """Let a loss take (B, N, ...) shares of target nodes: it is then the mean over targets drawn from them.
+
+    Only shares above 0 cost anything: two per sample for mixup or CutMix.
+    """
+
+    @functools.wraps(function)
+    def wrapped(logits: Tensor, target: Any, *args: Any, **options: Any) -> Any:
+        if not (isinstance(target, Tensor) and target.is_floating_point() and target.ndim >= 2):
+            return function(logits, target, *args, **options)
+        return _mixture(function, logits, target, *args, **options)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _mixture(function: Callable[..., Any], logits: Tensor, shares: Tensor, tax: Any, **options: Any) -> Any:
+    widths = tax.num_nodes, logits.shape[1] if logits.ndim > 1 else 0
+    shape = (logits.shape[0], *logits.shape[2:])
+    if (
+        shares.shape[1] not in widths
+        or (shares.shape[0], *shares.shape[2:]) != shape
+        or options.get("classes") is not None
+    ):
+        raise ValueError(
+            f"target must hold integer node ids of shape {shape}, or shares of shape "
+            f"{(shape[0], widths[0], *shape[1:])} without classes, got {shares.dtype} {tuple(shares.shape)}"
+        )
+    reduction = options.pop("reduction", "mean")
+    check_reduction(reduction)
+    probs = check_scores("target", shares, shares.shape[1])
+    total = probs.sum(1)
+    # A row without any share has no label.
+    sound = (probs >= 0).all(1) & (((total - 1).abs() < 1e-3) | (total == 0))
+    require(sound, lambda row: f"target row {row} must hold shares of at least 0 that sum to 1, or to 0 for no label")
+    row, node = probs.nonzero(as_tuple=True)
+    weight = probs[row, node]
+    if shares.shape[1] != tax.num_nodes:
+        node = tax.leaf.to(node.device)[node]
+    given = options.pop("sample_weight", None)
+    if given is not None:
+        weight = weight * given.flatten()[row]
+    rows = check_scores("logits", logits, logits.shape[1])[row]
+    if reduction != "none":
+        return function(rows, node, tax, sample_weight=weight, reduction=reduction, **options)
+    found = function(rows, node, tax, sample_weight=weight, reduction="none", **options)
+
+    def gathered(loss: Tensor) -> Tensor:
+        return loss.new_zeros(len(probs)).index_add(0, row, loss).view(shape)
+
+    return {name: gathered(part) for name, part in found.items()} if isinstance(found, dict) else gathered(found)
 
 
 def _any_leaf(tax: Tree | LabelGraph) -> Tensor | int:
