@@ -64,11 +64,14 @@ def compile_full(function, **options):
 
 
 @pytest.mark.parametrize("name", [*NODE, *LEAF])
-def test_functions(name, t11):
-    function = {**NODE, **LEAF}[name]
-    logits = torch.randn(4, 7 if name in LEAF else 11, generator=torch.Generator().manual_seed(0))
-    y = torch.tensor([2, 7, 9, 5] if name in LEAF else [2, 7, 3, 10])
-    same(compile_full(lambda z: function(z, y, t11)), lambda z: function(z, y, t11), logits)
+def test_one_graph_for_changing_batch_sizes(name, t11):
+    function, width = {**NODE, **LEAF}[name], 7 if name in LEAF else 11
+    compiled = compile_full(lambda z, y: function(z, y, t11), dynamic=True)
+    generator = torch.Generator().manual_seed(0)
+    for targets in ([2, 7, 9, 5], [2, 7, 8, 10, 4, 9, 9] if name in LEAF else [2, 7, 3, 10, 0, 6, 9]):
+        y = torch.tensor(targets)
+        logits = torch.randn(len(y), width, generator=generator)
+        same(lambda z, y=y: compiled(z, y), lambda z, y=y: function(z, y, t11), logits)
 
 
 def test_graph_losses(t11):
@@ -95,3 +98,30 @@ def test_autocast(t11):
             return F.hierarchy_aware_loss(z.bfloat16(), y, t11)
 
     same(compile_full(step), step, logits)
+
+
+@pytest.mark.parametrize("function", [F.level_cross_entropy, F.hisce, F.tp_kl, F.hce, F.hrn_tree_loss, F.hxe])
+def test_negative_targets_never_wrap(function, t11):
+    """-100 counts nowhere; another number that is no node cannot raise from a graph and gives NaN."""
+    compiled = compile_full(lambda z, y: function(z, y, t11))
+    z = torch.randn(3, 7 if function is F.hxe else 11)
+    y = torch.tensor([2, -100, 7])
+    torch.testing.assert_close(compiled(z, y), function(z[[0, 2]], y[[0, 2]], t11))
+    for wrong in (-1, 11, *([3] if function is F.hxe else [])):
+        leaf = z.clone().requires_grad_()
+        loss = compiled(leaf, torch.tensor([2, wrong, 7]))
+        loss.backward()
+        assert loss.isnan()
+        assert leaf.grad[1].isnan().all()
+
+
+def test_options(t11):
+    weight, classes = torch.arange(11.0), t11.leaf.flip(0)
+    y = torch.tensor([0, -100, 5, 6])
+
+    def loss(z):
+        return F.hierarchy_aware_loss(z, y, t11, classes=classes, class_weights=weight, sample_weight=weight[:4] + 1)
+
+    same(compile_full(loss), loss, torch.randn(4, 11))
+    compiled = compile_full(lambda z, y: F.hce(z, y, t11, classes=classes))
+    assert compiled(torch.randn(2, 11), torch.tensor([7, 0])).isnan()

@@ -81,9 +81,12 @@ def test_internal_target_of_a_leaf_loss(function, t11):
         ),
         (lambda z, y, t: F.path_probs(y, t, level_weights=(0.0, 1.0, 1.0)), r"positive on a level .* row 0 has none"),
         (lambda z, y, t: F.path_probs(y[None], t), r"target must have shape \(batch,\), got \(1, 2\)"),
-        (lambda z, y, t: F.conditional_softmax_nll(z, y, t, alpha=float("inf")), r"alpha must be finite, got inf"),
+        (
+            lambda z, y, t: F.conditional_softmax_nll(z, y, t, discount=float("inf")),
+            r"discount must be finite, got inf",
+        ),
         (lambda z, y, t: F.hrn_tree_loss(z, y, t, activation="relu"), r"activation must be one of"),
-        (lambda z, y, t: F.hxe(z[:, :7], y, t, alpha=float("nan")), r"alpha must be finite, got nan"),
+        (lambda z, y, t: F.hxe(z[:, :7], y, t, discount=float("nan")), r"discount must be finite, got nan"),
         (lambda z, y, t: F.hxe(z[:, :7], y, t, normalize="x"), r"normalize must be one of 'none', 'tree'"),
         (lambda z, y, t: F.soft_label_ce(z[:, :7], y, t, beta=-1.0), r"beta must lie in \[0, inf\), got -1.0"),
         (lambda z, y, t: F.hierarchy_aware_loss(z, y, t, alpha=-1.0), r"alpha must lie in \[0, inf\), got -1.0"),
@@ -127,10 +130,10 @@ MODULES = [
     (L.HiSCE, F.hisce, {"eps": (0.1, 0.2, 0.3), "levels": "extended"}),
     (L.TPKL, F.tp_kl, {"softmax_over": "all", "temperature": 0.5, "level_weights": (1.0, 2.0, 3.0)}),
     (L.HierarchyAwareLoss, F.hierarchy_aware_loss, {"alpha": 0.5, "consistency_weight": 1.0, "eps": 0.2}),
-    (L.ConditionalSoftmaxNLL, F.conditional_softmax_nll, {"alpha": 0.5}),
+    (L.ConditionalSoftmaxNLL, F.conditional_softmax_nll, {"discount": 0.5}),
     (L.HCE, F.hce, {"reduction": "sum"}),
     (L.HRNTreeLoss, F.hrn_tree_loss, {"activation": "identity"}),
-    (L.HXE, F.hxe, {"alpha": 0.5, "normalize": "tree"}),
+    (L.HXE, F.hxe, {"discount": 0.5, "normalize": "tree"}),
     (L.SoftLabelCE, F.soft_label_ce, {"beta": 3.0, "reduction": "none"}),
 ]
 

@@ -37,7 +37,7 @@ NODE_LOSSES = {
 }
 LEAF_LOSSES = {
     "hxe": F.hxe,
-    "hxe_tree": lambda z, y, tax, **k: F.hxe(z, y, tax, alpha=0.4, normalize="tree", **k),
+    "hxe_tree": lambda z, y, tax, **k: F.hxe(z, y, tax, discount=0.4, normalize="tree", **k),
     "soft": F.soft_label_ce,
 }
 ALL = {**NODE_LOSSES, **LEAF_LOSSES}
@@ -165,7 +165,7 @@ def test_flat_tree_gives_cross_entropy(close):
     reference = torch.nn.functional.cross_entropy(z, y)
     for loss in (F.tp_kl, F.level_cross_entropy, F.conditional_softmax_nll, F.hce, F.semantic_softmax):
         close(loss(z, y, tax), reference)
-    close(F.hxe(z, y, tax, alpha=0.0), reference)
+    close(F.hxe(z, y, tax, discount=0.0), reference)
     ours = F.level_cross_entropy(z, y, tax, label_smoothing=0.3)
     close(ours, torch.nn.functional.cross_entropy(z, y, label_smoothing=0.3))
     weight = torch.arange(1, 6, dtype=torch.float64)
@@ -259,7 +259,7 @@ def test_leaf_losses_reach_leaf_cross_entropy(random_tree, close):
     tax = random_tree(1)
     z, y = inputs("hxe", tax, batch=6)
     reference = torch.nn.functional.cross_entropy(z, tax.leaf_index[y])
-    close(F.hxe(z, y, tax, alpha=0.0), reference)
+    close(F.hxe(z, y, tax, discount=0.0), reference)
     close(F.soft_label_ce(z, y, tax, beta=1e5), reference)
 
 
@@ -269,7 +269,7 @@ def test_hxe_keeps_edges_that_underflow():
     z = torch.tensor([[300.0, -300.0, 0.0]], requires_grad=True)
     y = tax.indices(["x"])
     z.data = z.data[:, [2, 1, 0]]
-    loss = F.hxe(z, y, tax, alpha=0.0)
+    loss = F.hxe(z, y, tax, discount=0.0)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(z, tax.leaf_index[y]))
     assert loss > 100
     loss.backward()

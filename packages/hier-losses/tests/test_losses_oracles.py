@@ -72,9 +72,9 @@ def test_table_of_eleven_nodes(t11, close, node):
     if t11.leaf_index[node] >= 0:
         leaf = z[:, t11.leaf]
         ours += [
-            F.hxe(leaf, y, t11, alpha=0.0),
-            F.hxe(leaf, y, t11, alpha=0.3),
-            F.hxe(leaf, y, t11, alpha=0.3, normalize="tree"),
+            F.hxe(leaf, y, t11, discount=0.0),
+            F.hxe(leaf, y, t11, discount=0.3),
+            F.hxe(leaf, y, t11, discount=0.3, normalize="tree"),
             F.soft_label_ce(leaf, y, t11, beta=4.0),
         ]
     close(torch.stack(ours), TABLE[node], rtol=0, atol=1e-6)
@@ -161,7 +161,7 @@ def test_conditional_softmax_nll(case, close):
     tax, brute, z, y = case
     for alpha in (0.0, 0.4):
         reference = [brute.conditional(x, v, alpha) for x, v in rows(z, y)]
-        close(F.conditional_softmax_nll(z, y, tax, alpha=alpha, reduction="none"), reference)
+        close(F.conditional_softmax_nll(z, y, tax, discount=alpha, reduction="none"), reference)
 
 
 def test_hce_on_trees_and_their_graphs(case, close):
@@ -176,7 +176,7 @@ def test_hxe(case, close):
     leaf, z = tax.leaf, z[: tax.num_leaves, : tax.num_leaves]
     for alpha, normalize in ((0.0, "none"), (0.3, "none"), (0.3, "tree"), (-0.2, "none")):
         reference = [brute.hxe(x, v, alpha, normalize == "tree") for x, v in rows(z, leaf)]
-        close(F.hxe(z, leaf, tax, alpha=alpha, normalize=normalize, reduction="none"), reference, rtol=1e-12)
+        close(F.hxe(z, leaf, tax, discount=alpha, normalize=normalize, reduction="none"), reference, rtol=1e-12)
 
 
 def test_soft_label_ce(case, close):

@@ -1,6 +1,8 @@
 """Every loss of `hier_losses.functional` as a module; formulas, arguments and references stand with the functions.
 
 Settings are checked on construction. A module has no parameters and no state; it follows the device of its input.
+Besides the settings it names, every loss with targets takes the `options` of all of them: `ignore_index`, `classes` and
+`class_weights`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from hier_losses import functional as F
 from hier_losses._tree import Tree
-from hier_losses.functional._inputs import PerLevel, check_taxonomy
+from hier_losses.functional._inputs import PerLevel, Target, check_taxonomy
 from hier_losses.graph import LabelGraph
 
 
@@ -60,14 +62,17 @@ class _NodeLoss(_Loss):
         empty = torch.zeros(0, getattr(self.tax, self.width), device=self.tax.device)
         self(empty, torch.zeros(0, dtype=torch.int64, device=self.tax.device))
 
-    def forward(self, logits: Float[Tensor, "batch scores"], target: Tensor) -> Float[Tensor, "..."]:
+    def forward(
+        self, logits: Float[Tensor, "batch scores *rest"], target: Target, sample_weight: Tensor | None = None
+    ) -> Float[Tensor, "..."]:
         """Return the loss.
 
         Args:
             logits: one logit per node, or per leaf for the losses on leaf logits.
-            target: (B,) integer node ids.
+            target: (B, ...) integer node ids, class names, or (B, N, ...) shares of nodes.
+            sample_weight: weights in the shape of the targets.
         """
-        return type(self).function(logits, target, self.tax, **self.settings)
+        return type(self).function(logits, target, self.tax, sample_weight=sample_weight, **self.settings)
 
 
 class LevelCrossEntropy(_NodeLoss):
@@ -83,9 +88,9 @@ class LevelCrossEntropy(_NodeLoss):
         level_reduction: str = "sum",
         level_weights: PerLevel | None = None,
         label_smoothing: PerLevel = 0.0,
-        class_weights: Tensor | None = None,
         focal_gamma: float = 0.0,
         reduction: str = "mean",
+        **options: Any,
     ):
         """Keep the settings; see `functional.level_cross_entropy`."""
         super().__init__(
@@ -94,9 +99,9 @@ class LevelCrossEntropy(_NodeLoss):
             level_reduction=level_reduction,
             level_weights=level_weights,
             label_smoothing=label_smoothing,
-            class_weights=class_weights,
             focal_gamma=focal_gamma,
             reduction=reduction,
+            **options,
         )
 
 
@@ -106,10 +111,16 @@ class SemanticSoftmax(_NodeLoss):
     function = staticmethod(F.semantic_softmax)
 
     def __init__(
-        self, tax: Tree, *, max_weight: float = 20.0, label_smoothing: PerLevel = 0.0, reduction: str = "mean"
+        self,
+        tax: Tree,
+        *,
+        max_weight: float = 20.0,
+        label_smoothing: PerLevel = 0.0,
+        reduction: str = "mean",
+        **options: Any,
     ):
         """Keep the settings; see `functional.semantic_softmax`."""
-        super().__init__(tax, max_weight=max_weight, label_smoothing=label_smoothing, reduction=reduction)
+        super().__init__(tax, max_weight=max_weight, label_smoothing=label_smoothing, reduction=reduction, **options)
 
 
 class HiSCE(_NodeLoss):
@@ -126,6 +137,7 @@ class HiSCE(_NodeLoss):
         level_reduction: str = "sum",
         level_weights: PerLevel | None = None,
         reduction: str = "mean",
+        **options: Any,
     ):
         """Keep the settings; see `functional.hisce`."""
         super().__init__(
@@ -135,6 +147,7 @@ class HiSCE(_NodeLoss):
             level_reduction=level_reduction,
             level_weights=level_weights,
             reduction=reduction,
+            **options,
         )
 
 
@@ -150,24 +163,39 @@ class TPKL(_NodeLoss):
         softmax_over: str = "auto",
         temperature: float = 1.0,
         level_weights: PerLevel | None = None,
+        label_smoothing: PerLevel = 0.0,
         reduction: str = "mean",
+        **options: Any,
     ):
         """Keep the settings; see `functional.tp_kl`."""
         super().__init__(
-            tax, softmax_over=softmax_over, temperature=temperature, level_weights=level_weights, reduction=reduction
+            tax,
+            softmax_over=softmax_over,
+            temperature=temperature,
+            level_weights=level_weights,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+            **options,
         )
 
     def forward(
-        self, logits: Float[Tensor, "batch scores"], target: Tensor | None = None, target_probs: Tensor | None = None
+        self,
+        logits: Float[Tensor, "batch scores *rest"],
+        target: Target | None = None,
+        target_probs: Tensor | None = None,
+        sample_weight: Tensor | None = None,
     ) -> Float[Tensor, "..."]:
         """Return the loss.
 
         Args:
             logits: one logit per node.
-            target: (B,) integer node ids, or None with `target_probs`.
-            target_probs: (B, N) distributions over nodes.
+            target: (B, ...) integer node ids, class names, or (B, N, ...) shares of nodes; None with `target_probs`.
+            target_probs: (B, N, ...) distributions over nodes.
+            sample_weight: weights in the shape of the targets.
         """
-        return F.tp_kl(logits, target, self.tax, target_probs=target_probs, **self.settings)
+        return F.tp_kl(
+            logits, target, self.tax, target_probs=target_probs, sample_weight=sample_weight, **self.settings
+        )
 
 
 class HierarchyAwareLoss(_NodeLoss):
@@ -191,7 +219,9 @@ class HierarchyAwareLoss(_NodeLoss):
         eps: PerLevel = 0.1,
         *,
         softmax_over: str = "auto",
+        level_weights: PerLevel | None = None,
         reduction: str = "mean",
+        **options: Any,
     ):
         """Keep the settings; see `functional.hierarchy_aware_parts`."""
         super().__init__(
@@ -202,17 +232,22 @@ class HierarchyAwareLoss(_NodeLoss):
             consistency_weight=consistency_weight,
             eps=eps,
             softmax_over=softmax_over,
+            level_weights=level_weights,
             reduction=reduction,
+            **options,
         )
 
-    def parts(self, logits: Float[Tensor, "batch scores"], target: Tensor) -> dict[str, Tensor]:
+    def parts(
+        self, logits: Float[Tensor, "batch scores *rest"], target: Target, sample_weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Return "total" and each part whose weight is not 0, before weighting.
 
         Args:
             logits: one logit per node.
-            target: (B,) integer node ids.
+            target: as in `forward`.
+            sample_weight: weights in the shape of the targets.
         """
-        return F.hierarchy_aware_parts(logits, target, self.tax, **self.settings)
+        return F.hierarchy_aware_parts(logits, target, self.tax, sample_weight=sample_weight, **self.settings)
 
 
 class ConditionalSoftmaxNLL(_NodeLoss):
@@ -220,9 +255,11 @@ class ConditionalSoftmaxNLL(_NodeLoss):
 
     function = staticmethod(F.conditional_softmax_nll)
 
-    def __init__(self, tax: Tree, *, alpha: float = 0.0, reduction: str = "mean"):
+    def __init__(
+        self, tax: Tree, *, discount: float = 0.0, label_smoothing: float = 0.0, reduction: str = "mean", **options: Any
+    ):
         """Keep the settings; see `functional.conditional_softmax_nll`."""
-        super().__init__(tax, alpha=alpha, reduction=reduction)
+        super().__init__(tax, discount=discount, label_smoothing=label_smoothing, reduction=reduction, **options)
 
 
 class HCE(_NodeLoss):
@@ -231,9 +268,9 @@ class HCE(_NodeLoss):
     function = staticmethod(F.hce)
     takes_graphs = True
 
-    def __init__(self, graph: Tree | LabelGraph, *, reduction: str = "mean"):
+    def __init__(self, graph: Tree | LabelGraph, *, reduction: str = "mean", **options: Any):
         """Keep the settings; see `functional.hce`."""
-        super().__init__(graph, reduction=reduction)
+        super().__init__(graph, reduction=reduction, **options)
 
 
 class HRNTreeLoss(_NodeLoss):
@@ -241,9 +278,9 @@ class HRNTreeLoss(_NodeLoss):
 
     function = staticmethod(F.hrn_tree_loss)
 
-    def __init__(self, tax: Tree, *, activation: str = "sigmoid", reduction: str = "mean"):
+    def __init__(self, tax: Tree, *, activation: str = "sigmoid", reduction: str = "mean", **options: Any):
         """Keep the settings; see `functional.hrn_tree_loss`."""
-        super().__init__(tax, activation=activation, reduction=reduction)
+        super().__init__(tax, activation=activation, reduction=reduction, **options)
 
 
 class HXE(_NodeLoss):
@@ -252,9 +289,11 @@ class HXE(_NodeLoss):
     function = staticmethod(F.hxe)
     width = "num_leaves"
 
-    def __init__(self, tax: Tree, *, alpha: float = 0.1, normalize: str = "none", reduction: str = "mean"):
+    def __init__(
+        self, tax: Tree, *, discount: float = 0.1, normalize: str = "none", reduction: str = "mean", **options: Any
+    ):
         """Keep the settings; see `functional.hxe`."""
-        super().__init__(tax, alpha=alpha, normalize=normalize, reduction=reduction)
+        super().__init__(tax, discount=discount, normalize=normalize, reduction=reduction, **options)
 
 
 class SoftLabelCE(_NodeLoss):
@@ -263,9 +302,9 @@ class SoftLabelCE(_NodeLoss):
     function = staticmethod(F.soft_label_ce)
     width = "num_leaves"
 
-    def __init__(self, tax: Tree, *, beta: float = 10.0, reduction: str = "mean"):
+    def __init__(self, tax: Tree, *, beta: float = 10.0, reduction: str = "mean", **options: Any):
         """Keep the settings; see `functional.soft_label_ce`."""
-        super().__init__(tax, beta=beta, reduction=reduction)
+        super().__init__(tax, beta=beta, reduction=reduction, **options)
 
 
 class ParentChildConsistency(_Loss):
@@ -278,13 +317,16 @@ class ParentChildConsistency(_Loss):
     def _dry_run(self) -> None:
         self(torch.zeros(0, self.tax.num_nodes, device=self.tax.device))
 
-    def forward(self, logits: Float[Tensor, "batch scores"]) -> Float[Tensor, "..."]:
+    def forward(
+        self, logits: Float[Tensor, "batch scores *rest"], sample_weight: Tensor | None = None
+    ) -> Float[Tensor, "..."]:
         """Return the penalty.
 
         Args:
             logits: one logit per node.
+            sample_weight: (B, ...) weights.
         """
-        return F.parent_child_consistency(logits, self.tax, **self.settings)
+        return F.parent_child_consistency(logits, self.tax, sample_weight=sample_weight, **self.settings)
 
 
 class MCLoss(_Loss):

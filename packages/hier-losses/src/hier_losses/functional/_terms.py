@@ -1,17 +1,21 @@
-"""Per-level terms that several losses share: log-sum-exps, target logits and sibling groups along the target's path."""
+"""Per-level terms that several losses share: log-sum-exps, target logits and sibling groups along the target's path.
+
+Level cross-entropy, tree-path KL, HiSCE and their weighted sum are linear in the terms of one autograd function, whose
+forward and backward each read the logits once: that is what lets them cost about as much as one cross-entropy.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hier_losses._tree import Tree
-from hier_losses.functional._kernels import safe_logaddexp, safe_logsumexp
+from hier_losses.functional._kernels import finite, safe_logaddexp, safe_logsumexp
 
 
 class LevelTerms(NamedTuple):
-    """What the level losses read; L_b is the number of levels that sample b has a target on.
+    """What the level losses read; sample b has a target on some of the D levels.
 
     Attributes:
         logits: (B, N) at least float32.
@@ -19,6 +23,8 @@ class LevelTerms(NamedTuple):
         valid: (B, D) whether there is a target on that level.
         lse: (B, D) log-sum-exp over the classes of each level.
         score: (B, D) logit of the target on each level.
+        others: over the siblings of the target on each level, (B, D) each: weighted sum of their logits, sum of their
+            weights and number; None unless asked for. A sibling with logit -inf is no class and left out.
     """
 
     logits: Tensor
@@ -26,6 +32,7 @@ class LevelTerms(NamedTuple):
     valid: Tensor
     lse: Tensor
     score: Tensor
+    others: tuple[Tensor, Tensor, Tensor] | None
 
     @property
     def nll(self) -> Tensor:
@@ -33,17 +40,112 @@ class LevelTerms(NamedTuple):
         return self.lse - self.score
 
 
-def level_terms(logits: Tensor, target: Tensor, tax: Tree, levels: str = "ragged") -> LevelTerms:
+def level_terms(
+    logits: Tensor,
+    target: Tensor,
+    tax: Tree,
+    levels: str = "ragged",
+    siblings: bool = False,
+    class_weights: Tensor | None = None,
+) -> LevelTerms:
     """Return the terms over the nodes of each level, or over each level and the shallower leaves."""
-    path = tax.paths[target]
-    lse = torch.stack([level.logsumexp(1) for level in logits.split(tax.level_sizes, 1)], 1)
+    own_level = tax.paths[target]
+    own = own_level.clamp(min=0)
+    path = own_level
     if levels == "extended":
         repeats = (path < 0) & (tax.leaf_index[target] >= 0)[:, None]
         path = torch.where(repeats, target[:, None], path)
-        lse = safe_logaddexp(lse, shallow_logsumexp(logits, tax))
     valid = path >= 0
     path = path.clamp(min=0)
-    return LevelTerms(logits, path, valid, lse, logits.gather(1, path))
+    padded = siblings and own.shape[1] * tax.max_group_size < tax.num_nodes
+    node, member = _siblings(own, tax) if padded else (own[..., None][..., :0], valid[..., None][..., :0])
+    share = None if class_weights is None else class_weights[node]
+    lse, score, total, alive = _PathTerms.apply(logits, path, node, member, share, tax.level_sizes)
+    if levels == "extended":
+        lse = safe_logaddexp(lse, shallow_logsumexp(logits, tax))
+    others = None
+    if padded:
+        count = alive.sum(-1).to(logits.dtype)
+        others = total, count if share is None else torch.where(alive, share, 0.0).sum(-1), count
+    elif siblings:
+        others = over_sibling_groups(logits, own, tax, _sums_of_others(class_weights)).unbind(-1)
+    if others is not None and levels == "extended":
+        # Below its own level a repeated leaf shares with those siblings that are leaves.
+        leaves = over_sibling_groups(logits, own, tax, _sums_of_others(class_weights, tax.leaf_index >= 0))
+        last = (tax.depth[target] - 1)[:, None, None].expand(-1, 1, 3)
+        below = leaves.gather(1, last).unbind(-1)
+        others = tuple(torch.where(own_level >= 0, a, b) for a, b in zip(others, below, strict=True))
+    return LevelTerms(logits, path, valid, lse, score, others)
+
+
+def _siblings(path: Tensor, tax: Tree) -> tuple[Tensor, Tensor]:
+    """Padded ids of the siblings of each path node, itself not among them, and which are real."""
+    group = tax.parent[path] + 1
+    offset = torch.arange(tax.max_group_size, device=path.device)
+    node = tax.group_start[group][..., None] + offset
+    member = (offset < tax.group_size[group][..., None]) & (node != path[..., None])
+    return torch.where(member, node, 0), member
+
+
+def _sums_of_others(weights: Tensor | None, allowed: Tensor | None = None) -> Callable[..., Tensor]:
+    """Make a reducer for `over_sibling_groups`: the three entries of `LevelTerms.others`."""
+
+    def reduce(values: Tensor, node: Tensor, member: Tensor, own: Tensor) -> Tensor:
+        others = member & (node != own) & (values != -torch.inf)
+        if allowed is not None:
+            others = others & allowed[node]
+        count = others.sum(-1).to(values.dtype)
+        if weights is None:
+            return torch.stack([torch.where(others, values, 0.0).sum(-1), count, count], -1)
+        weight = weights[node]
+        total = torch.where(others, weight * values, 0.0).sum(-1)
+        return torch.stack([total, torch.where(others, weight, 0.0).sum(-1), count], -1)
+
+    return reduce
+
+
+class _PathTerms(torch.autograd.Function):
+    """Log-sum-exp of each level, logits along the path and sums over siblings, in one pass each way.
+
+    The backward pass writes one (B, N) gradient, where autograd would add up one per term, and recomputes the softmax
+    instead of keeping it. It consists of differentiable operations, so second derivatives work.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        logits: Tensor, path: Tensor, node: Tensor, member: Tensor, share: Tensor | None, sizes: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        lse = []
+        for level in logits.split(sizes, 1):
+            peak = finite(level.amax(1, keepdim=True))
+            lse.append((level - peak).exp_().sum(1, keepdim=True).log_().add_(peak))
+        values = logits.gather(1, node.flatten(1)).view(node.shape)
+        # Not "> -inf", so that NaN stays in.
+        alive = member & (values != -torch.inf)
+        total = torch.where(alive, values if share is None else share * values, 0.0).sum(-1)
+        return torch.cat(lse, 1), logits.gather(1, path), total, alive
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        logits, path, node, _, share, ctx.sizes = inputs
+        lse, _, _, alive = output
+        ctx.mark_non_differentiable(alive)
+        ctx.save_for_backward(logits, path, node, share, alive, lse)
+
+    @staticmethod
+    def backward(ctx: Any, grad_lse: Tensor, grad_score: Tensor, grad_total: Tensor, _: Any) -> tuple:
+        logits, path, node, share, alive, lse = ctx.saved_tensors
+        shift = finite(lse)
+        columns = zip(logits.split(ctx.sizes, 1), shift.split(1, 1), grad_lse.split(1, 1), strict=True)
+        grad = torch.cat([(level - at).exp_() * scale for level, at, scale in columns], 1)
+        each = torch.where(alive, grad_total[..., None] if share is None else share * grad_total[..., None], 0.0)
+        # Apart from zeros no entry is added to twice, so the order of the additions does not matter.
+        flat = node.shape[0], node.shape[1] * node.shape[2]
+        index = torch.cat([path, node.view(flat)], 1)
+        grad = grad.scatter_add_(1, index, torch.cat([grad_score, each.view(flat)], 1))
+        return grad, None, None, None, None, None
 
 
 def shallow_logsumexp(logits: Tensor, tax: Tree) -> Tensor:
@@ -93,3 +195,9 @@ def over_sibling_groups(
 def group_lse(values: Tensor, node: Tensor, member: Tensor, own: Tensor) -> Tensor:
     """Log-sum-exp over a sibling group; a reducer for `over_sibling_groups`."""
     return safe_logsumexp(torch.where(member, values, -torch.inf))
+
+
+def group_mean(values: Tensor, node: Tensor, member: Tensor, own: Tensor) -> Tensor:
+    """Mean over a sibling group without its classes of logit -inf; a reducer for `over_sibling_groups`."""
+    alive = member & (values != -torch.inf)
+    return torch.where(alive, values, 0.0).sum(-1) / alive.sum(-1).clamp(min=1)

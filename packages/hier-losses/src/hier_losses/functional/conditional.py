@@ -12,44 +12,57 @@ from torch import Tensor
 
 from hier_losses._tree import Tree
 from hier_losses.functional._inputs import (
+    IGNORE,
     Reduction,
+    Target,
     check_choice,
-    check_matrix,
+    check_finite,
     check_reduction,
-    check_target,
-    reduce_batch,
+    over_mixtures,
+    read_samples,
 )
 from hier_losses.functional._kernels import safe_logsumexp
-from hier_losses.functional._terms import group_lse, over_sibling_groups
+from hier_losses.functional._terms import group_lse, group_mean, over_sibling_groups
 from hier_losses.functional.tree_ops import ancestor_sum
 from hier_losses.graph import LabelGraph
 
 
+@over_mixtures
 def conditional_softmax_nll(
-    logits: Float[Tensor, "batch nodes"],
-    target: Tensor,
+    logits: Float[Tensor, "batch nodes *rest"],
+    target: Target,
     tax: Tree,
     *,
-    alpha: float = 0.0,
+    discount: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Reduction | str = "mean",
 ) -> Float[Tensor, "..."]:
     r"""Negative log-likelihood of the path when each sibling group has a softmax of its own.
 
-    $\sum_{l \le L} e^{-\alpha(l-1)}\,[lse(group(v_l)) - z_{v_l}]$; for alpha = 0 it is $-\log P(y)$, and the leaf
+    $\sum_{l \le L} e^{-\gamma (l-1)}\,[lse(group(v_l)) - z_{v_l}]$, $\gamma$ the discount; for 0 it is $-\log P(y)$, and the leaf
     probabilities sum to 1. Only the groups on the path are read. A lone child has probability 1 and no gradient.
 
     Args:
         logits: one logit per node; half precision is computed in float32.
-        target: (B,) integer node ids; an internal target is the likelihood of its subtree.
+        target: (B, ...) integer node ids, an internal one is the likelihood of its subtree; class names; or (B, N, ...) shares of nodes.
         tax: the tree.
-        alpha: discount per level, finite.
+        discount: how fast the levels below the first lose weight, finite.
+        label_smoothing: share in [0, 1) of each level's target that is spread evenly over the sibling group.
+        ignore_index: the target that stands for no label; such samples count nowhere.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0; a sample weighs as much as its target, as in torch the mean divides by the sum.
+        sample_weight: weights in the shape of the targets, at least 0; the mean divides by their sum.
         reduction: "mean", "sum" or "none" over samples.
 
     Returns:
-        A scalar, or (B,) for "none"; at least 0.
+        A scalar, or (B, ...) for "none"; at least 0.
 
     Raises:
-        ValueError: a wrong width, a target outside [0, N) or not integer, an alpha that is not finite.
+        ValueError: a wrong width, a target outside [0, N) or not integer, a setting outside its range.
 
     >>> from hier_losses.taxonomy import Taxonomy
     >>> tax = Taxonomy.from_paths([("a", "a1"), ("a", "a2"), ("b",)])
@@ -57,23 +70,39 @@ def conditional_softmax_nll(
     0.6931
     """
     check_reduction(reduction)
-    if not abs(alpha) < float("inf"):
-        raise ValueError(f"alpha must be finite, got {alpha}")
-    logits = check_matrix("logits", logits, tax.num_nodes)
-    tax = tax.to(logits.device)
-    target = check_target(target, logits.shape[0], tax)
+    check_finite("discount", discount)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+    samples = read_samples(
+        "logits",
+        logits,
+        target,
+        tax,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
+    )
+    logits, target, tax = samples.logits, samples.target, samples.tax
     path = tax.paths[target]
     valid, path = path >= 0, path.clamp(min=0)
     nll = over_sibling_groups(logits, path, tax, group_lse) - logits.gather(1, path)
-    discount = torch.exp(-alpha * torch.arange(tax.num_levels, device=logits.device, dtype=logits.dtype))
-    return reduce_batch(torch.where(valid, nll * discount, 0.0).sum(1), reduction)
+    if label_smoothing:
+        nll = nll + label_smoothing * (logits.gather(1, path) - over_sibling_groups(logits, path, tax, group_mean))
+    step = torch.exp(-discount * torch.arange(tax.num_levels, device=logits.device, dtype=logits.dtype))
+    return samples.by_class().reduce(torch.where(valid, nll * step, 0.0).sum(1), reduction)
 
 
+@over_mixtures
 def hce(
-    logits: Float[Tensor, "batch nodes"],
-    target: Tensor,
+    logits: Float[Tensor, "batch nodes *rest"],
+    target: Target,
     graph: Tree | LabelGraph,
     *,
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Reduction | str = "mean",
 ) -> Float[Tensor, "..."]:
     r"""Hierarchical cross-entropy: the softmax mass of the target and everything below it.
@@ -83,30 +112,47 @@ def hce(
 
     Args:
         logits: one logit per node; half precision is computed in float32.
-        target: (B,) integer node ids.
+        target: (B, ...) integer node ids, internal nodes included; class names; or (B, N, ...) shares of nodes.
         graph: a tree, or a label graph with several parents per node, where each descendant counts once.
+        ignore_index: the target that stands for no label; such samples count nowhere.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0; a sample weighs as much as its target, as in torch the mean divides by the sum.
+        sample_weight: weights in the shape of the targets, at least 0; the mean divides by their sum.
         reduction: "mean", "sum" or "none" over samples.
 
     Returns:
-        A scalar, or (B,) for "none"; at least 0.
+        A scalar, or (B, ...) for "none"; at least 0.
 
     Raises:
         ValueError: a wrong width, a target outside [0, N) or not integer.
     """
     check_reduction(reduction)
-    logits = check_matrix("logits", logits, graph.num_nodes)
-    graph = graph.to(logits.device)
-    target = check_target(target, logits.shape[0], graph)
+    samples = read_samples(
+        "logits",
+        logits,
+        target,
+        graph,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
+    )
+    logits, target, graph = samples.logits, samples.target, samples.tax
     inside = torch.where(descendant_mask(target, graph), logits, -torch.inf)
-    return reduce_batch(logits.logsumexp(1) - safe_logsumexp(inside), reduction)
+    return samples.by_class().reduce(logits.logsumexp(1) - safe_logsumexp(inside), reduction)
 
 
+@over_mixtures
 def hrn_tree_loss(
-    logits: Float[Tensor, "batch nodes"],
-    target: Tensor,
+    logits: Float[Tensor, "batch nodes *rest"],
+    target: Target,
     tax: Tree,
     *,
     activation: str = "sigmoid",
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Reduction | str = "mean",
 ) -> Float[Tensor, "..."]:
     r"""Negative log marginal of a node over the legal label sets of a tree.
@@ -117,26 +163,38 @@ def hrn_tree_loss(
 
     Args:
         logits: one logit per node; half precision is computed in float32.
-        target: (B,) integer node ids, internal nodes included.
+        target: (B, ...) integer node ids, internal nodes included; class names; or (B, N, ...) shares of nodes.
         tax: the tree.
         activation: "sigmoid" (Chen et al. 2022) or "identity" (Deng et al. 2014).
+        ignore_index: the target that stands for no label; such samples count nowhere.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0; a sample weighs as much as its target, as in torch the mean divides by the sum.
+        sample_weight: weights in the shape of the targets, at least 0; the mean divides by their sum.
         reduction: "mean", "sum" or "none" over samples.
 
     Returns:
-        A scalar, or (B,) for "none"; at least 0. With "sigmoid" it cannot reach 0: potentials are below 1.
+        A scalar, or (B, ...) for "none"; at least 0. With "sigmoid" it cannot reach 0: potentials are below 1.
 
     Raises:
         ValueError: a wrong width, a target outside [0, N) or not integer, an unknown activation.
     """
     check_choice("activation", activation, ("sigmoid", "identity"))
     check_reduction(reduction)
-    logits = check_matrix("logits", logits, tax.num_nodes)
-    tax = tax.to(logits.device)
-    target = check_target(target, logits.shape[0], tax)
+    samples = read_samples(
+        "logits",
+        logits,
+        target,
+        tax,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
+    )
+    logits, target, tax = samples.logits, samples.target, samples.tax
     score = ancestor_sum(logits.sigmoid() if activation == "sigmoid" else logits, tax)
     inside = torch.where(descendant_mask(target, tax), score, -torch.inf)
     lse = torch.logaddexp(score.logsumexp(1), torch.zeros_like(score[:, 0]))
-    return reduce_batch(lse - safe_logsumexp(inside), reduction)
+    return samples.by_class().reduce(lse - safe_logsumexp(inside), reduction)
 
 
 def descendant_mask(target: Tensor, graph: Tree | LabelGraph) -> Tensor:

@@ -10,33 +10,38 @@ from torch import Tensor
 
 from hier_losses._tree import Tree
 from hier_losses.functional._inputs import (
+    IGNORE,
     LevelReduction,
     Levels,
     PerLevel,
     Reduction,
+    Samples,
+    Target,
     check_choice,
-    check_matrix,
     check_reduction,
-    check_target,
     over_levels,
+    over_mixtures,
     per_level,
-    reduce_batch,
-    require,
+    read_samples,
 )
-from hier_losses.functional._terms import LevelTerms, level_terms, over_sibling_groups, shallow_sum
+from hier_losses.functional._terms import LevelTerms, level_terms, shallow_sum
 
 
+@over_mixtures
 def level_cross_entropy(
-    logits: Float[Tensor, "batch nodes"],
-    target: Tensor,
+    logits: Float[Tensor, "batch nodes *rest"],
+    target: Target,
     tax: Tree,
     *,
     levels: Levels | str = "ragged",
     level_reduction: LevelReduction | str = "sum",
     level_weights: PerLevel | None = None,
     label_smoothing: PerLevel = 0.0,
-    class_weights: Tensor | None = None,
     focal_gamma: float = 0.0,
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Reduction | str = "mean",
 ) -> Float[Tensor, "..."]:
     r"""Cross-entropy with one softmax per level, $\sum_l w_l\,[lse_l(z) - z_{v_l}]$ over the path $v_1..v_L$.
@@ -47,19 +52,22 @@ def level_cross_entropy(
 
     Args:
         logits: one logit per node; half precision is computed in float32.
-        target: (B,) integer node ids, internal nodes included.
+        target: (B, ...) integer node ids, internal nodes included; class names; or (B, N, ...) shares of nodes.
         tax: the tree.
         levels: "ragged" or "extended".
         level_reduction: weighted "sum" or weighted "mean" over the levels that have a term.
         level_weights: number or D numbers, at least 0.
         label_smoothing: number or D numbers in [0, 1), spread evenly over the classes of the level.
-        class_weights: (N,) at least 0; each class's share of the term is multiplied by its weight, as in
-            `torch.nn.functional.cross_entropy`, but the batch mean divides by B.
         focal_gamma: exponent of (1 - p) in the focal loss, at least 0; not together with label smoothing.
+        ignore_index: the target that stands for no label; such samples count nowhere.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0; each class's share of a level's term is multiplied by its weight. As in torch,
+            the mean of a level divides by the sum of the weights of its targets (relative to their number).
+        sample_weight: weights in the shape of the targets, at least 0; the mean divides by their sum.
         reduction: "mean", "sum" or "none" over samples.
 
     Returns:
-        A scalar, or (B,) for "none"; at least 0.
+        A scalar, or (B, ...) for "none"; at least 0.
 
     Raises:
         ValueError: a wrong width, a target outside [0, N) or not integer, a setting outside its range.
@@ -77,12 +85,19 @@ def level_cross_entropy(
     smooth = not (isinstance(label_smoothing, (int, float)) and label_smoothing == 0)
     if smooth and focal_gamma:
         raise ValueError(f"label_smoothing must be 0 with focal_gamma {focal_gamma}, got {label_smoothing}")
-    logits = check_matrix("logits", logits, tax.num_nodes)
-    tax = tax.to(logits.device)
-    target = check_target(target, logits.shape[0], tax)
+    samples = read_samples(
+        "logits",
+        logits,
+        target,
+        tax,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
+    )
+    logits, target, tax = samples.logits, samples.target, samples.tax
     terms = level_terms(logits, target, tax, levels)
-    loss = terms.nll
-    weight = None if class_weights is None else _class_weights(class_weights, logits)
+    loss, weight = terms.nll, samples.class_weights
     if weight is not None:
         loss = loss * weight[terms.path]
     if smooth:
@@ -92,7 +107,20 @@ def level_cross_entropy(
         # -expm1 keeps 1 - p exact near p = 1; the clamp keeps the gradient of a power below 1 finite there.
         miss = -torch.expm1(-terms.nll)
         loss = loss * miss.clamp(min=torch.finfo(loss.dtype).tiny) ** focal_gamma
-    return reduce_batch(over_levels(loss, terms.valid, level_weights, level_reduction), reduction)
+    if reduction == "mean":
+        loss = balanced(loss, terms, samples)
+    return samples.reduce(over_levels(loss, terms.valid, level_weights, level_reduction), reduction)
+
+
+def balanced(loss: Tensor, terms: LevelTerms, samples: Samples) -> Tensor:
+    """Divide the terms of each level by the mean class weight of its targets, so that the batch mean is torch's."""
+    if samples.class_weights is None:
+        return loss
+    present = (terms.valid & samples.kept[:, None]).to(loss.dtype)
+    if samples.weight is not None:
+        present = present * samples.weight[:, None]
+    mass = (present * samples.class_weights[terms.path]).sum(0)
+    return loss * (present.sum(0) / torch.where(mass > 0, mass, 1.0))
 
 
 def semantic_softmax_weights(tax: Tree, max_weight: float = 20.0) -> Float[Tensor, " levels"]:
@@ -126,45 +154,68 @@ def semantic_softmax_weights(tax: Tree, max_weight: float = 20.0) -> Float[Tenso
 
 
 def semantic_softmax(
-    logits: Float[Tensor, "batch nodes"],
-    target: Tensor,
+    logits: Float[Tensor, "batch nodes *rest"],
+    target: Target,
     tax: Tree,
     *,
     max_weight: float = 20.0,
     label_smoothing: PerLevel = 0.0,
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Reduction | str = "mean",
 ) -> Float[Tensor, "..."]:
     r"""Level cross-entropy with the weights of `semantic_softmax_weights`, $\sum_l w_l CE_l$ over the target's levels.
 
     Args:
         logits: one logit per node.
-        target: (B,) integer node ids, internal nodes included.
+        target: (B, ...) integer node ids, internal nodes included; class names; or (B, N, ...) shares of nodes.
         tax: the tree.
         max_weight: bound of the weights.
         label_smoothing: number or D numbers in [0, 1).
+        ignore_index: the target that stands for no label; such samples count nowhere.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0; each class's share of a level's term is multiplied by its weight. As in torch,
+            the mean of a level divides by the sum of the weights of its targets (relative to their number).
+        sample_weight: weights in the shape of the targets, at least 0; the mean divides by their sum.
         reduction: "mean", "sum" or "none" over samples.
 
     Returns:
-        A scalar, or (B,) for "none"; at least 0.
+        A scalar, or (B, ...) for "none"; at least 0.
 
     Raises:
         ValueError: as `level_cross_entropy`.
     """
     weights = semantic_softmax_weights(tax, max_weight)
     return level_cross_entropy(
-        logits, target, tax, level_weights=weights, label_smoothing=label_smoothing, reduction=reduction
+        logits,
+        target,
+        tax,
+        level_weights=weights,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
+        reduction=reduction,
     )
 
 
+@over_mixtures
 def hisce(
-    logits: Float[Tensor, "batch nodes"],
-    target: Tensor,
+    logits: Float[Tensor, "batch nodes *rest"],
+    target: Target,
     tax: Tree,
     *,
     eps: PerLevel = 0.1,
     levels: Levels | str = "ragged",
     level_reduction: LevelReduction | str = "sum",
     level_weights: PerLevel | None = None,
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Reduction | str = "mean",
 ) -> Float[Tensor, "..."]:
     r"""Hierarchy-sibling smoothed cross-entropy: each level's target gives the share eps to the siblings.
@@ -176,16 +227,21 @@ def hisce(
 
     Args:
         logits: one logit per node; half precision is computed in float32.
-        target: (B,) integer node ids, internal nodes included.
+        target: (B, ...) integer node ids, internal nodes included; class names; or (B, N, ...) shares of nodes.
         tax: the tree.
         eps: number or D numbers in [0, 1).
         levels: "ragged" or "extended", as in `level_cross_entropy`.
         level_reduction: weighted "sum" or weighted "mean" over the levels that have a term.
         level_weights: number or D numbers, at least 0.
+        ignore_index: the target that stands for no label; such samples count nowhere.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0; each class's share of a level's term is multiplied by its weight. As in torch,
+            the mean of a level divides by the sum of the weights of its targets (relative to their number).
+        sample_weight: weights in the shape of the targets, at least 0; the mean divides by their sum.
         reduction: "mean", "sum" or "none" over samples.
 
     Returns:
-        A scalar, or (B,) for "none"; per level at least the entropy of the smoothed target.
+        A scalar, or (B, ...) for "none"; per level at least the entropy of the smoothed target.
 
     Raises:
         ValueError: a wrong width, a target outside [0, N) or not integer, a setting outside its range.
@@ -193,56 +249,49 @@ def hisce(
     check_choice("levels", levels, ("ragged", "extended"))
     check_choice("level_reduction", level_reduction, ("sum", "mean"))
     check_reduction(reduction)
-    logits = check_matrix("logits", logits, tax.num_nodes)
-    tax = tax.to(logits.device)
-    target = check_target(target, logits.shape[0], tax)
-    terms = level_terms(logits, target, tax, levels)
-    loss = smoothed_nll(terms, target, tax, eps, levels)
-    return reduce_batch(over_levels(loss, terms.valid, level_weights, level_reduction), reduction)
+    samples = read_samples(
+        "logits",
+        logits,
+        target,
+        tax,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
+    )
+    logits, target, tax = samples.logits, samples.target, samples.tax
+    terms = level_terms(logits, target, tax, levels, siblings=True, class_weights=samples.class_weights)
+    loss = smoothed_nll(terms, eps, samples.class_weights)
+    if reduction == "mean":
+        loss = balanced(loss, terms, samples)
+    return samples.reduce(over_levels(loss, terms.valid, level_weights, level_reduction), reduction)
 
 
-def smoothed_nll(terms: LevelTerms, target: Tensor, tax: Tree, eps: PerLevel, levels: str = "ragged") -> Tensor:
-    """HiSCE per level, (B, D); meaningless where not valid."""
-    share = per_level("eps", eps, terms.logits, tax.num_levels, below=1.0)
-    own_level = tax.paths[target]
-    path = own_level.clamp(min=0)
-    mean = over_sibling_groups(terms.logits, path, tax, _mean_of_others)
-    if levels == "extended":
-
-        def mean_of_other_leaves(values: Tensor, node: Tensor, member: Tensor, own: Tensor) -> Tensor:
-            return _mean_of_others(values, node, member & ((tax.leaf_index[node] >= 0) | (node == own)), own)
-
-        leaf_mean = over_sibling_groups(terms.logits, path, tax, mean_of_other_leaves)
-        mean = torch.where(own_level >= 0, mean, leaf_mean.gather(1, (tax.depth[target] - 1)[:, None]))
-    return terms.nll + share * (terms.score - mean)
-
-
-def _mean_of_others(values: Tensor, node: Tensor, member: Tensor, own: Tensor) -> Tensor:
-    """Mean over the group without the node itself, or the node's own value if it is alone."""
-    others = member & (node != own)
-    count = others.sum(-1)
-    alone = (member & (node == own)) & (count == 0)[..., None]
-    return torch.where(others | alone, values, 0.0).sum(-1) / count.clamp(min=1)
+def smoothed_nll(terms: LevelTerms, eps: PerLevel, class_weights: Tensor | None = None) -> Tensor:
+    """HiSCE per level, (B, D), from terms with siblings; meaningless where not valid."""
+    assert terms.others is not None
+    total, mass, count = terms.others
+    share = per_level("eps", eps, terms.logits, terms.lse.shape[1], below=1.0)
+    if class_weights is None:
+        mean = torch.where(count > 0, total / count.clamp(min=1), terms.score)
+        return terms.nll + share * (terms.score - mean)
+    own = class_weights[terms.path] * terms.nll
+    spread = (mass * terms.lse - total) / count.clamp(min=1)
+    return torch.where(count > 0, (1 - share) * own + share * spread, own)
 
 
 def _uniform_nll(terms: LevelTerms, weight: Tensor | None, tax: Tree, levels: str) -> Tensor:
     """Mean over the classes of each level of their (weighted) negative log-likelihoods, (B, D)."""
-    weight = torch.ones_like(terms.logits[:1]) if weight is None else weight[None]
-    count = torch.tensor(tax.level_sizes, device=terms.logits.device)
-    mass, score = _level_sum(weight, tax), _level_sum(weight * terms.logits, tax)
+    # A class with logit -inf is no class.
+    alive = (terms.logits != -torch.inf).to(terms.logits.dtype)
+    weight = alive if weight is None else weight * alive
+    weighted = weight * torch.where(alive > 0, terms.logits, 0.0)
+    count, mass, score = (_level_sum(values, tax) for values in (alive, weight, weighted))
     if levels == "extended":
-        count = count + shallow_sum(torch.ones_like(terms.logits[:1]), tax)
-        mass, score = mass + shallow_sum(weight, tax), score + shallow_sum(weight * terms.logits, tax)
-    return (terms.lse * mass - score) / count
+        count, mass = count + shallow_sum(alive, tax), mass + shallow_sum(weight, tax)
+        score = score + shallow_sum(weighted, tax)
+    return (terms.lse * mass - score) / count.clamp(min=1)
 
 
 def _level_sum(values: Tensor, tax: Tree) -> Tensor:
     return torch.stack([level.sum(1) for level in values.split(tax.level_sizes, 1)], 1)
-
-
-def _class_weights(weights: Tensor, logits: Tensor) -> Tensor:
-    weights = weights.to(logits)
-    if weights.shape != logits.shape[1:]:
-        raise ValueError(f"class_weights must have shape ({logits.shape[1]},), got {tuple(weights.shape)}")
-    require(weights >= 0, lambda row: f"class_weights must be at least 0, got {float(weights[row])} for node {row}")
-    return weights

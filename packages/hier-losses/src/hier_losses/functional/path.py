@@ -10,29 +10,38 @@ from torch import Tensor
 
 from hier_losses._tree import Tree
 from hier_losses.functional._inputs import (
+    IGNORE,
     PerLevel,
     Reduction,
+    Target,
     check_choice,
-    check_matrix,
     check_reduction,
+    check_scores,
     check_target,
+    over_mixtures,
     per_level,
-    reduce_batch,
+    read_samples,
     require,
 )
 from hier_losses.functional._kernels import safe_logsumexp
 from hier_losses.functional._terms import LevelTerms, level_terms
 
 
+@over_mixtures
 def tp_kl(
-    logits: Float[Tensor, "batch nodes"],
-    target: Tensor | None,
+    logits: Float[Tensor, "batch nodes *rest"],
+    target: Target | None,
     tax: Tree,
     *,
     softmax_over: str = "auto",
     temperature: float = 1.0,
     level_weights: PerLevel | None = None,
+    label_smoothing: PerLevel = 0.0,
     target_probs: Tensor | None = None,
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Reduction | str = "mean",
 ) -> Float[Tensor, "..."]:
     r"""KL divergence from the target's path to the softmax over all nodes.
@@ -44,18 +53,24 @@ def tp_kl(
 
     Args:
         logits: one logit per node; half precision is computed in float32.
-        target: (B,) integer node ids, internal nodes included; None with `target_probs`.
+        target: (B, ...) integer node ids, internal nodes included; class names; or (B, N, ...) shares of nodes; None
+            with `target_probs`.
         tax: the tree.
         softmax_over: "all" nodes; the "valid" levels, down to the target's own; "auto" is "all" for leaves and
             "valid" for internal targets, whose lower levels are unknown rather than absent.
         temperature: positive divisor of the logits.
         level_weights: number or D numbers, at least 0. A sample whose levels all weigh 0 has loss 0.
-        target_probs: (B, N) distribution over nodes instead of `target`, see `path_probs`; "auto" is then "all", and
+        label_smoothing: number or D numbers in [0, 1), the share of each level's mass spread evenly over that level.
+        target_probs: (B, N, ...) distribution over nodes instead of `target`, see `path_probs`; "auto" is then "all", and
             "valid" reaches down to the deepest level with mass.
+        ignore_index: the target that stands for no label; such samples count nowhere.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0; a sample weighs as much as its target, as in torch the mean divides by the sum.
+        sample_weight: weights in the shape of the targets, at least 0; the mean divides by their sum.
         reduction: "mean", "sum" or "none" over samples.
 
     Returns:
-        A scalar, or (B,) for "none"; at least 0, up to rounding.
+        A scalar, or (B, ...) for "none"; at least 0, up to rounding.
 
     Raises:
         ValueError: a wrong width, a target outside [0, N) or not integer, both or neither of target and
@@ -71,17 +86,44 @@ def tp_kl(
     check_temperature(temperature)
     if target is not None and target_probs is not None:
         raise ValueError("give either target or target_probs, got both")
-    logits = check_matrix("logits", logits, tax.num_nodes) / temperature
-    tax = tax.to(logits.device)
-    if target_probs is not None:
-        if level_weights is not None:
-            raise ValueError(f"level_weights must be None with target_probs, which holds them, got {level_weights}")
-        return reduce_batch(_kl_to_probs(logits, target_probs, tax, softmax_over), reduction)
-    if target is None:
+    if target_probs is not None and level_weights is not None:
+        raise ValueError(f"level_weights must be None with target_probs, which holds them, got {level_weights}")
+    if target is None and target_probs is None:
         raise ValueError("give either target or target_probs, got neither")
-    target = check_target(target, logits.shape[0], tax)
-    terms = level_terms(logits, target, tax)
-    return reduce_batch(path_kl(terms, target, tax, softmax_over, level_weights), reduction)
+    samples = read_samples(
+        "logits",
+        logits,
+        target,
+        tax,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
+    )
+    wanted = logits.shape
+    logits, tax = samples.logits / temperature, samples.tax
+    smooth = not (isinstance(label_smoothing, (int, float)) and label_smoothing == 0)
+    if target_probs is not None:
+        if smooth or class_weights is not None:
+            raise ValueError("label_smoothing and class_weights go with target, not with target_probs")
+        if target_probs.shape != wanted:
+            raise ValueError(f"target_probs must have shape {tuple(wanted)}, got {tuple(target_probs.shape)}")
+        probs = check_scores("target_probs", target_probs, tax.num_nodes).to(logits.dtype)
+        require((probs >= 0).all(1), lambda row: f"target_probs must be at least 0, row {row} is not")
+        total = probs.sum(1)
+        require(
+            (total - 1).abs() < 1e-3, lambda row: f"target_probs rows must sum to 1, row {row} sums to {total[row]}"
+        )
+        return samples.reduce(_kl_to_probs(logits, probs, tax, softmax_over), reduction)
+    if smooth:
+        probs = _path_shares(samples.target, tax, label_smoothing, level_weights, logits)
+        whole = (softmax_over == "all") | ((softmax_over == "auto") & (tax.leaf_index[samples.target] >= 0))
+        deepest = torch.where(whole, tax.num_levels, tax.depth[samples.target])
+        loss = torch.where(probs.sum(1) > 0, _kl_to_probs(logits, probs, tax, softmax_over, deepest), 0.0)
+    else:
+        terms = level_terms(logits, samples.target, tax)
+        loss = path_kl(terms, samples.target, tax, softmax_over, level_weights)
+    return samples.by_class().reduce(loss, reduction)
 
 
 def path_kl(
@@ -126,19 +168,29 @@ def path_probs(
         raise ValueError(f"target must have shape (batch,), got {tuple(target.shape)}")
     tax = tax.to(target.device)
     target = check_target(target, target.shape[0], tax)
-    like = torch.empty(0, device=target.device)
+    like = torch.zeros(1, tax.num_nodes, device=target.device)
+    shares = _path_shares(target, tax, label_smoothing, level_weights, like)
+    known = shares.sum(1) > 0
+    require(known, lambda row: f"level_weights must be positive on a level of each target, row {row} has none")
+    return shares
+
+
+def _path_shares(
+    target: Tensor, tax: Tree, label_smoothing: PerLevel, level_weights: PerLevel | None, logits: Tensor
+) -> Tensor:
+    """Rows of `path_probs`, 0 where all weights are; classes whose logit is -inf take no share of the smoothing."""
     path = tax.paths[target]
-    share = (path >= 0).to(like.dtype)
+    share = (path >= 0).to(logits.dtype)
     if level_weights is not None:
-        share = share * per_level("level_weights", level_weights, like, tax.num_levels)
+        share = share * per_level("level_weights", level_weights, logits, tax.num_levels)
     mass = share.sum(1, keepdim=True)
-    require(mass[:, 0] > 0, lambda row: f"level_weights must be positive on a level of each target, row {row} has none")
-    share = share / mass
-    smooth = per_level("label_smoothing", label_smoothing, like, tax.num_levels, below=1.0)
-    hard = torch.zeros(len(target), tax.num_nodes, device=target.device)
+    share = share / torch.where(mass > 0, mass, 1.0)
+    smooth = per_level("label_smoothing", label_smoothing, logits, tax.num_levels, below=1.0)
+    hard = torch.zeros(len(target), tax.num_nodes, dtype=logits.dtype, device=target.device)
     hard = hard.scatter_add(1, path.clamp(min=0), share * (1 - smooth))
-    sizes = tax.level_ptr[1:] - tax.level_ptr[:-1]
-    return hard + (share * smooth / sizes)[:, tax.depth - 1]
+    alive = (logits != -torch.inf).to(logits.dtype)
+    sizes = torch.stack([level.sum(1) for level in alive.split(tax.level_sizes, 1)], 1)
+    return hard + alive * (share * smooth / sizes.clamp(min=1))[:, tax.depth - 1]
 
 
 def check_temperature(temperature: float) -> None:
@@ -147,17 +199,12 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
-def _kl_to_probs(logits: Tensor, probs: Tensor, tax: Tree, softmax_over: str) -> Tensor:
-    if probs.shape != logits.shape:
-        raise ValueError(f"target_probs must have shape {tuple(logits.shape)}, got {tuple(probs.shape)}")
-    probs = probs.to(logits.dtype)
-    require((probs >= 0).all(1), lambda row: f"target_probs must be at least 0, row {row} is not")
-    total = probs.sum(1)
-    require((total - 1).abs() < 1e-3, lambda row: f"target_probs rows must sum to 1, row {row} sums to {total[row]}")
+def _kl_to_probs(logits: Tensor, probs: Tensor, tax: Tree, softmax_over: str, deepest: Tensor | None = None) -> Tensor:
     lse = torch.stack([level.logsumexp(1) for level in logits.split(tax.level_sizes, 1)], 1)
-    deepest = torch.full_like(probs[:, 0], tax.num_levels, dtype=torch.int64)
-    if softmax_over == "valid":
-        deepest = torch.where(probs > 0, tax.depth, 0).amax(1)
+    if deepest is None:
+        deepest = torch.full_like(probs[:, 0], tax.num_levels, dtype=torch.int64)
+        if softmax_over == "valid":
+            deepest = torch.where(probs > 0, tax.depth, 0).amax(1)
     score = torch.where(probs > 0, probs * logits, 0.0).sum(1)
     return _lse_down_to(lse, deepest) - score + torch.xlogy(probs, probs).sum(1)
 

@@ -8,24 +8,26 @@ from torch import Tensor
 
 from hier_losses._tree import Tree
 from hier_losses.functional._inputs import (
+    IGNORE,
     PerLevel,
     Reduction,
+    Target,
     check_choice,
-    check_matrix,
     check_reduction,
-    check_target,
     over_levels,
-    reduce_batch,
+    over_mixtures,
+    read_samples,
 )
 from hier_losses.functional._terms import level_terms
 from hier_losses.functional.consistency import parent_child_consistency
-from hier_losses.functional.level import smoothed_nll
+from hier_losses.functional.level import balanced, smoothed_nll
 from hier_losses.functional.path import path_kl
 
 
+@over_mixtures
 def hierarchy_aware_parts(
-    logits: Float[Tensor, "batch nodes"],
-    target: Tensor,
+    logits: Float[Tensor, "batch nodes *rest"],
+    target: Target,
     tax: Tree,
     *,
     alpha: float = 1.0,
@@ -34,13 +36,18 @@ def hierarchy_aware_parts(
     consistency_weight: float = 0.0,
     eps: PerLevel = 0.1,
     softmax_over: str = "auto",
+    level_weights: PerLevel | None = None,
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Reduction | str = "mean",
 ) -> dict[str, Tensor]:
     r"""Return the parts of `hierarchy_aware_loss` before weighting, and their weighted sum.
 
     Args:
         logits: one logit per node; half precision is computed in float32.
-        target: (B,) integer node ids, internal nodes included.
+        target: (B, ...) integer node ids, internal nodes included; class names; or (B, N, ...) shares of nodes.
         tax: the tree.
         alpha: weight of TP-KL.
         lam: weight of HiSCE, summed over levels; HiSCE contains the cross-entropy.
@@ -48,6 +55,12 @@ def hierarchy_aware_parts(
         consistency_weight: weight of the parent-child penalty (JSD).
         eps: HiSCE's smoothing, a number or D numbers in [0, 1).
         softmax_over: "auto", "all" or "valid", see `tp_kl`.
+        level_weights: number or D numbers, at least 0: shares of the path in TP-KL, factors of the levels in HiSCE and
+            in the cross-entropy.
+        ignore_index: the target that stands for no label; such samples count nowhere, but for the consistency.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0, as in `tp_kl` (by target) and in `hisce` (by the class of each level).
+        sample_weight: weights in the shape of the targets, at least 0; the mean divides by their sum.
         reduction: "mean", "sum" or "none" over samples.
 
     Returns:
@@ -60,31 +73,45 @@ def hierarchy_aware_parts(
     check_weights(alpha, lam, ce_weight, consistency_weight)
     check_choice("softmax_over", softmax_over, ("auto", "all", "valid"))
     check_reduction(reduction)
-    logits = check_matrix("logits", logits, tax.num_nodes)
-    tax = tax.to(logits.device)
-    target = check_target(target, logits.shape[0], tax)
-    terms = level_terms(logits, target, tax)
+    samples = read_samples(
+        "logits",
+        logits,
+        target,
+        tax,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
+    )
+    weight = samples.class_weights
+    terms = level_terms(samples.logits, samples.target, samples.tax, siblings=bool(lam), class_weights=weight)
+
+    def reduced(loss: Tensor) -> Tensor:
+        if reduction == "mean":
+            loss = balanced(loss, terms, samples)
+        return samples.reduce(over_levels(loss, terms.valid, level_weights, "sum"), reduction)
+
     parts = {}
     if alpha:
-        parts["tp_kl"] = reduce_batch(path_kl(terms, target, tax, softmax_over), reduction)
+        loss = path_kl(terms, samples.target, samples.tax, softmax_over, level_weights)
+        parts["tp_kl"] = samples.by_class().reduce(loss, reduction)
     if lam:
-        loss = over_levels(smoothed_nll(terms, target, tax, eps), terms.valid, None, "sum")
-        parts["hisce"] = reduce_batch(loss, reduction)
+        parts["hisce"] = reduced(smoothed_nll(terms, eps, weight))
     if ce_weight:
-        parts["ce"] = reduce_batch(over_levels(terms.nll, terms.valid, None, "sum"), reduction)
+        parts["ce"] = reduced(terms.nll if weight is None else terms.nll * weight[terms.path])
     if consistency_weight:
-        parts["consistency"] = parent_child_consistency(logits, tax, reduction=reduction)
+        parts["consistency"] = parent_child_consistency(logits, tax, sample_weight=sample_weight, reduction=reduction)
     # With all weights 0 the total must still carry the graph.
     weighted = [weights[name] * part for name, part in parts.items()]
-    total = reduce_batch(0.0 * terms.nll[:, 0], reduction) if not weighted else weighted[0]
+    total = samples.reduce(0.0 * terms.nll[:, 0], reduction) if not weighted else weighted[0]
     for part in weighted[1:]:
         total = total + part
     return {"total": total, **parts}
 
 
 def hierarchy_aware_loss(
-    logits: Float[Tensor, "batch nodes"],
-    target: Tensor,
+    logits: Float[Tensor, "batch nodes *rest"],
+    target: Target,
     tax: Tree,
     *,
     alpha: float = 1.0,
@@ -93,13 +120,18 @@ def hierarchy_aware_loss(
     consistency_weight: float = 0.0,
     eps: PerLevel = 0.1,
     softmax_over: str = "auto",
+    level_weights: PerLevel | None = None,
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Reduction | str = "mean",
 ) -> Float[Tensor, "..."]:
     r"""$ce\_weight \sum_l CE_l + \alpha\,TPKL + \lambda\,HiSCE + consistency\_weight\,PC$.
 
     Args:
         logits: one logit per node; half precision is computed in float32.
-        target: (B,) integer node ids, internal nodes included.
+        target: (B, ...) integer node ids, internal nodes included; class names; or (B, N, ...) shares of nodes.
         tax: the tree.
         alpha: weight of TP-KL.
         lam: weight of HiSCE.
@@ -107,10 +139,16 @@ def hierarchy_aware_loss(
         consistency_weight: weight of the parent-child penalty.
         eps: HiSCE's smoothing.
         softmax_over: "auto", "all" or "valid", see `tp_kl`.
+        level_weights: number or D numbers, at least 0: shares of the path in TP-KL, factors of the levels in HiSCE and
+            in the cross-entropy.
+        ignore_index: the target that stands for no label; such samples count nowhere, but for the consistency.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0, as in `tp_kl` (by target) and in `hisce` (by the class of each level).
+        sample_weight: weights in the shape of the targets, at least 0; the mean divides by their sum.
         reduction: "mean", "sum" or "none" over samples.
 
     Returns:
-        A scalar, or (B,) for "none".
+        A scalar, or (B, ...) for "none".
 
     Raises:
         ValueError: as `hierarchy_aware_parts`.
@@ -125,6 +163,11 @@ def hierarchy_aware_loss(
         consistency_weight=consistency_weight,
         eps=eps,
         softmax_over=softmax_over,
+        level_weights=level_weights,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
         reduction=reduction,
     )["total"]
 

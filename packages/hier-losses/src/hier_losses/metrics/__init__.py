@@ -28,6 +28,7 @@ from hier_losses.metrics.paths import (
     weighted_average_precision,
 )
 from hier_losses.metrics.prf import HierarchicalPRF, hierarchical_prf
+from hier_losses.metrics.samples import SampleScore, logit_scores, path_scores
 
 __all__ = [
     "HCA",
@@ -44,6 +45,7 @@ __all__ = [
     "LevelAccuracy",
     "MistakeSeverity",
     "NodeAUROC",
+    "SampleScore",
     "ViolationRate",
     "WeightedAveragePrecision",
     "average_hierarchical_distance",
@@ -55,11 +57,13 @@ __all__ = [
     "lca_metrics",
     "leaf_accuracy",
     "level_accuracy",
+    "logit_scores",
     "max_leaf_distance",
     "mistake_severity",
     "mta",
     "mta_majority_baseline",
     "node_auroc",
+    "path_scores",
     "tice",
     "violation_rate",
     "weighted_average_precision",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from hier_losses._fingerprint import fingerprint
-from hier_losses.functional._inputs import check_choice, check_target, check_taxonomy, require
+from hier_losses.functional._inputs import IGNORE, check_choice, check_target, check_taxonomy, require
 from hier_losses.functional.tree_ops import path_lca_depth
 from hier_losses.graph import LabelGraph
 from hier_losses.path_ops import extend_paths, paths_of
@@ -30,6 +30,7 @@ class HierarchicalMetric(Metric):
     Args:
         tax: the taxonomy; the metrics of several labels per sample take a label graph as well.
         validate_args: check the values of the inputs, which costs a pass over them.
+        ignore_index: the target that stands for no label; such samples are left out.
         **kwargs: options of `torchmetrics.Metric`.
     """
 
@@ -41,12 +42,15 @@ class HierarchicalMetric(Metric):
     takes_graphs = False
     tax: Any  # a Taxonomy, or a LabelGraph where `takes_graphs` says so
 
-    def __init__(self, tax: Taxonomy | LabelGraph, *, validate_args: bool = True, **kwargs: Any):
+    def __init__(
+        self, tax: Taxonomy | LabelGraph, *, validate_args: bool = True, ignore_index: int = IGNORE, **kwargs: Any
+    ):
         """Keep the taxonomy; subclasses then call `add_sums`."""
         check_taxonomy(tax, self.takes_graphs)
         super().__init__(**kwargs)
         self.tax = tax
         self.validate_args = validate_args
+        self.ignore_index = ignore_index
         self._names: dict[str, str] = {}
 
     def add_sums(self, zeros: dict[str, Tensor], *settings: object) -> None:
@@ -60,7 +64,7 @@ class HierarchicalMetric(Metric):
             zeros: initial value of each sum.
             *settings: constructor arguments that change what is counted.
         """
-        tag = "_".join([type(self).__name__, *map(str, settings), fingerprint(self.tax)])
+        tag = "_".join([type(self).__name__, *map(str, settings), str(self.ignore_index), fingerprint(self.tax)])
         for name, zero in zeros.items():
             self._names[name] = re.sub(r"\W", "_", f"{name}_{tag}")
             # A metric starts on the CPU, wherever its taxonomy is; `.to(device)` moves the states.
@@ -91,8 +95,9 @@ class HierarchicalMetric(Metric):
 class PathMetric(HierarchicalMetric):
     """A metric of predicted paths against target nodes.
 
-    A metric consists of two pure functions: `_sums` counts a batch, `_value` turns counts into the result. The class
-    adds the counts up over batches and processes, its functional twin (`evaluate`) takes those of one batch.
+    A metric consists of two pure functions: `_samples` counts each sample of a batch, `_value` turns their sums into
+    the result. The class adds the sums up over batches and processes, its functional twin (`evaluate`) takes those of
+    one batch, and `path_scores` hands out the counts themselves.
     """
 
     def __init__(self, tax: Taxonomy, *, validate_args: bool = True, metric_options: dict[str, Any], **settings: Any):
@@ -109,13 +114,14 @@ class PathMetric(HierarchicalMetric):
 
         Args:
             pred_paths: (B, D) padded or extended paths, or (B, k, D) paths ranked by score.
-            target: (B,) node ids, internal ones for partial labels.
+            target: (B,) node ids, internal ones for partial labels; those equal to `ignore_index` are left out.
 
         Raises:
             ValueError: wrong shape or dtype, an entry out of range, too few ranks.
         """
         tax = self.tax.to(pred_paths.device)
-        paths, target = check_paths(pred_paths, target, tax, self.settings.get("k", 1), self.validate_args)
+        ranks = self.settings.get("k", 1)
+        paths, target = check_paths(pred_paths, target, tax, ranks, self.validate_args, self.ignore_index)
         self.add(self._sums(paths, target, tax, **self.settings))
 
     def compute(self) -> Tensor | dict[str, Tensor]:
@@ -123,11 +129,13 @@ class PathMetric(HierarchicalMetric):
         return self._value(self.totals(), self.tax, **self.settings)
 
     @classmethod
-    def evaluate(cls, pred_paths: Tensor, target: Tensor, tax: Taxonomy, **settings: Any) -> Any:
+    def evaluate(
+        cls, pred_paths: Tensor, target: Tensor, tax: Taxonomy, *, ignore_index: int = IGNORE, **settings: Any
+    ) -> Any:
         """Return the value of one batch without building a metric."""
         cls._check(tax, **settings)
         tax = tax.to(pred_paths.device)
-        paths, target = check_paths(pred_paths, target, tax, settings.get("k", 1))
+        paths, target = check_paths(pred_paths, target, tax, settings.get("k", 1), ignore_index=ignore_index)
         return cls._value(cls._sums(paths, target, tax, **settings), tax, **settings)
 
     @staticmethod
@@ -141,9 +149,14 @@ class PathMetric(HierarchicalMetric):
             check_choice("average", settings["average"], ("micro", "macro"))
 
     @staticmethod
-    @abstractmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, *_: Any, **settings: Any) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, *_: Any, **settings: Any) -> dict[str, Tensor]:
+        """Count each of (B, k, D) paths, (B, ...); of two counts the first is divided by the second."""
+        raise NotImplementedError
+
+    @classmethod
+    def _sums(cls, paths: Tensor, target: Tensor, tax: Taxonomy, *_: Any, **settings: Any) -> dict[str, Tensor]:
         """Count a batch of (B, k, D) paths."""
+        return {name: part.sum(0) for name, part in cls._samples(paths, target, tax, **settings).items()}
 
     @staticmethod
     @abstractmethod
@@ -152,9 +165,14 @@ class PathMetric(HierarchicalMetric):
 
 
 def check_paths(
-    pred_paths: Tensor, target: Tensor, tax: Taxonomy, num_ranks: int = 1, validate: bool = True
+    pred_paths: Tensor,
+    target: Tensor,
+    tax: Taxonomy,
+    num_ranks: int = 1,
+    validate: bool = True,
+    ignore_index: int = IGNORE,
 ) -> tuple[Tensor, Tensor]:
-    """Check predictions and targets; return the first (B, num_ranks, D) paths and the targets in int64."""
+    """Check predictions and targets; return the first (B, num_ranks, D) paths and int64 targets of what is labelled."""
     levels = tax.num_levels
     if pred_paths.dtype not in _INTEGERS:
         raise ValueError(f"pred_paths must hold integer node ids, got dtype {pred_paths.dtype}")
@@ -166,13 +184,14 @@ def check_paths(
     if ranked.shape[1] < num_ranks:
         raise ValueError(f"pred_paths must hold at least k={num_ranks} ranked paths, got {tuple(pred_paths.shape)}")
     if validate:
-        target = check_target(target, ranked.shape[0], tax)
+        target = check_target(target, ranked.shape[0], tax, ignore_index=ignore_index)
         inside = ((ranked >= -1) & (ranked < tax.num_nodes)).flatten(1).all(1)
         require(inside, lambda row: f"pred_paths must lie in [-1, {tax.num_nodes}), row {row} does not")
         deep = tax.depth[ranked.clamp(0, tax.num_nodes - 1)] > torch.arange(1, levels + 1, device=ranked.device)
         fits = ~(deep & (ranked >= 0)).flatten(1).any(1)
         require(fits, lambda row: f"pred_paths row {row} has a node above its level: {pred_paths[row].tolist()}")
-    return ranked[:, :num_ranks], target.long()
+    kept = target != ignore_index
+    return ranked[kept, :num_ranks], target[kept].long()
 
 
 def extended_pair(paths: Tensor, target: Tensor, tax: Taxonomy) -> tuple[Tensor, Tensor, Tensor]:

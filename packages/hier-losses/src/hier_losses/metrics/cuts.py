@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hier_losses._cuts import TreeCuts
-from hier_losses.functional._inputs import check_matrix, check_target
+from hier_losses.functional._inputs import IGNORE, check_matrix, check_target
 from hier_losses.functional._terms import over_sibling_groups
 from hier_losses.metrics._base import HierarchicalMetric, ratio
 from hier_losses.taxonomy import Taxonomy
@@ -35,7 +35,9 @@ class HCA(HierarchicalMetric):
         Raises:
             ValueError: wrong width, target out of range or not integers.
         """
-        self.add(_hca_sums(*_checked(logits, target, self.tax, self.validate_args), self.tax))
+        self.add(
+            _sum(hca_samples(*_checked(logits, target, self.tax, self.validate_args, self.ignore_index), self.tax))
+        )
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the value over all samples so far; NaN without samples."""
@@ -43,7 +45,9 @@ class HCA(HierarchicalMetric):
         return ratio(sums["correct"], sums["total"])
 
 
-def hca(logits: Float[Tensor, "batch nodes"], target: Tensor, tax: Taxonomy) -> Float[Tensor, ""]:
+def hca(
+    logits: Float[Tensor, "batch nodes"], target: Tensor, tax: Taxonomy, *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     r"""Share of samples that are right at the leaves and in every choice among siblings on the way.
 
     $\mathrm{mean}\; 1[\arg\max_{leaves} z = y] \prod_{u} 1[\arg\max_{children(u)} z \in path(y)]$, u the virtual root
@@ -54,6 +58,7 @@ def hca(logits: Float[Tensor, "batch nodes"], target: Tensor, tax: Taxonomy) -> 
         logits: one score per node.
         target: (B,) node ids.
         tax: the taxonomy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 1], at most the leaf accuracy; NaN for an empty batch.
@@ -61,7 +66,7 @@ def hca(logits: Float[Tensor, "batch nodes"], target: Tensor, tax: Taxonomy) -> 
     Raises:
         ValueError: wrong width, target out of range or not integers.
     """
-    sums = _hca_sums(*_checked(logits, target, tax, True), tax)
+    sums = _sum(hca_samples(*_checked(logits, target, tax, True, ignore_index), tax))
     return ratio(sums["correct"], sums["total"])
 
 
@@ -73,7 +78,7 @@ class MTA(HierarchicalMetric):
     ):
         """See `mta` for `cuts` and `per_cut` and `HierarchicalMetric` for the rest."""
         super().__init__(tax, validate_args=validate_args, **kwargs)
-        self.cuts = _checked_cuts(cuts, tax)
+        self.cuts = checked_cuts(cuts, tax)
         self.per_cut = per_cut
         zero = torch.zeros(len(cuts), dtype=torch.int64)
         self.add_sums({"correct": zero, "total": zero.clone()}, per_cut, hash(tuple(map(tuple, cuts.node_ids))))
@@ -88,7 +93,9 @@ class MTA(HierarchicalMetric):
         Raises:
             ValueError: wrong width, target out of range or not integers.
         """
-        self.add(_mta_sums(*_checked(logits, target, self.tax, self.validate_args), self.cuts))
+        self.add(
+            _sum(mta_samples(*_checked(logits, target, self.tax, self.validate_args, self.ignore_index), self.cuts))
+        )
 
     def compute(self) -> Float[Tensor, "*cuts"]:
         """Return the value over all samples so far; NaN without samples."""
@@ -96,7 +103,13 @@ class MTA(HierarchicalMetric):
 
 
 def mta(
-    logits: Float[Tensor, "batch nodes"], target: Tensor, tax: Taxonomy, cuts: TreeCuts, *, per_cut: bool = False
+    logits: Float[Tensor, "batch nodes"],
+    target: Tensor,
+    tax: Taxonomy,
+    cuts: TreeCuts,
+    *,
+    per_cut: bool = False,
+    ignore_index: int = IGNORE,
 ) -> Float[Tensor, "*cuts"]:
     r"""Mean over cuts and samples of $1[\arg\max_{u \in cut} z_u = m(y)]$, m(y) the member at or above y.
 
@@ -109,6 +122,7 @@ def mta(
         tax: the taxonomy.
         cuts: the cuts, from `sample_cuts` or `TreeCuts.from_text_cuts`.
         per_cut: return one accuracy per cut instead of the mean.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 1], or (T,) of them; equal to the leaf accuracy for the cut of all leaves. NaN without samples.
@@ -116,7 +130,9 @@ def mta(
     Raises:
         ValueError: wrong width, target out of range or not integers, cuts of another taxonomy.
     """
-    return _mta_value(_mta_sums(*_checked(logits, target, tax, True), _checked_cuts(cuts, tax)), per_cut)
+    return _mta_value(
+        _sum(mta_samples(*_checked(logits, target, tax, True, ignore_index), checked_cuts(cuts, tax))), per_cut
+    )
 
 
 def mta_majority_baseline(target: Tensor, cuts: TreeCuts, reference: Tensor | None = None) -> Float[Tensor, ""]:
@@ -146,12 +162,17 @@ def mta_majority_baseline(target: Tensor, cuts: TreeCuts, reference: Tensor | No
     return ratio(torch.stack(hits).sum(), torch.stack(totals).sum())
 
 
-def _checked(logits: Tensor, target: Tensor, tax: Taxonomy, validate: bool) -> tuple[Tensor, Tensor]:
+def _checked(logits: Tensor, target: Tensor, tax: Taxonomy, validate: bool, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return the scores and int64 targets of what is labelled."""
     logits = check_matrix("logits", logits, tax.num_nodes)
-    return logits, check_target(target, logits.shape[0], tax.to(target.device)) if validate else target.long()
+    if validate:
+        target = check_target(target, logits.shape[0], tax.to(target.device), ignore_index=ignore_index)
+    kept = target != ignore_index
+    return logits[kept], target[kept].long()
 
 
-def _checked_cuts(cuts: TreeCuts, tax: Taxonomy) -> TreeCuts:
+def checked_cuts(cuts: TreeCuts, tax: Taxonomy) -> TreeCuts:
+    """Return cuts of this taxonomy; raise for anything else."""
     if not isinstance(cuts, TreeCuts):
         raise TypeError(f"cuts must be TreeCuts, got {type(cuts).__name__}; see sample_cuts")
     if cuts.tax != tax:
@@ -161,14 +182,15 @@ def _checked_cuts(cuts: TreeCuts, tax: Taxonomy) -> TreeCuts:
     return cuts
 
 
-def _hca_sums(logits: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+def hca_samples(logits: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+    """Mark for each sample whether every choice is right."""
     tax = tax.to(logits.device)
     path = tax.paths[target]
     node = path.clamp(min=0)
     local = ((over_sibling_groups(logits, node, tax, _best_member) == path) | (path < 0)).all(1)
     leaf = tax.leaf[logits.index_select(1, tax.leaf).argmax(1)]
     at_depth = tax.paths[leaf].gather(1, (tax.depth[target] - 1)[:, None]).squeeze(1)
-    return {"correct": (local & (at_depth == target)).sum(), "total": torch.tensor(len(target), device=logits.device)}
+    return {"correct": local & (at_depth == target), "total": torch.ones_like(local)}
 
 
 def _best_member(values: Tensor, node: Tensor, member: Tensor, own: Tensor) -> Tensor:
@@ -177,13 +199,18 @@ def _best_member(values: Tensor, node: Tensor, member: Tensor, own: Tensor) -> T
     return torch.where(member & (values == best), node, torch.iinfo(torch.int64).max).amin(-1)
 
 
-def _mta_sums(logits: Tensor, target: Tensor, cuts: TreeCuts) -> dict[str, Tensor]:
+def mta_samples(logits: Tensor, target: Tensor, cuts: TreeCuts) -> dict[str, Tensor]:
+    """Mark for each sample and cut, (B, T), whether the answer is right and whether there is one."""
     correct, total = [], []
     for cut in cuts.to(logits.device):
         label = cut.member[target]
-        correct.append((logits.index_select(1, cut.nodes).argmax(1) == label).sum())
-        total.append((label >= 0).sum())
-    return {"correct": torch.stack(correct), "total": torch.stack(total)}
+        correct.append(logits.index_select(1, cut.nodes).argmax(1) == label)
+        total.append(label >= 0)
+    return {"correct": torch.stack(correct, 1), "total": torch.stack(total, 1)}
+
+
+def _sum(samples: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part.sum(0) for name, part in samples.items()}
 
 
 def _mta_value(sums: dict[str, Tensor], per_cut: bool) -> Tensor:

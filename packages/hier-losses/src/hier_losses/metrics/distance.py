@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hier_losses.functional._inputs import IGNORE
 from hier_losses.metrics._base import (
     PathMetric,
     judged_node,
@@ -52,16 +53,18 @@ class MistakeSeverity(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
-        distance = _distance(paths, target, tax)
-        return {"distance": distance.sum(), "mistakes": (distance > 0).sum()}
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+        distance = _distance(paths, target, tax)[:, 0]
+        return {"distance": distance, "mistakes": distance > 0}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> Tensor:
         return ratio(sums["distance"], sums["mistakes"])
 
 
-def mistake_severity(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[Tensor, ""]:
+def mistake_severity(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     r"""Mean of $d(\hat y, y) = h(LCA)$ over the samples with $\hat y \ne y$, the end of the predicted path.
 
     It falls when a model adds easy near misses to its mistakes, so a worse model can score better: always print top-1
@@ -71,6 +74,7 @@ def mistake_severity(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float
         pred_paths: (B, D) padded or extended paths.
         target: (B,) node ids.
         tax: the taxonomy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [1, D]; NaN without mistakes.
@@ -78,7 +82,7 @@ def mistake_severity(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return MistakeSeverity.evaluate(pred_paths, target, tax)
+    return MistakeSeverity.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
 
 
 class AverageHierarchicalDistance(PathMetric):
@@ -92,16 +96,18 @@ class AverageHierarchicalDistance(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs, k=k)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, k: int) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, k: int) -> dict[str, Tensor]:
         distance = _distance(paths, target, tax)
-        return {"distance": distance.sum(), "total": torch.tensor(distance.numel(), device=distance.device)}
+        return {"distance": distance.sum(1), "total": torch.ones_like(distance).sum(1)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy, k: int) -> Tensor:
         return ratio(sums["distance"], sums["total"])
 
 
-def average_hierarchical_distance(pred_paths: Tensor, target: Tensor, tax: Taxonomy, k: int = 1) -> Float[Tensor, ""]:
+def average_hierarchical_distance(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, k: int = 1, *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     r"""Mean over all samples of $\frac{1}{k} \sum_{j \le k} d(\hat y_j, y)$, with $d = h(LCA)$.
 
     Args:
@@ -109,6 +115,7 @@ def average_hierarchical_distance(pred_paths: Tensor, target: Tensor, tax: Taxon
         target: (B,) node ids.
         tax: the taxonomy.
         k: number of predictions that count.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, D]; for k = 1 equal to (1 - accuracy) times `mistake_severity`. NaN for an empty batch.
@@ -116,7 +123,7 @@ def average_hierarchical_distance(pred_paths: Tensor, target: Tensor, tax: Taxon
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, k out of [1, K], too few ranks.
     """
-    return AverageHierarchicalDistance.evaluate(pred_paths, target, tax, k=k)
+    return AverageHierarchicalDistance.evaluate(pred_paths, target, tax, k=k, ignore_index=ignore_index)
 
 
 class HierarchicalPrecisionAtK(PathMetric):
@@ -129,12 +136,12 @@ class HierarchicalPrecisionAtK(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs, k=k, over_ranks=over_ranks)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, k: int, over_ranks: bool) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, k: int, over_ranks: bool) -> dict[str, Tensor]:
         scale = max(max_leaf_distance(tax), 1)
         got = (1 - _distance(paths, target, tax).double() / scale).clamp(min=0).cumsum(1)
         precision = got / _best_similarity(target, tax, k, scale)
         value = precision.mean(1) if over_ranks else precision[:, -1]
-        return {"precision": value.sum(), "total": torch.tensor(len(target), device=value.device)}
+        return {"precision": value, "total": torch.ones_like(target)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy, k: int, over_ranks: bool) -> Tensor:
@@ -158,7 +165,13 @@ def _best_similarity(target: Tensor, tax: Taxonomy, k: int, scale: int) -> Tenso
 
 
 def hierarchical_precision_at_k(
-    pred_paths: Tensor, target: Tensor, tax: Taxonomy, k: int = 1, *, over_ranks: bool = False
+    pred_paths: Tensor,
+    target: Tensor,
+    tax: Taxonomy,
+    k: int = 1,
+    *,
+    over_ranks: bool = False,
+    ignore_index: int = IGNORE,
 ) -> Float[Tensor, ""]:
     r"""Mean of $hP@k = \sum_{j \le k} sim(\hat y_j, y) / \max \sum_{j \le k} sim$, with $sim = 1 - d / d_{max}$.
 
@@ -170,6 +183,7 @@ def hierarchical_precision_at_k(
         tax: the taxonomy.
         k: number of predictions that count.
         over_ranks: return $hmAP@k = \frac{1}{k} \sum_{j \le k} hP@j$ instead.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 1]; NaN for an empty batch.
@@ -177,7 +191,9 @@ def hierarchical_precision_at_k(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, k out of [1, K], too few ranks.
     """
-    return HierarchicalPrecisionAtK.evaluate(pred_paths, target, tax, k=k, over_ranks=over_ranks)
+    return HierarchicalPrecisionAtK.evaluate(
+        pred_paths, target, tax, k=k, over_ranks=over_ranks, ignore_index=ignore_index
+    )
 
 
 class EdgeDistance(PathMetric):
@@ -191,25 +207,28 @@ class EdgeDistance(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
         node = judged_node(end_of_paths(paths[:, 0]), target, tax)
         _, shared = lowest_common_ancestor(node, target, tax)
         depth = torch.where(node >= 0, tax.depth[node.clamp(min=0)], 0)
         edges = depth + tax.depth[target] - 2 * shared
-        return {"edges": edges.sum(), "total": torch.tensor(len(target), device=edges.device)}
+        return {"edges": edges, "total": torch.ones_like(target)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> Tensor:
         return ratio(sums["edges"], sums["total"])
 
 
-def edge_distance(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[Tensor, ""]:
+def edge_distance(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     r"""Mean of $depth(\hat y) + depth(y) - 2\, depth(LCA)$, the edges between the end of the path and the target.
 
     Args:
         pred_paths: (B, D) padded or extended paths.
         target: (B,) node ids.
         tax: the taxonomy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 2 D]; NaN for an empty batch.
@@ -217,4 +236,4 @@ def edge_distance(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[Te
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return EdgeDistance.evaluate(pred_paths, target, tax)
+    return EdgeDistance.evaluate(pred_paths, target, tax, ignore_index=ignore_index)

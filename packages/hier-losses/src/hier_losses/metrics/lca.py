@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hier_losses.functional._inputs import check_choice
+from hier_losses.functional._inputs import IGNORE, check_choice
 from hier_losses.metrics._base import PathMetric, judged_node, lowest_common_ancestor, ratio
 from hier_losses.path_ops import end_of_paths
 from hier_losses.taxonomy import Taxonomy
@@ -32,7 +32,7 @@ class LCAMetrics(PathMetric):
         check_choice("value", value, ("depth", "info"))
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, value: str) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, value: str) -> dict[str, Tensor]:
         node = judged_node(end_of_paths(paths[:, 0]), target, tax)
         ancestor, _ = lowest_common_ancestor(node, target, tax)
         if value == "depth":
@@ -46,8 +46,7 @@ class LCAMetrics(PathMetric):
         # Nothing shared, though there was something to share, is 0 and not the 0/0 of two worthless nodes.
         f1 = ratio(2 * precision * recall, precision + recall, 0.0)
         parts = (precision, recall, f1, true + predicted - 2 * shared, predicted - shared, true - shared)
-        total = torch.tensor(len(target), device=target.device)
-        return {name: part.sum() for name, part in zip(_NAMES, parts, strict=True)} | {"total": total}
+        return dict(zip(_NAMES, parts, strict=True)) | {"total": torch.ones_like(target)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy, value: str) -> dict[str, Tensor]:
@@ -55,7 +54,7 @@ class LCAMetrics(PathMetric):
 
 
 def lca_metrics(
-    pred_paths: Tensor, target: Tensor, tax: Taxonomy, value: str = "depth"
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, value: str = "depth", *, ignore_index: int = IGNORE
 ) -> dict[str, Float[Tensor, ""]]:
     r"""Means over samples of ratios of the value v of the prediction h, the truth g and their common ancestor.
 
@@ -68,6 +67,7 @@ def lca_metrics(
         target: (B,) node ids.
         tax: the taxonomy.
         value: "depth" or "info".
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         `lca_precision`, `lca_recall`, `lca_f1` in [0, 1]; `lca_distance`, `lca_excess`, `lca_deficient` >= 0 in levels
@@ -76,4 +76,4 @@ def lca_metrics(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, unknown value.
     """
-    return LCAMetrics.evaluate(pred_paths, target, tax, value=value)
+    return LCAMetrics.evaluate(pred_paths, target, tax, value=value, ignore_index=ignore_index)

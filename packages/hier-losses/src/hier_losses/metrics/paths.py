@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hier_losses.functional._inputs import check_choice
+from hier_losses.functional._inputs import IGNORE, check_choice
 from hier_losses.metrics._base import PathMetric, extended_pair, ratio
 from hier_losses.path_ops import end_of_paths, extend_paths
 from hier_losses.taxonomy import Taxonomy
@@ -31,22 +31,25 @@ class FullPathAccuracy(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
         pred, truth, known = extended_pair(paths, target, tax)
-        return {"correct": ((pred == truth) | ~known).all(1).sum(), "total": known[:, 0].sum()}
+        return {"correct": ((pred == truth) | ~known).all(1), "total": known[:, 0]}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> Tensor:
         return ratio(sums["correct"], sums["total"])
 
 
-def full_path_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[Tensor, ""]:
+def full_path_accuracy(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     r"""Share of samples with $h_l = g_l$ on every level of the extended paths (those above a partial label).
 
     Args:
         pred_paths: (B, D) padded or extended paths.
         target: (B,) node ids.
         tax: the taxonomy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 1], at most the accuracy of each level and, over leaf targets, at most 1 - TICE; NaN for an empty
@@ -55,7 +58,7 @@ def full_path_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Flo
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return FullPathAccuracy.evaluate(pred_paths, target, tax)
+    return FullPathAccuracy.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
 
 
 class TICE(PathMetric):
@@ -68,12 +71,12 @@ class TICE(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
         pred = extend_paths(paths[:, 0], tax)
         above, below = pred[:, :-1], pred[:, 1:]
         step = (above == below) | ((above >= 0) & (above == tax.parent[below.clamp(min=0)]))
         broken = ((below >= 0) & ~step).any(1)
-        return {"broken": broken.sum(), "total": torch.tensor(broken.shape[0], device=broken.device)}
+        return {"broken": broken, "total": torch.ones_like(broken)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> Tensor:
@@ -110,22 +113,25 @@ class LevelAccuracy(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
         pred, truth, known = extended_pair(paths, target, tax)
-        return {"correct": ((pred == truth) & known).sum(0), "total": known.sum(0)}
+        return {"correct": (pred == truth) & known, "total": known}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> Tensor:
         return ratio(sums["correct"], sums["total"])
 
 
-def level_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[Tensor, " depth"]:
+def level_accuracy(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, *, ignore_index: int = IGNORE
+) -> Float[Tensor, " depth"]:
     r"""Share of $h_l = g_l$ on each level of the extended paths, among the samples known on that level.
 
     Args:
         pred_paths: (B, D) padded or extended paths.
         target: (B,) node ids.
         tax: the taxonomy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         One value in [0, 1] per level, top level first; NaN where no sample is known.
@@ -133,7 +139,7 @@ def level_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy) -> Float[T
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return LevelAccuracy.evaluate(pred_paths, target, tax)
+    return LevelAccuracy.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
 
 
 class LeafAccuracy(PathMetric):
@@ -144,22 +150,25 @@ class LeafAccuracy(PathMetric):
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs, average=average)
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, average: str) -> dict[str, Tensor]:
-        leaf = tax.leaf_index[target]
-        correct = (end_of_paths(paths[:, 0]) == target) & (leaf >= 0)
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, average: str) -> dict[str, Tensor]:
+        known = tax.leaf_index[target] >= 0
+        return {"correct": (end_of_paths(paths[:, 0]) == target) & known, "total": known}
+
+    @classmethod
+    def _sums(cls, paths: Tensor, target: Tensor, tax: Taxonomy, average: str) -> dict[str, Tensor]:
         if average == "micro":
-            return {"correct": correct.sum(), "total": (leaf >= 0).sum()}
-        return {
-            "correct": torch.bincount(leaf[correct], minlength=tax.num_leaves),
-            "total": torch.bincount(leaf[leaf >= 0], minlength=tax.num_leaves),
-        }
+            return super()._sums(paths, target, tax, average=average)
+        leaf, marks = tax.leaf_index[target], cls._samples(paths, target, tax, average)
+        return {name: torch.bincount(leaf[mark], minlength=tax.num_leaves) for name, mark in marks.items()}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy, average: str) -> Tensor:
         return ratio(sums["correct"], sums["total"]).nanmean()
 
 
-def leaf_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy, average: str = "micro") -> Float[Tensor, ""]:
+def leaf_accuracy(
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, average: str = "micro", *, ignore_index: int = IGNORE
+) -> Float[Tensor, ""]:
     """Share of samples whose deepest predicted node is the target leaf; partial labels are left out.
 
     Args:
@@ -167,6 +176,7 @@ def leaf_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy, average: st
         target: (B,) node ids.
         tax: the taxonomy.
         average: "micro" over samples, or "macro": the mean, over leaves that occur as target, of their accuracy.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 1]; NaN if no target is a leaf.
@@ -174,7 +184,7 @@ def leaf_accuracy(pred_paths: Tensor, target: Tensor, tax: Taxonomy, average: st
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, unknown average.
     """
-    return LeafAccuracy.evaluate(pred_paths, target, tax, average=average)
+    return LeafAccuracy.evaluate(pred_paths, target, tax, average=average, ignore_index=ignore_index)
 
 
 class WeightedAveragePrecision(PathMetric):
@@ -218,7 +228,7 @@ class WeightedAveragePrecision(PathMetric):
 
 
 def weighted_average_precision(
-    pred_paths: Tensor, target: Tensor, tax: Taxonomy, per_level: str = "precision"
+    pred_paths: Tensor, target: Tensor, tax: Taxonomy, per_level: str = "precision", *, ignore_index: int = IGNORE
 ) -> Float[Tensor, ""]:
     r"""Mean of the levels weighted by their numbers of nodes, $\sum_l \frac{C_l}{\sum_m C_m} P_l$.
 
@@ -230,6 +240,7 @@ def weighted_average_precision(
         target: (B,) node ids.
         tax: the taxonomy.
         per_level: "precision" or "accuracy".
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         A value in [0, 1]; NaN for an empty batch.
@@ -237,4 +248,4 @@ def weighted_average_precision(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, unknown per_level.
     """
-    return WeightedAveragePrecision.evaluate(pred_paths, target, tax, per_level=per_level)
+    return WeightedAveragePrecision.evaluate(pred_paths, target, tax, per_level=per_level, ignore_index=ignore_index)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hier_losses.functional._inputs import IGNORE
 from hier_losses.metrics._base import PathMetric, extended_pair, ratio
 from hier_losses.taxonomy import Taxonomy
 
@@ -35,7 +36,7 @@ class HierarchicalPRF(PathMetric):
             raise ValueError(f"beta must lie in [0, inf), got {beta}")
 
     @staticmethod
-    def _sums(paths: Tensor, target: Tensor, tax: Taxonomy, average: str, beta: float) -> dict[str, Tensor]:
+    def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, average: str, beta: float) -> dict[str, Tensor]:
         pred, truth, known = extended_pair(paths, target, tax)
         # An inconsistent path may name a leaf on several levels, not always in a row; it is one element of the set.
         earlier = torch.ones(2 * [tax.num_levels], dtype=torch.bool, device=pred.device).tril(-1)
@@ -44,14 +45,10 @@ class HierarchicalPRF(PathMetric):
         hit = element & (pred[:, :, None] == truth[:, None, :]).any(2)
         hits, predicted, true = hit.sum(1), element.sum(1), tax.depth[target]
         if average == "micro":
-            return {"hits": hits.sum(), "predicted": predicted.sum(), "true": true.sum()}
+            return {"hits": hits, "predicted": predicted, "true": true}
         precision, recall = ratio(hits, predicted, 1.0), ratio(hits, true)
-        return {
-            "precision": precision.sum(),
-            "recall": recall.sum(),
-            "f": _f_score(precision, recall, beta).sum(),
-            "total": torch.tensor(len(target), device=target.device),
-        }
+        f_score = _f_score(precision, recall, beta)
+        return {"precision": precision, "recall": recall, "f": f_score, "total": torch.ones_like(target)}
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy, average: str, beta: float) -> dict[str, Tensor]:
@@ -71,7 +68,13 @@ def _f_score(precision: Tensor, recall: Tensor, beta: float) -> Tensor:
 
 
 def hierarchical_prf(
-    pred_paths: Tensor, target: Tensor, tax: Taxonomy, average: str = "micro", beta: float = 1.0
+    pred_paths: Tensor,
+    target: Tensor,
+    tax: Taxonomy,
+    average: str = "micro",
+    beta: float = 1.0,
+    *,
+    ignore_index: int = IGNORE,
 ) -> dict[str, Float[Tensor, ""]]:
     r"""Overlap of the predicted and the true sets of nodes, virtual root excluded.
 
@@ -84,6 +87,7 @@ def hierarchical_prf(
         tax: the taxonomy.
         average: "micro" (sizes are summed over samples first) or "macro" (the three values are averaged over samples).
         beta: weight of the recall, >= 0.
+        ignore_index: the target that stands for no label; such samples are left out.
 
     Returns:
         `hierarchical_precision`, `hierarchical_recall` and `hierarchical_f` in [0, 1]; NaN for an empty batch.
@@ -91,4 +95,4 @@ def hierarchical_prf(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, unknown average, negative beta.
     """
-    return HierarchicalPRF.evaluate(pred_paths, target, tax, average=average, beta=beta)
+    return HierarchicalPRF.evaluate(pred_paths, target, tax, average=average, beta=beta, ignore_index=ignore_index)
