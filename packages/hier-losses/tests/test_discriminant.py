@@ -22,7 +22,7 @@ GOLDEN = {
 }
 
 
-def golden(v=(2, 1, 0.5), **settings):
+def golden(v=(2.0, 1.0, 0.5), **settings):
     tax = Taxonomy.from_paths(GOLDEN_PATHS)
     features = torch.tensor([row for rows in GOLDEN.values() for row in rows], dtype=torch.float64)
     target = tax.indices([name for name, rows in GOLDEN.items() for _ in rows])
@@ -288,7 +288,7 @@ def test_star_is_the_tree_without_levels(random_tree, close):
 def test_upper_nodes_are_sums_and_decoders_apply(random_tree, close):
     tax = random_tree(8, 30)
     features, target = draw(tax, 8)
-    found = TreeLDA(tax).fit(features, target).log_prob(features.float(), temperature=5)
+    found = TreeLDA(tax).fit(features, target).log_prob(features.float(), temperature=5.0)
     assert found.dtype == torch.float32
     assert (found <= 0).all()
     p = found.exp().double()
@@ -427,10 +427,10 @@ def test_data_are_checked():
         (lambda: TreeLDA(tax).fit(query, tax.indices(["x", "C"])), "features must hold two pictures of some class"),
         (lambda: TreeLDA(tax).fit(query[:1].expand(2, 3), leaves), "features must differ within some class"),
         (
-            lambda: TreeLDA(tax, shrinkage=0).fit(query, leaves),
+            lambda: TreeLDA(tax, shrinkage=0.0).fit(query, leaves),
             "shrinkage must be above 0 for 3 features and 1 degrees",
         ),
-        (lambda: TreeLDA(tax, 0).fit(flat, leaves[:1].expand(9)), "shrinkage must be above 0 here, got 0.0"),
+        (lambda: TreeLDA(tax, 0.0).fit(flat, leaves[:1].expand(9)), "shrinkage must be above 0 here, got 0.0"),
         (lambda: TreeLDA(tax).fit(query / 0, leaves), "features must be finite, got 2 rows"),
         (lambda: model.partial_fit(torch.randn(2, 4), leaves), r"features must have shape \(batch, 3\), got \(2, 4\)"),
         (lambda: model.log_prob(torch.randn(2, 4)), r"features must have shape \(batch, 3\)"),

@@ -50,10 +50,10 @@ class TreeLDA(nn.Module):
         ValueError: a number out of its range, v of another length, a covariance that is not positive definite.
 
     >>> tax = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b",)])
-    >>> features = torch.tensor([[0.0, 1.0], [0.0, 3.0], [1.0, 2.0], [9.0, 9.0], [8.0, 9.0]])
+    >>> features = torch.tensor([[0.0, 1.0], [0.0, 3.0], [3.0, 2.0], [9.0, 9.0], [8.0, 9.0]])
     >>> model = TreeLDA(tax).fit(features, tax.indices(["x", "x", "y", "b", "b"]))
-    >>> model.log_prob(torch.tensor([[0.2, 2.0]])).exp().round(decimals=2)  # a, b, x, y
-    tensor([[1.0000, 0.0000, 0.6500, 0.3500]])
+    >>> model.log_prob(torch.tensor([[1.0, 2.0]])).exp().round(decimals=2)  # a, b, x, y
+    tensor([[1.0000, 0.0000, 0.8500, 0.1500]])
     """
 
     count: Tensor
@@ -357,7 +357,7 @@ class TreeLDA(nn.Module):
             raise ValueError("features must differ within some class, or covariance must be given")
         if s == 0 and self.spare < dim:
             raise ValueError(
-                f"shrinkage must be above 0 for {dim} features and {int(self.spare)} degrees of freedom, got 0"
+                f"shrinkage must be above 0 for {dim} features and {int(self.spare)} degrees of freedom, got 0.0"
             )
         return (1 - s) * within + s * level * torch.eye(dim, dtype=within.dtype, device=within.device)
 
