@@ -18,7 +18,7 @@ from hier_losses.functional.tree_ops import leaves_to_nodes, subtree_sum
 
 # Steps far below or above the spread of a class make no difference; the bounds keep extrapolated ones finite.
 LEAST, MOST = 1e-8, 1e8
-_EM_STEPS, _SMALL = 10, 1e-3
+_EM_STEPS, _SMALL, _LONGEST, _ROUNDS = 10, 1e-2, 2.0, 3
 
 
 def squares(rows: Tensor) -> Tensor:
@@ -158,43 +158,54 @@ class Walk(NamedTuple):
         """The v of each level that maximises the likelihood, from v = 1, and whether it settled.
 
         EM comes close in a few steps but is sublinear where v tends to 0. One step of it also gives the slope, by Fisher's
-        identity dl / d log v_l = n_l d (EM(v)_l / v_l - 1) / 2 for n_l informed nodes, and BFGS in log v goes on from
-        there. It has settled when a step of EM would change no v by more than the share `tolerance`.
+        identity dl / d log v_l = n_l d (EM(v)_l / v_l - 1) / 2 for n_l informed nodes, so BFGS in log v goes on from
+        there, with EM for its first direction. It has settled when EM would change no v by more than the share `tolerance`.
         """
         v = torch.ones(self.tax.num_levels, dtype=self.mean.dtype, device=self.mean.device)
-        steps = min(_EM_STEPS, max_steps)
-        for _ in range(steps):
+        left = max_steps
+        for _ in range(min(_EM_STEPS, max_steps)):
             v, _ = self.em_step(v)
-        while steps < max_steps:
-            v, used = self._climb(v, tolerance, max_steps - steps)
-            steps += used
-            after, _ = self.em_step(v)
-            change = after / v - 1
+            left -= 1
+        for remaining in range(_ROUNDS, -1, -1):
+            v, change, left = self._climb(v, tolerance, left)
             # In log v every v of almost 0 looks like a maximum: go back up where the slope in v itself says otherwise.
-            stuck = (v < _SMALL) & (change > tolerance * v)
-            if not stuck.any() and (change.abs() <= tolerance).all():
-                return v, True
-            v = torch.where(stuck, _SMALL, after)
-        return v, False
+            stuck = (v < _SMALL) & (change > 1e-3 * v)
+            if not stuck.any() or not remaining:
+                break
+            v = torch.where(stuck, _SMALL, v)
+        return v, bool((change.abs() <= tolerance).all())
 
-    def _climb(self, start: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, int]:
-        share = torch.stack([level.sum() for level in self.informed().split(self.tax.level_sizes)]).to(start)
+    def _climb(self, v: Tensor, tolerance: float, left: int) -> tuple[Tensor, Tensor, int]:
+        """BFGS (Nocedal and Wright, 2006, eq. 6.17) with halved steps, until it settles or gains nothing more.
+
+        Returns v, the relative change that a step of EM would make there, and the steps that are left.
+        """
+        share = torch.stack([level.sum() for level in self.informed().split(self.tax.level_sizes)]).to(v)
         share = share / share.sum()
-        log_v = start.log().requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [log_v], max_iter=max_steps, max_eval=max_steps, line_search_fn="strong_wolfe", tolerance_change=0,
-            tolerance_grad=tolerance * float(share[share > 0].min()),
-        )  # fmt: skip
-        used = 0
+        inverse = (1 / share.clamp(min=1e-12)).diag()
+        change, value = self._slope(v)
+        left -= 1
+        while left > 0 and float(change.abs().max()) > tolerance:
+            step = inverse @ (share * change)
+            step = step * min(1.0, _LONGEST / float(step.abs().max()))
+            gain = float((share * change) @ step)
+            while left > 0:
+                new = (v.log() + step).exp().clamp(LEAST, MOST)
+                new_change, new_value = self._slope(new)
+                left -= 1
+                if new_value >= value + 1e-4 * gain or not step.abs().max() > 1e-9:
+                    break
+                step, gain = step / 2, gain / 2
+            if not new_value > value:
+                break
+            moved, bend = new.log() - v.log(), share * (change - new_change)
+            curve = moved @ bend
+            if curve > 0:
+                side = torch.eye(len(v)).to(v) - torch.outer(moved, bend) / curve
+                inverse = side @ inverse @ side.T + torch.outer(moved, moved) / curve
+            v, change, value = new, new_change, new_value
+        return v, change, left
 
-        def negative() -> Tensor:
-            nonlocal used
-            used += 1
-            v = log_v.detach().exp().clamp(LEAST, MOST)
-            after, value = self.em_step(v)
-            log_v.grad = share * (1 - after / v)
-            return -2 * value / (self.mean.shape[1] * number)
-
-        number = float(self.informed().sum())
-        optimizer.step(negative)
-        return log_v.detach().exp().clamp(LEAST, MOST), used
+    def _slope(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        after, value = self.em_step(v)
+        return after / v - 1, 2 * value / (self.mean.shape[1] * self.informed().sum())
