@@ -10,7 +10,7 @@ from hier_lora.open_clip_encoder import OpenClipDualEncoder
 from hier_lora.predict import DECODERS, LabelPrediction, Prediction, label_probabilities, predict_paths
 from hier_lora.prompts import PromptSet
 from hier_lora.text import NodeSample, embed_sentences, sample_nodes
-from hier_lora.update import match_taxonomies
+from hier_losses import match_taxonomies
 
 __all__ = [
     "DECODERS",

@@ -28,8 +28,7 @@ from hier_lora.predict import (
 )
 from hier_lora.prompts import PromptSet
 from hier_lora.text import PLAIN_CHUNK, TEXT_MODES, embed_sentences, sample_nodes, spread
-from hier_lora.update import match_taxonomies
-from hier_losses import LabelGraph, Taxonomy, TaxonomyUpdate
+from hier_losses import LabelGraph, Taxonomy, TaxonomyUpdate, match_taxonomies
 from hier_losses.functional import mcm
 
 

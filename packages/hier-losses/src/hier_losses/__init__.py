@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from hier_losses.__about__ import __version__
 from hier_losses.graph import LabelGraph
-from hier_losses.taxonomy import Taxonomy, TaxonomySummary, TaxonomyUpdate
+from hier_losses.taxonomy import Taxonomy, TaxonomySummary, TaxonomyUpdate, match_taxonomies
 
 if TYPE_CHECKING:
-    from hier_losses import builders, decoding, functional, losses, metrics, path_ops, probabilities, treecuts
+    from hier_losses import (
+        builders,
+        decoding,
+        discriminant,
+        functional,
+        losses,
+        metrics,
+        path_ops,
+        probabilities,
+        treecuts,
+    )
     from hier_losses.losses import HierarchyAwareLoss
 
 __all__ = [
@@ -23,8 +33,10 @@ __all__ = [
     "__version__",
     "builders",
     "decoding",
+    "discriminant",
     "functional",
     "losses",
+    "match_taxonomies",
     "metrics",
     "path_ops",
     "probabilities",
@@ -34,6 +46,7 @@ __all__ = [
 _SUBMODULES = (
     "builders",
     "decoding",
+    "discriminant",
     "functional",
     "losses",
     "metrics",

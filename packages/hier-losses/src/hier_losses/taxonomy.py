@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from hier_losses import _edit, _formats, _report
-from hier_losses._edit import TaxonomyUpdate
+from hier_losses._edit import TaxonomyUpdate, match_taxonomies
 from hier_losses._parse import parse_edges, parse_paths, synthesize
 from hier_losses._report import TaxonomySummary
 from hier_losses._tree import Tree
 
-__all__ = ["Taxonomy", "TaxonomySummary", "TaxonomyUpdate"]
+__all__ = ["Taxonomy", "TaxonomySummary", "TaxonomyUpdate", "match_taxonomies"]
 
 
 class Taxonomy(Tree):
