@@ -23,8 +23,8 @@ def test_losses_are_those_of_hier_losses():
     assert float(parts["hisce"]) == pytest.approx(4 * float(hisce(logits, target, tax, eps=0.2)))
     assert float(parts["consistency"]) == pytest.approx(5 * float(parent_child_consistency(logits, tax)))
     assert set(loss_parts(logits, target, tax, LossConfig(leaf=1))) == {"leaf"}
-    leaves = float(loss_parts(logits, target, tax, LossConfig(hxe=2, alpha=1))["hxe"])
-    assert leaves == pytest.approx(2 * float(hxe(logits[:, tax.leaf], target, tax, alpha=1.0)))
+    leaves = float(loss_parts(logits, target, tax, LossConfig(hxe=2, discount=1))["hxe"])
+    assert leaves == pytest.approx(2 * float(hxe(logits[:, tax.leaf], target, tax, discount=1.0)))
 
 
 @pytest.mark.parametrize("name", LOSSES)

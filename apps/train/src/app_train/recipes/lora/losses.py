@@ -39,7 +39,7 @@ class LossSettings(Frozen):
 
     eps: float = Field(0.1, ge=0, lt=1)
     """Share of the target that HiSCE gives to the siblings."""
-    alpha: float = Field(0.5, ge=0)
+    discount: float = Field(0.5, ge=0)
     """How fast HXE's weights fall from the leaves to the root."""
     beta: float = Field(10.0, gt=0)
     """How sharply soft labels fall with the distance in the tree."""
@@ -77,7 +77,7 @@ LOSSES: dict[str, Loss] = {
     "consistency": Loss(
         "consistency", "Jensen-Shannon divergence between each level and the one below it.", _consistency
     ),
-    "hxe": Loss("HXE", "Hierarchical cross-entropy of the leaves.", _of("hxe", "alpha", leaves=True)),
+    "hxe": Loss("HXE", "Hierarchical cross-entropy of the leaves.", _of("hxe", "discount", leaves=True)),
     "soft_label": Loss(
         "soft labels", "Cross-entropy with soft labels over the leaves.", _of("soft_label_ce", "beta", leaves=True)
     ),
