@@ -45,11 +45,26 @@ def fit_temperatures(logits: Float[Tensor, "batch nodes"], target: Tensor, tax: 
         classes = extended_level(tax, level + 1)
         scores = logits[known].index_select(1, classes)
         column = torch.searchsorted(classes, paths[known, level])
-        found.append(_temperature(scores, column) if len(column) else 1.0)
+        found.append(fit_temperature(scores, column))
     return torch.tensor(found)
 
 
-def _temperature(scores: Tensor, column: Tensor) -> float:
+def fit_temperature(scores: Float[Tensor, "batch classes"], column: Tensor) -> float:
+    """The temperature that minimises the cross-entropy of one softmax on held-out pictures.
+
+    Args:
+        scores: logits or log-probabilities; -inf rules a class out.
+        column: (batch,) the true classes; a picture whose class is ruled out does not count.
+
+    Returns:
+        A number in [0.01, 100]; 1 where no picture counts.
+    """
+    scores = scores.detach().double()
+    possible = scores.gather(1, column[:, None]).squeeze(1) > -torch.inf
+    # The lowest number has no mass either, and times 0 it is 0.
+    scores, column = scores[possible].clamp(min=-1e300), column[possible]
+    if not len(column):
+        return 1.0
     own = scores.gather(1, column[:, None]).squeeze(1)
 
     def slope(beta: float) -> float:
@@ -104,4 +119,4 @@ def fit_sigmoid(scores: Float[Tensor, "batch nodes"], multi_hot: Tensor) -> tupl
     return a, float(b.detach() - a * center)
 
 
-__all__ = ["fit_sigmoid", "fit_temperatures"]
+__all__ = ["fit_sigmoid", "fit_temperature", "fit_temperatures"]

@@ -333,7 +333,7 @@ class TreeLDA(nn.Module):
         center = self.count @ self.mean / self.count.sum()
         walk = self._walk(_whiten(self.mean, center, factor))
         if not len(self._v):
-            self._v = self._estimate(walk) if self.given_v is None else self.given_v
+            self._v = self._estimate(walk) if self.given_v is None else self.given_v.clone()
         mean, spread = walk.posterior(self._v)
         self._leaf_mean, self._leaf_spread = mean[walk.tax.leaf], spread[walk.tax.leaf]
         self._center, self._factor = center, factor
