@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app_data.store.errors import DataError
 from hier_losses import Taxonomy, decoding
-from hier_losses.functional import lca_height
+from hier_losses.metrics import logit_scores, path_scores
 from hier_losses.path_ops import extend_paths
 from hier_losses.treecuts import TreeCuts
 
@@ -30,6 +31,14 @@ TITLES = {
 }  # fmt: skip
 
 
+# Our short names of the scores of decoded paths, and those of `hier_losses.metrics.path_scores`.
+_NAMES = {
+    "leaf": "leaf_accuracy",
+    "fpa": "full_path_accuracy",
+    "tice": "tice",
+    "severity": "mistake_severity",
+    "ahd": "average_hierarchical_distance",
+}
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -51,53 +60,47 @@ class Outcome:
     confidence: np.ndarray
 
 
-def outcome(logits: Tensor, target: np.ndarray, tax: Taxonomy, cuts: TreeCuts) -> Outcome:
-    """Decode logits (n, N) in every way and score them against the targets."""
+def outcome(logits: Tensor, target: np.ndarray, tax: Taxonomy, cuts: TreeCuts, chosen: str | None = None) -> Outcome:
+    """Decode logits (n, N) in every way and score them against the targets.
+
+    Args:
+        logits: scores of all nodes.
+        target: true leaves, node ids (n,).
+        tax: the taxonomy.
+        cuts: the cuts of MTA.
+        chosen: a further decoder, kept under the name "chosen".
+
+    Raises:
+        DataError: if a score is not finite.
+    """
+    bad = int((~torch.isfinite(logits)).any(1).sum())
+    if bad:
+        raise DataError(
+            f"the scores of {bad} of {len(logits)} pictures are not finite: the model's weights are damaged"
+        )
     truth = torch.from_numpy(np.asarray(target))
-    paths = {name: extend_paths(decode(logits, tax), tax).numpy() for name, decode in DECODERS.items()}
+    decoders = DECODERS if chosen is None else {**DECODERS, "chosen": getattr(decoding, chosen)}
+    paths = {name: extend_paths(decode(logits, tax), tax).numpy() for name, decode in decoders.items()}
+    scores = {
+        name: score.numerator / score.denominator for name, score in logit_scores(logits, truth, tax, cuts).items()
+    }
     return Outcome(
         target=np.asarray(target),
         paths=paths,
-        hca=_consistent(logits, truth, tax),
-        mta=_over_cuts(logits, truth, cuts),
+        hca=scores["hca"].numpy(),
+        mta=scores["mta"].numpy(),
         confidence=logits[:, tax.leaf].softmax(-1).amax(-1).double().numpy(),
     )
 
 
-def _consistent(logits: Tensor, target: Tensor, tax: Taxonomy) -> np.ndarray:
-    """HCA of each picture: every choice among siblings on the way is right where the greedy descent is the true path."""
-    best_leaf = tax.leaf[logits[:, tax.leaf].argmax(1)] == target
-    return (best_leaf & (decoding.top_down(logits, tax) == tax.paths[target]).all(1)).double().numpy()
-
-
-def _over_cuts(logits: Tensor, target: Tensor, cuts: TreeCuts) -> np.ndarray:
-    """Share of the cuts whose best member lies at or above the true leaf, for each picture."""
-    right = [logits[:, cut.nodes].argmax(1) == cut.member[target] for cut in cuts]
-    return torch.stack(right).double().mean(0).numpy()
-
-
 def per_picture(result: Outcome, tax: Taxonomy, decoder: str) -> dict[str, Pair]:
     """Numerator and denominator of every score for each picture, float64 (n,) each."""
-    predicted = torch.from_numpy(result.paths[decoder])
-    truth = extend_paths(tax.paths[torch.from_numpy(result.target)], tax)
-    leaf = predicted[:, -1] == truth[:, -1]
-    distance = torch.where(leaf, 0, lca_height(predicted[:, -1], truth[:, -1], tax)).double().numpy()
-    above, below = predicted[:, :-1], predicted[:, 1:]
-    broken = (above != tax.parent[below]) & (above != below)
-    inconsistent = broken.any(1).double().numpy()
-    one = np.ones(len(predicted))
-    scores = {
-        "leaf": (leaf.double().numpy(), one),
-        "fpa": ((predicted == truth).all(-1).double().numpy(), one),
-        "tice": (inconsistent, one),
-        "severity": (distance, (~leaf).double().numpy()),
-        "ahd": (distance, one),
-        "hca": (result.hca, one),
-        "mta": (result.mta, one),
-    }
-    for level in range(tax.num_levels):
-        scores[f"level_{level + 1}"] = ((predicted[:, level] == truth[:, level]).double().numpy(), one)
-    return scores
+    found = path_scores(torch.from_numpy(result.paths[decoder]), torch.from_numpy(result.target), tax)
+    scores = {ours: tuple(part.numpy() for part in found[theirs]) for ours, theirs in _NAMES.items()}
+    one = np.ones(len(result.target))
+    scores |= {"hca": (result.hca, one), "mta": (result.mta, one)}
+    top, bottom = (part.numpy() for part in found["level_accuracy"])
+    return scores | {f"level_{level + 1}": (top[:, level], bottom[:, level]) for level in range(tax.num_levels)}
 
 
 @dataclass(frozen=True)

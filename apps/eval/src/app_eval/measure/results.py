@@ -14,6 +14,7 @@ from app_eval.measure.paths import (
     TITLES,
     Outcome,
     bootstrap,
+    paired_difference,
     per_picture,
     resamples,
 )
@@ -28,7 +29,7 @@ def summarise(found: Outcome, tax: Taxonomy) -> dict[str, dict[str, list[float]]
     """All scores under all decoders as [value, low, high]; the interval is over the test pictures."""
     counts = resamples(len(found.target))
     table = {}
-    for decoder in DECODERS:
+    for decoder in found.paths:
         intervals = bootstrap(per_picture(found, tax, decoder), counts)
         table[decoder] = {name: interval.as_json() for name, interval in intervals.items()}
     return table
@@ -60,7 +61,7 @@ def save_outcome(folder: Path, found: Outcome) -> None:
 def load_outcome(folder: Path) -> Outcome:
     """Read what `save_outcome` wrote."""
     arrays = load_file(folder / "outcome.safetensors")
-    paths = {name: arrays[f"paths.{name}"] for name in DECODERS}
+    paths = {name.removeprefix("paths."): value for name, value in arrays.items() if name.startswith("paths.")}
     return Outcome(arrays["target"], paths, arrays["hca"], arrays["mta"], arrays["confidence"])
 
 
@@ -81,3 +82,35 @@ def text_table(rows: dict[str, dict], decoders: tuple[str, ...] = tuple(DECODERS
     majority = next(iter(rows.values()))["mta_majority"]
     lines.append(f"\nMTA of the majority member of every cut: {majority:.3f}")
     return "\n".join(lines)
+
+
+def short_table(rows: dict[str, dict]) -> str:
+    """Leaf accuracy and average hierarchical distance of every row, on all test pictures together and one at a time."""
+    width = max(map(len, rows)) + 2
+    lines = [
+        "leaf: share of right leaves; AHD: mean height of the lowest common ancestor of answer and truth, 0 if right.",
+        "together: the test pictures are centred on their own mean; alone: on the mean of the training pictures.\n",
+        f"{'':<{width}}{'leaf, together':>16}{'AHD, together':>16}{'leaf, alone':>14}{'AHD, alone':>13}",
+    ]
+    for name, result in rows.items():
+        cells = []
+        for scores in (result["scores"], result.get("single")):
+            best = None if scores is None else scores.get("chosen", scores["bottom_up"])
+            cells += ["" if best is None else f"{best[score][0]:.3f}" for score in ("leaf", "ahd")]
+        lines.append(f"{name:<{width}}{cells[0]:>16}{cells[1]:>16}{cells[2]:>14}{cells[3]:>13}")
+    return "\n".join(lines)
+
+
+def paired(ours: Outcome, other: Outcome, tax: Taxonomy, decoder: str = "bottom_up") -> dict[str, list[float]]:
+    """[difference, low, high] of leaf accuracy and AHD, ours minus the other: 95 % paired bootstrap over the pictures.
+
+    Args:
+        ours: the row, under the decoder that was chosen for it if there is one.
+        other: the row to compare with.
+        tax: the taxonomy.
+        decoder: of the other row.
+    """
+    counts = resamples(len(ours.target))
+    mine = per_picture(ours, tax, "chosen" if "chosen" in ours.paths else decoder)
+    theirs = per_picture(other, tax, "chosen" if "chosen" in other.paths else decoder)
+    return {s: paired_difference([mine[s]], [theirs[s]], counts).as_json() for s in ("leaf", "ahd")}

@@ -1,7 +1,6 @@
 """The three scores of taxonomic open-set classification, picture by picture.
 
-Reference: Wu, Ho, Vasconcelos, 2024, "ProTeCt" (arXiv 2306.02240). The definitions are those of `hier_losses.metrics`; a
-test holds the two together. A loop over nodes and cuts, not over pictures.
+Reference: Wu, Ho, Vasconcelos, 2024, "ProTeCt" (arXiv 2306.02240).
 """
 
 import numpy as np
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from app_eval.measure.paths import Interval, Pair, mean_over_seeds, paired_difference, resamples
 from hier_losses import Taxonomy
+from hier_losses.metrics import logit_scores
 from hier_losses.treecuts import TreeCuts
 
 SCORES = ("la", "hca", "mta")
@@ -30,20 +30,9 @@ def tree_scores(logits: Tensor, target: np.ndarray, tax: Taxonomy, cuts: TreeCut
     """
     truth = torch.from_numpy(np.asarray(target))
     leaf = tax.leaf[logits[:, tax.leaf].argmax(1)] == truth
-    consistent = leaf.clone()
-    on_path = torch.zeros(len(truth), tax.num_nodes, dtype=torch.bool)
-    path = tax.paths[truth]
-    rows = torch.arange(len(truth))[:, None].expand_as(path)
-    on_path[rows[path >= 0], path[path >= 0]] = True
-    for start, size in zip(tax.group_start.tolist(), tax.group_size.tolist(), strict=True):
-        if size > 1:
-            members = slice(start, start + size)
-            concerned = on_path[:, members].any(1)
-            best = start + logits[:, members].argmax(1)
-            consistent &= ~concerned | on_path.gather(1, best[:, None]).squeeze(1)
-    right = [logits[:, cut.nodes].argmax(1) == cut.member[truth] for cut in cuts]
-    shares = torch.stack(right).double().mean(0)
-    return {"la": leaf.double().numpy(), "hca": consistent.double().numpy(), "mta": shares.numpy()}
+    scores = logit_scores(logits, truth, tax, cuts)
+    found = {"la": leaf.double(), **{name: score.numerator / score.denominator for name, score in scores.items()}}
+    return {name: found[name].numpy() for name in SCORES}
 
 
 def _pairs(by_seed: list[dict[str, np.ndarray]], score: str) -> list[Pair]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from app_eval.measure.results import load_outcome, text_table
+from app_eval.measure.results import load_outcome, short_table, text_table
 from app_eval.show.report import ReportContent, write_report
 from app_train.core.records import read_records
 from app_train.core.run_folder import Run
@@ -70,8 +70,21 @@ def trained_lines(task: Task, rows: Sequence[str], fit_of: Callable[[str], FitCo
     return [Line(row, prefix + ROWS[row].title, partial(make, row)) for row in rows]
 
 
-def compare(task: Task, lines: Sequence[Line], seeds: int, story: Story) -> dict:
+def compare(
+    task: Task,
+    lines: Sequence[Line],
+    seeds: int,
+    story: Story,
+    more: Callable[[], Mapping[str, object]] = dict,
+) -> dict:
     """Run what is missing; then table, result and report.
+
+    Args:
+        task: what all lines share.
+        lines: of the table.
+        seeds: seeds 0 .. seeds-1.
+        story: what the report says beside the numbers.
+        more: further content of the result, asked for when all lines are finished.
 
     Returns:
         The content of `result.json`; empty on all processes but the first.
@@ -88,7 +101,9 @@ def compare(task: Task, lines: Sequence[Line], seeds: int, story: Story) -> dict
     if not run.main:
         return {}
     titles = {line.name: line.title for line in lines}
-    result = run.finish({"n": len(task.test), "seeds": seeds, "titles": titles, "hint": story.hint, "runs": by_seed})
+    result = run.finish(
+        {"n": len(task.test), "seeds": seeds, "titles": titles, "hint": story.hint, "runs": by_seed, **more()}
+    )
     _report(task, result, story)
     run.seal()
     return show(result, run)
@@ -102,7 +117,8 @@ def read_back(run: Run) -> dict | None:
 
 def show(result: dict, run: Run) -> dict:
     """Print the table of a finished run, and return the result."""
-    print(text_table({result["titles"][name]: row for name, row in result["runs"][0].items()}))  # noqa: T201
+    rows = {result["titles"][name]: row for name, row in result["runs"][0].items()}
+    print(short_table(rows) if "headline" in result else text_table(rows))  # noqa: T201
     print(f"\nreport: {run.out / 'report.html'}\n{result['hint']}")  # noqa: T201
     return result
 

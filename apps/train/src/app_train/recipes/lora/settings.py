@@ -36,6 +36,32 @@ class FitConfig(Frozen):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
 
+class HeadsConfig(Frozen):
+    """Classifiers on frozen features: free heads and closed forms."""
+
+    epochs: int = Field(15, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    batch_size: int = Field(128, ge=1)
+    dropout: float = Field(0.5, ge=0, lt=1)
+    """Share of the features that the head does not see in training."""
+    heads: int = Field(1, ge=1)
+    """Heads of different draws whose mean is used."""
+    discount: float = Field(1.0, ge=0)
+    """How fast HXE's weights fall from the leaves to the root."""
+    shrinkage: float = Field(0.4, ge=0, le=1)
+    """Of the covariance within classes, for TreeLDA and LDA, where no held-out picture chooses it."""
+    c: float = Field(1.0, gt=0)
+    """Inverse strength of the penalty of logistic regression."""
+
+    def stage(self) -> StageConfig:
+        """How a head is trained."""
+        return StageConfig(epochs=self.epochs, lr=self.lr, batch_size=self.batch_size)
+
+    def loss(self) -> LossConfig:
+        """The loss of the head that uses the tree."""
+        return LossConfig(hxe=1, discount=self.discount)
+
+
 class RowsConfig(RunConfig):
     """Settings of a recipe that compares rows over seeds."""
 
@@ -66,9 +92,13 @@ class EmojiConfig(RowsConfig):
     rows: tuple[RowName, ...] = tuple(CHOSEN_LR)
     """Losses to train with."""
     artists: tuple[str, ...] = ("openmoji", "noto-300", "noto-700")
-    """Artists to train on."""
-    size: int = Field(128, ge=32)
-    """Height and width of the pictures in pixels."""
+    """Artists to train on; the first one is left out where the product is chosen."""
+    size: int = Field(96, ge=32)
+    """Height and width of the pictures that LoRA is trained on, in pixels."""
+    feature_size: int = Field(192, ge=32)
+    """Height and width of the pictures whose frozen features heads and closed forms use."""
+    heads: HeadsConfig = HeadsConfig()
+    """Heads and closed forms on frozen features."""
     limit: int | None = Field(None, ge=2)
     """Use the pictures of this many leaves only, spread over the taxonomy (for trials)."""
     dropout: float = Field(0.7, ge=0, lt=1)

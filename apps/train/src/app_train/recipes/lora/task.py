@@ -7,19 +7,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from app_data.read.pictures import PictureSet
 from app_eval.measure.embed import node_logits, tower_features
 from app_eval.measure.paths import outcome
-from app_eval.measure.results import save_row
+from app_eval.measure.results import save_outcome, save_row, summarise
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.errors import RunError
 from app_train.core.fit import check_finite, fit
 from app_train.core.run_folder import Run, finished
+from app_train.recipes.lora.classifiers import Prompts
 from app_train.recipes.lora.losses import LossConfig
 from app_train.recipes.lora.objective import Objective, stages
 from app_train.recipes.lora.settings import FitConfig
-from hier_lora import HierLoraCLIP, PromptSet, load_dual_encoder, lora_config
+from hier_lora import HierLoraCLIP, LinearHead, PromptSet, load_dual_encoder, lora_config
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts, count_cuts, cut_at, sample_cuts
 
@@ -147,6 +149,18 @@ def build_model(task: Task, config: FitConfig | None, seed: int) -> HierLoraCLIP
     return model.to(task.run.device, memory_format=torch.channels_last)
 
 
+def prompts_of(task: Task) -> Prompts | None:
+    """The prompts of the task as an expert on frozen features; None for a model without a head apart from its tower."""
+    if not has_head(task.base):
+        return None
+    base, tax = task.base, task.train.taxonomy
+    prompts = PromptSet(tax, templates=(task.template,), names=task.train.node_text or None)
+    model = HierLoraCLIP(copy.deepcopy(base).cpu(), tax, prompts=prompts, center_text=True)
+    weight = model.dual_encoder.projection.weight.detach()
+    head = LinearHead.from_prompts(tax, model.node_features.detach(), float(model.dual_encoder.logit_scale.exp()))
+    return Prompts(head.eval(), lambda x: F.normalize(x @ weight.T, dim=-1))
+
+
 def zero_shot_row(task: Task, folder: Path, seed: int, facts: dict) -> dict:
     """Score the model as it is; a finished row is read back instead."""
     return finished(folder, facts) or score_row(task, build_model(task, None, seed), folder, facts)
@@ -198,7 +212,31 @@ def score_row(task: Task, model: HierLoraCLIP, folder: Path, facts: dict) -> dic
     return store_row(task, logits, folder, facts)
 
 
-def store_row(task: Task, logits: Tensor, folder: Path, facts: dict) -> dict:
-    """Score the logits of the test pictures, (n, N), and store the result."""
-    scored = outcome(logits, task.test.targets, task.test.taxonomy, task.cuts)
-    return save_row(folder, scored, task.test.taxonomy, task.cuts, **facts)
+def store_row(
+    task: Task,
+    logits: Tensor,
+    folder: Path,
+    facts: dict,
+    *,
+    single: Tensor | None = None,
+    chosen: str | None = None,
+    **more: object,
+) -> dict:
+    """Score the logits of the test pictures, (n, N), and store the result.
+
+    Args:
+        task: test pictures and tree cuts.
+        logits: of the test pictures, centred on their own mean where the task is.
+        folder: of the row.
+        facts: what identifies the row.
+        single: the same without knowing the other test pictures: centred on the training mean.
+        chosen: a decoder that was chosen for this row.
+        more: further facts to keep.
+    """
+    tax = task.test.taxonomy
+    if single is not None:
+        alone = outcome(single, task.test.targets, tax, task.cuts, chosen)
+        save_outcome(folder / "single", alone)
+        more["single"] = summarise(alone, tax)
+    scored = outcome(logits, task.test.targets, tax, task.cuts, chosen)
+    return save_row(folder, scored, tax, task.cuts, **facts, **more)
