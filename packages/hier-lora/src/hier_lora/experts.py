@@ -27,7 +27,7 @@ from hier_losses.probabilities import leaf_columns, leaf_to_node_logits
 
 Features = Tensor | Mapping[str, Tensor]
 CHOICES = ("leaf", "ahd")
-_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+_WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _SHARPER = (0.25, 0.5, 1.0, 2.0, 4.0)
 STATE, SETTINGS, TREE = "experts.safetensors", "experts.json", "taxonomy.json"
 
