@@ -160,3 +160,17 @@ def _depth_first(tree: Tree) -> list[int]:
             order.append(group - 1)
         stack += range(start[group] + size[group], start[group], -1)
     return order
+
+
+def add_self_leaves(tree: Tree, nodes: Iterable | Tensor | None, name: str) -> "TaxonomyUpdate":
+    """Add a leaf of one name below each of the inner nodes."""
+    if nodes is None:
+        chosen = (tree.leaf_index < 0).nonzero()[:, 0].tolist()
+    else:
+        chosen = [int(node) for node in nodes]
+    for node in chosen:
+        if not 0 <= node < tree.num_nodes or tree.leaf_index[node] >= 0:
+            raise ValueError(f"nodes must be inner nodes in [0, {tree.num_nodes}), got {node}")
+        if (node, name) in tree._child:
+            raise ValueError(f"node {node} ({show_path(tree.path_of(node))!r}) has a child named {name!r} already")
+    return extend(tree, [(*tree.path_of(node), name) for node in chosen], None)

@@ -251,6 +251,29 @@ class Taxonomy(Tree):
         """
         return _edit.extend(self, paths, edges)
 
+    def with_self_leaves(self, nodes: Iterable | Tensor | None = None, name: str = "(self)") -> TaxonomyUpdate:
+        """Give inner nodes that are classes themselves a leaf of their own, below them.
+
+        Decoders and losses on leaf logits only know leaves: "a dog of no named breed" then is a leaf beside the breeds.
+        Without it such a sample is a partial label, "some dog", which says nothing about the breed.
+
+        Args:
+            nodes: node ids of inner nodes; all of them if None.
+            name: name of each new leaf.
+
+        Returns:
+            The new tree and the maps between node ids; `old_to_new` of an inner node is the inner node, its new leaf is
+            the one whose parent it is: `update.taxonomy.index((*tax.path_of(node), name))`.
+
+        Raises:
+            ValueError: an unknown id, a leaf, or a child that has the name already.
+
+        >>> tax = Taxonomy.from_paths([("dog", "pug"), ("dog", "boxer"), ("cat",)])
+        >>> tax.with_self_leaves([tax.index("dog")]).taxonomy.to_paths()
+        [('dog', 'pug'), ('dog', 'boxer'), ('dog', '(self)'), ('cat',)]
+        """
+        return _edit.add_self_leaves(self, nodes, name)
+
     def prune(self, nodes: Iterable | Tensor, mode: str = "subtree") -> TaxonomyUpdate:
         """Remove nodes.
 
