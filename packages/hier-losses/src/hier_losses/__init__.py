@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hier_losses.__about__ import __version__
 from hier_losses.graph import LabelGraph
+from hier_losses.reading import Reading, read_label_graph, read_taxonomy
 from hier_losses.taxonomy import Taxonomy, TaxonomySummary, TaxonomyUpdate
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HierarchyAwareLoss",
     "LabelGraph",
+    "Reading",
     "Taxonomy",
     "TaxonomySummary",
     "TaxonomyUpdate",
@@ -28,6 +30,8 @@ __all__ = [
     "metrics",
     "path_ops",
     "probabilities",
+    "read_label_graph",
+    "read_taxonomy",
     "treecuts",
 ]
 
