@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hier_losses import decoding as D
 from hier_losses.decoding import (
     bottom_up,
     crm,
@@ -341,3 +342,26 @@ def test_cuda_agrees(case):
     for decode in [*NODE_DECODERS, *LEAF_DECODERS]:
         assert torch.equal(decode(logits.cuda(), tax).cpu(), decode(logits, tax))
     assert torch.equal(threshold(logits.cuda(), tax, 0.5).cpu(), threshold(logits, tax, 0.5))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_top_k_with_ties_is_a_stable_sort(seed, random_tree):
+    tax = random_tree(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for logits in (
+        torch.randint(3, (20, tax.num_leaves), generator=generator).float(),
+        torch.randn(20, tax.num_leaves, generator=generator),
+        torch.full((2, tax.num_leaves), math.nan),
+        torch.zeros(0, tax.num_leaves),
+    ):
+        for k in (1, 2, tax.num_leaves):
+            reference = logits.sort(stable=True, dim=1, descending=True).indices[:, :k]
+            assert torch.equal(D.top_k_paths(logits, tax, k), tax.paths[tax.leaf[reference]])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_joint_path_needs_no_constant(seed, random_tree):
+    tax = random_tree(seed)
+    logits = torch.randn(50, tax.num_nodes, generator=torch.Generator().manual_seed(seed))
+    best = D.joint_path_scores(logits, tax).argmax(1)
+    assert torch.equal(D.joint_path(logits, tax), tax.paths[tax.leaf[best]])

@@ -299,3 +299,44 @@ def test_multi_hot_options_exist_in_modules(t11):
     assert loss(z, torch.tensor([-1, 7]), sample_weight=torch.ones(2)).isfinite()
     with pytest.raises(TypeError, match="ignore"):
         L.HXE(t11, ignored=3)
+
+
+def multi_label(tax):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(6, tax.num_nodes, generator=generator, dtype=torch.float64)
+    one_hot = torch.zeros(6, tax.num_nodes, dtype=torch.float64)
+    one_hot = one_hot.scatter(1, torch.randint(tax.num_nodes, (6, 1), generator=generator), 1.0)
+    return z, F.mcm(one_hot, tax)
+
+
+def test_multi_label_weights_are_those_of_torch(close):
+    tax = flat(11)  # without edges the loss is binary cross-entropy
+    z, labels = multi_label(tax)
+    weight, sample = torch.rand(11, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    mask = torch.arange(11) != 3
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    close(F.mc_loss(z, labels, tax, pos_weight=weight), bce(z, labels, pos_weight=weight))
+    single = bce(z, labels, pos_weight=weight, reduction="none")
+    close(F.mc_loss(z, labels, tax, pos_weight=weight, reduction="none"), single)
+    rows = (single * sample[:, None])[:, mask].sum() / (sample.sum() * 10)
+    close(F.mc_loss(z, labels, tax, mask, pos_weight=weight, sample_weight=sample), rows)
+    module = L.MCLoss(tax, pos_weight=weight)
+    assert "pos_weight" in dict(module.named_buffers())
+    close(module(z, labels, mask, sample_weight=sample), rows)
+    with pytest.raises(ValueError, match=r"pos_weight must have shape \(11,\), got \(3,\)"):
+        F.mc_loss(z, labels, tax, pos_weight=torch.ones(3))
+    with pytest.raises(ValueError, match=r"pos_weight must be at least 0, got -1.0 for node 0"):
+        F.mc_loss(z, labels, tax, pos_weight=-torch.ones(11))
+
+
+def test_multi_label_pixels(t11, close):
+    z, labels = multi_label(t11)
+    mask = torch.rand(6, 11) > 0.3
+    weight = torch.rand(11, dtype=torch.float64)
+    as_picture = lambda rows: rows.view(2, 3, 11).movedim(-1, 1)  # noqa: E731
+    for reduction in ("mean", "none"):
+        ours = F.mc_loss(
+            as_picture(z), as_picture(labels), t11, as_picture(mask), pos_weight=weight, reduction=reduction
+        )
+        rows = F.mc_loss(z, labels, t11, mask, pos_weight=weight, reduction=reduction)
+        close(ours, rows if reduction == "mean" else as_picture(rows))

@@ -396,3 +396,16 @@ def test_global_random_state_is_left_alone():
     torch.manual_seed(0)
     Taxonomy.synthetic((2, 5), None)
     assert torch.equal(torch.rand(1), first)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1])
+def test_rows_without_a_label(ignore_index, t11):
+    rows = torch.tensor([[0, 0, 0], [ignore_index] * 3, [1, 3, ignore_index], [2, -1, ignore_index]])
+    nodes = t11.node_ids(rows, ignore_index=ignore_index)
+    assert nodes.tolist() == [7, ignore_index, 6, 2]
+    with pytest.raises(ValueError, match=r"row 1: known levels must come first, .* a row of -100 stands for a sample"):
+        t11.node_ids(torch.tensor([[0, 0, 0], [-1, -1, -1]]))
+    with pytest.raises(ValueError, match=r"label -2 of level 1 must lie in"):
+        t11.node_ids(torch.tensor([[-2, 0, 0]]))
+    with pytest.raises(ValueError, match=r"ignore_index must be negative, since labels are not, got 3"):
+        t11.node_ids(torch.tensor([[0, 0, 0]]), ignore_index=3)

@@ -184,3 +184,31 @@ def test_pruning_nothing_changes_nothing(t11):
     update = t11.prune([])
     assert isinstance(update, TaxonomyUpdate)
     assert update.taxonomy == t11
+
+
+def test_self_leaves():
+    tax = Taxonomy.from_paths([("dog", "pug"), ("dog", "hound", "beagle"), ("cat",)])
+    update = tax.with_self_leaves()
+    assert update.taxonomy.to_paths() == [
+        ("dog", "pug"),
+        ("dog", "hound", "beagle"),
+        ("dog", "hound", "(self)"),
+        ("dog", "(self)"),
+        ("cat",),
+    ]
+    for node in range(tax.num_nodes):
+        assert update.taxonomy.path_of(update.old_to_new[node]) == tax.path_of(node)
+    some = tax.with_self_leaves(torch.tensor([tax.index("hound")]), name="other").taxonomy
+    assert some.num_nodes == tax.num_nodes + 1
+    assert some.index(("dog", "hound", "other")) in some.leaf
+    assert Taxonomy.from_paths([("a",), ("b",)]).with_self_leaves().taxonomy.num_nodes == 2
+
+
+def test_self_leaves_of_the_wrong_nodes():
+    tax = Taxonomy.from_paths([("dog", "pug"), ("cat",)])
+    with pytest.raises(ValueError, match=r"nodes must be inner nodes in \[0, 3\), got 1"):
+        tax.with_self_leaves([tax.index("cat")])
+    with pytest.raises(ValueError, match=r"nodes must be inner nodes in \[0, 3\), got -1"):
+        tax.with_self_leaves([-1])
+    with pytest.raises(ValueError, match=r"node 0 \('dog'\) has a child named 'pug' already"):
+        tax.with_self_leaves(name="pug")

@@ -179,7 +179,7 @@ def test_csv_layouts(tmp_path, text, kwargs):
         ("", {}, "is empty"),
         ("a,b\n", {}, "at least one path"),
         ("a,b\nx\n", {}, "line 2: 1 cells, the header has 2"),
-        ("a,b,c\nx,,y\n", {}, "row 0 has a hole"),
+        ("a,b,c\nx,,y\n", {}, "line 2 has a hole"),
         ("a,b\nx,y\n", {"columns": ["a", "z"]}, r"columns must be among \['a', 'b'\], got \['z'\]"),
         ("a,b\nx,y\n", {"layout": "tree"}, "layout must be one of"),
         ("parent,child\na,b\nb,a\n", {}, "cycle"),

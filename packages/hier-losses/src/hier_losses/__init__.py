@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hier_losses.__about__ import __version__
 from hier_losses.graph import LabelGraph
+from hier_losses.reading import Reading, read_label_graph, read_taxonomy
 from hier_losses.taxonomy import Taxonomy, TaxonomySummary, TaxonomyUpdate, match_taxonomies
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HierarchyAwareLoss",
     "LabelGraph",
+    "Reading",
     "Taxonomy",
     "TaxonomySummary",
     "TaxonomyUpdate",
@@ -40,6 +42,8 @@ __all__ = [
     "metrics",
     "path_ops",
     "probabilities",
+    "read_label_graph",
+    "read_taxonomy",
     "treecuts",
 ]
 

@@ -212,3 +212,17 @@ def _once(nodes: list[int], names: tuple[str, ...]) -> dict[str, int]:
     for node in nodes:
         counts[names[node]] = counts.get(names[node], 0) + 1
     return {names[node]: node for node in nodes if counts[names[node]] == 1}
+
+
+def add_self_leaves(tree: Tree, nodes: Iterable | Tensor | None, name: str) -> "TaxonomyUpdate":
+    """Add a leaf of one name below each of the inner nodes."""
+    if nodes is None:
+        chosen = (tree.leaf_index < 0).nonzero()[:, 0].tolist()
+    else:
+        chosen = [int(node) for node in nodes]
+    for node in chosen:
+        if not 0 <= node < tree.num_nodes or tree.leaf_index[node] >= 0:
+            raise ValueError(f"nodes must be inner nodes in [0, {tree.num_nodes}), got {node}")
+        if (node, name) in tree._child:
+            raise ValueError(f"node {node} ({show_path(tree.path_of(node))!r}) has a child named {name!r} already")
+    return extend(tree, [(*tree.path_of(node), name) for node in chosen], None)

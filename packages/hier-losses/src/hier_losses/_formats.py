@@ -4,15 +4,15 @@ import csv
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hier_losses._order import repeated, shorten
 from hier_losses._parse import Parts, _check_choice, parse_edges, parse_paths
+from hier_losses._tables import PathLike, Table, close_holes, look_alikes, read_table
 from hier_losses._tree import Tree
-
-PathLike = str | os.PathLike
 
 
 def drop_virtual_root(parts: Parts, root: str | None) -> Parts:
@@ -40,29 +40,53 @@ def drop_virtual_root(parts: Parts, root: str | None) -> Parts:
     return Parts(drop(parts.names), parents, None if parts.labels is None else drop(parts.labels))
 
 
-def read_csv(path: PathLike, layout: str, order: str | None, columns: Sequence[str] | None) -> Parts:
-    """Read edges, or one path per row, from a CSV file with a header."""
+def read_csv(
+    path: PathLike,
+    layout: str,
+    order: str | None,
+    columns: Sequence[str] | None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    header: bool | None = None,
+    on_hole: str = "error",
+) -> Parts:
+    """Read edges, or one path per row, from a text table; warn about what was guessed."""
+    table = read_table(path, delimiter, encoding, header)
+    parts = table_parts(table, layout, order, columns, on_hole)
+    for guess in [*table.guesses, *look_alikes(parts.names)]:
+        warnings.warn(f"{table.name!r}: {guess}", stacklevel=3)
+    return parts
+
+
+def table_parts(table: Table, layout: str, order: str | None, columns: Sequence[str] | None, on_hole: str) -> Parts:
+    """Turn a table into nodes."""
     _check_choice("layout", layout, ("auto", "paths", "edges"))
-    # utf-8-sig: spreadsheet programs put a byte order mark before the header.
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file, skipinitialspace=True) if any(row)]
-    if not rows:
-        raise ValueError(f"{os.fspath(path)!r} is empty, a header is needed")
-    header = [name.strip() for name in rows[0]]
-    missing = [name for name in columns or () if name not in header]
+    header = table.header
+    if columns is not None and header is None:
+        raise ValueError(f"columns goes with a header, which {table.name!r} does not have, got {list(columns)}")
+    missing = [name for name in columns or () if header is None or name not in header]
     if missing:
         raise ValueError(f"columns must be among {header}, got {missing}")
-    picked = [header.index(name) for name in columns] if columns is not None else list(range(len(header)))
-    used = [header[i].lower() for i in picked]
-    for number, row in enumerate(rows):
-        if len(row) != len(header):
-            raise ValueError(f"{os.fspath(path)!r} line {number + 1}: {len(row)} cells, the header has {len(header)}")
-    cells = [[row[i] for i in picked] for row in rows[1:]]
+    width = len(header) if header is not None else len(table.rows[0][1])
+    picked = list(range(width)) if columns is None or header is None else [header.index(name) for name in columns]
+    used = [] if header is None else [header[i].lower() for i in picked]
+    cells = [[row[i] for i in picked] for _, row in table.rows]
     if layout == "auto":
         layout = "edges" if sorted(used) == ["child", "parent"] else "paths"
+    table.understood["layout"] = layout
     if layout == "edges":
-        return parse_edges(cells, order or ("child_parent" if used[0] == "child" else "parent_child"))
-    return parse_paths(cells, order or ("fine_to_coarse" if used[:2] == ["leaf", "parent"] else "coarse_to_fine"))
+        order = order or ("child_parent" if used[:1] == ["child"] else "parent_child")
+        table.understood["order"] = order
+        return parse_edges(cells, order)
+    order = order or ("fine_to_coarse" if used[:2] == ["leaf", "parent"] else "coarse_to_fine")
+    table.understood["order"] = order
+    names = None if header is None else [header[i] for i in picked]
+    reverse = order == "fine_to_coarse"
+    rows = [
+        close_holes(row, names, on_hole, f"{table.name!r} line {line}", reverse)
+        for row, (line, _) in zip(cells, table.rows, strict=True)
+    ]
+    return parse_paths(rows, order)
 
 
 def write_csv(tree: Tree, path: PathLike, layout: str) -> None:
@@ -102,11 +126,26 @@ def edge_list(tree: Tree, ends: str) -> list[tuple]:
     return [(None if up < 0 else keys[up], keys[node]) for node, up in enumerate(tree.parent.tolist())]
 
 
+def text_or_file(source: PathLike, opening: str) -> str:
+    """Return the text of a file; a str is text if it begins like one or ends in a semicolon, a file name otherwise."""
+    if isinstance(source, str) and (source.lstrip()[:1] in tuple(opening) or source.rstrip()[-1:] == ";"):
+        return source
+    if isinstance(source, str) and (not source.strip() or "\n" in source):
+        return source  # no file name; the parser says what is wrong
+    # Bytes, because text mode would turn a carriage return inside a quoted name into a newline.
+    return Path(source).read_bytes().decode("utf-8-sig")
+
+
 def read_json(source: PathLike | Mapping | Sequence, root: str | None) -> Parts:
     """Read a node list, nested objects with children, or nested mappings, from a file or from parsed data."""
     data: Any = source
     if isinstance(source, str | os.PathLike):
-        data = json.loads(Path(source).read_text(encoding="utf-8"))
+        try:
+            data = json.loads(text_or_file(source, "{["))
+        except RecursionError:
+            raise ValueError(
+                "the JSON is nested too deeply for Python's reader; a node list has no such limit"
+            ) from None
     if isinstance(data, Mapping) and isinstance(data.get("nodes"), Sequence) and not isinstance(data["nodes"], str):
         data = data["nodes"]
     if isinstance(data, Sequence) and data and all(isinstance(n, Mapping) and "parent" in n for n in data):
@@ -135,7 +174,10 @@ def _node_list(nodes: Sequence[Mapping]) -> Parts:
     known = [label is not None for label, up in zip(labels, parents, strict=True) if up >= 0]
     if not known or not all(known):
         return Parts(names, parents)
-    return Parts(names, parents, [-1 if label is None else int(label) for label in labels])
+    for number, label in enumerate(labels):
+        if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+            raise ValueError(f"label of node {names[number]!r} must be an integer, got {label!r}")
+    return Parts(names, parents, [-1 if label is None else label for label in labels])
 
 
 def _check_children(nodes: Sequence[Mapping], position: Mapping, parents: list[int]) -> None:
@@ -172,7 +214,7 @@ def _nested(data: Any) -> Parts:
     return parts
 
 
-def node_list(tree: Tree) -> dict[str, Any]:
+def node_list(tree: Tree, path: PathLike | None = None) -> dict[str, Any]:
     """Return a node list with the virtual root as node 0; labels are kept where they differ from the order."""
     children: list[list[int]] = [[] for _ in range(tree.num_nodes + 1)]
     for node, up in enumerate(tree.parent.tolist()):
@@ -182,7 +224,10 @@ def node_list(tree: Tree) -> dict[str, Any]:
     for node, up in enumerate(tree.parent.tolist()):
         entry = {"id": node + 1, "name": tree.names[node], "parent": up + 1, "children": children[node + 1]}
         nodes.append(entry if tree.natural_labels else {**entry, "label": labels[node]})
-    return {"nodes": nodes, "leaves": [node + 1 for node in tree.leaf.tolist()]}
+    data = {"nodes": nodes, "leaves": [node + 1 for node in tree.leaf.tolist()]}
+    if path is not None:
+        Path(path).write_text(json.dumps(data) + "\n", encoding="utf-8")
+    return data
 
 
 # Quoted label, comment, structure, or plain label: the tokens of the Newick format.
@@ -192,8 +237,7 @@ _PLAIN = re.compile(r"[^\s'()\[\],:;]+")
 
 def read_newick(source: PathLike, root: str | None) -> Parts:
     """Parse Newick text; branch lengths and comments are skipped, underscores stay."""
-    # Bytes, because text mode would turn a carriage return inside a quoted name into a newline.
-    text = Path(source).read_bytes().decode("utf-8") if isinstance(source, os.PathLike) else source
+    text = text_or_file(source, "(")
     parts = Parts([""], [-1])
     node, at = 0, 0
     fresh, labelled, skip_length, ended = True, False, False, False

@@ -7,6 +7,9 @@ import numpy as np
 
 Item = TypeVar("Item", bound=Hashable)
 
+# 2 GiB of int64; the taxonomy of NCBI (2.6 million nodes on about 45 levels) takes half of it.
+_MOST_PATH_ENTRIES = 2**28
+
 
 def show_path(path: Iterable[str]) -> str:
     """Return a path as people write it: `a > a1 > x`."""
@@ -100,6 +103,11 @@ def index_arrays(parent: np.ndarray) -> dict[str, np.ndarray]:
         filled[up] += n_leaves[node]
     level_ptr = np.concatenate([[0], np.cumsum(np.bincount(depth)[1:])]).astype(np.int64)
     num_levels = len(level_ptr) - 1
+    if num * num_levels > _MOST_PATH_ENTRIES:
+        raise ValueError(
+            f"a tree of {num} nodes and {num_levels} levels needs a table of paths of {8e-9 * num * num_levels:.0f} GB; "
+            "leave levels out where nodes have a single child (prune with mode='splice', or before reading)"
+        )
     paths = np.full((num, num_levels), -1, dtype=np.int64)
     for level in range(num_levels):
         nodes = slice(level_ptr[level], level_ptr[level + 1])

@@ -95,7 +95,7 @@ def parse_paths(
 
 def _parse_labels(rows: list[list], base: int, names: Sequence[Sequence[str]] | None) -> Parts:
     for number, row in enumerate(rows):
-        if any(isinstance(item, bool) or int(item) != item for item in row):
+        if any(isinstance(item, bool) or item == float("inf") or int(item) != item for item in row):
             raise TypeError(f"row {number} must hold names or integers, got {row!r}")
     above: list[dict[int, int]] = [{} for _ in range(max(map(len, rows)))]
     for number, row in enumerate(rows):

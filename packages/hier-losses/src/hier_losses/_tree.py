@@ -61,6 +61,8 @@ class Tree:
         edge_parent, edge_child: (E,) the parent-child edges, top nodes have none.
         label: (N,) the number of each node within its level as the data set counts it, from 0; the position within the
             level unless the tree was built from integer paths.
+        natural_labels: whether `label` is the position within the level, a Python bool.
+        leaves_in_order: whether `leaf` is in depth-first order, as it is where all leaves end on one level.
         label_to_node: (N,) node id of label i of level l, at `level_ptr[l-1] + i`.
     """
 
@@ -88,6 +90,7 @@ class Tree:
     max_group_size: int
     root_height: int
     natural_labels: bool
+    leaves_in_order: bool
     device: torch.device
     _by_name: dict[str, int]
     _child: dict[tuple[int, str], int]
@@ -123,6 +126,7 @@ class Tree:
             max_group_size=int(fields["group_size"].max()),
             root_height=len(fields["level_ptr"]) - 1,
             natural_labels=bool((fields["label_to_node"] == np.arange(len(order))).all()),
+            leaves_in_order=bool((fields["leaf_start"][fields["leaf"]] == np.arange(len(fields["leaf"]))).all()),
             device=torch.device("cpu"),
             _by_name=_unique(names),
             _child={key: node for node, key in enumerate(zip(parent.tolist(), names, strict=True))},
@@ -249,15 +253,17 @@ class Tree:
         nodes = [self.index(key) for key in keys]
         return torch.tensor(nodes, dtype=torch.int64, device=self.device)
 
-    def node_ids(self, level_labels: Tensor, base: int = 0) -> Int[Tensor, " batch"]:
+    def node_ids(self, level_labels: Tensor, base: int = 0, ignore_index: int = -100) -> Int[Tensor, " batch"]:
         """Turn one label per level into node ids: the node of the deepest known level.
 
         Args:
             level_labels: (B, L) integer labels, top level first, L <= D; -1 where unknown, below the last known level.
-            base: the first label of every level, 0 or 1. The marker -1 is never shifted.
+            base: the first label of every level, 0 or 1. The markers -1 and `ignore_index` are never shifted.
+            ignore_index: stands for no label, negative: on some levels it reads as -1, a row of nothing else gives it
+                back, and losses and metrics then leave the sample out.
 
         Returns:
-            (B,) node ids in [0, N).
+            (B,) node ids in [0, N), or `ignore_index`.
 
         Raises:
             ValueError: not integers of that shape; a label out of range, a known label below an unknown one, a row
@@ -272,8 +278,11 @@ class Tree:
         if base not in (0, 1):
             raise ValueError(f"base must be 0 or 1, got {base}")
         num = level_labels.shape[1]
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index must be negative, since labels are not, got {ignore_index}")
         raw = level_labels.to(torch.int64)
-        known = raw != -1
+        dropped = (raw == ignore_index).all(1)
+        known = (raw != -1) & (raw != ignore_index)
         length = known.sum(1)
         labels = raw - base
         sizes = self.level_ptr[1 : num + 1] - self.level_ptr[:num]
@@ -284,10 +293,14 @@ class Tree:
                 f"level_labels row {row}: label {int(raw[row, level])} of level {level + 1} must lie in "
                 f"[{base}, {int(sizes[level]) + base}) with base={base}, or be -1"
             )
-        hole = (known != (torch.arange(num, device=raw.device) < length[:, None])).any(1) | (length == 0)
+        hole = (known != (torch.arange(num, device=raw.device) < length[:, None])).any(1)
+        hole = hole | ((length == 0) & ~dropped)
         if hole.any():
             row = int(hole.nonzero()[0])
-            raise ValueError(f"level_labels row {row}: known levels must come first, got {raw[row].tolist()}")
+            raise ValueError(
+                f"level_labels row {row}: known levels must come first, got {raw[row].tolist()}; "
+                f"a row of {ignore_index} stands for a sample without label"
+            )
         node = self.label_to_node[self.level_ptr[:num] + labels.clamp(min=0)]
         broken = (known[:, 1:] & (self.parent[node[:, 1:]] != node[:, :-1])).any(1)
         if broken.any():
@@ -296,7 +309,8 @@ class Tree:
                 f"level_labels row {row}: {raw[row].tolist()} is no path of the tree "
                 f"(order top to bottom, base={base}; are the rows fine to coarse, or counted from {1 - base}?)"
             )
-        return node.gather(1, (length - 1)[:, None]).squeeze(1)
+        deepest = node.gather(1, (length - 1).clamp(min=0)[:, None]).squeeze(1)
+        return torch.where(dropped, ignore_index, deepest)
 
     def cat_levels(self, levels: Sequence[Tensor]) -> Float[Tensor, "batch nodes"]:
         """Join one tensor of scores per level, columns in label order, into one over all nodes.

@@ -96,9 +96,19 @@ def top_k_paths(logits: Float[Tensor, "batch scores"], tax: Taxonomy, k: int) ->
     tax = tax.to(logits.device)
     if not 1 <= k <= tax.num_leaves:
         raise ValueError(f"k must lie in [1, {tax.num_leaves}], got {k}")
-    # topk orders ties freely; a stable sort keeps the promise about them.
-    ranks = leaf_columns(logits, tax).sort(stable=True, dim=1, descending=True).indices[:, :k]
-    return tax.paths[tax.leaf[ranks]]
+    return tax.paths[tax.leaf[_best(leaf_columns(logits, tax), k)]]
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """Columns of the k largest scores, the smaller column first among equals."""
+    if not torch.compiler.is_compiling():
+        # topk orders ties freely. Without a tie at the last place its set is right, and a small sort orders it.
+        values, ranks = scores.topk(k, dim=1)
+        if ((scores >= values[:, -1:]).sum(1) == k).all():
+            ranks = ranks.sort(dim=1).values
+            order = scores.gather(1, ranks).sort(stable=True, dim=1, descending=True).indices
+            return ranks.gather(1, order)
+    return scores.sort(stable=True, dim=1, descending=True).indices[:, :k]
 
 
 def _descend(scores: Tensor, tax: Taxonomy) -> Tensor:
@@ -158,11 +168,16 @@ def joint_path_scores(logits: Float[Tensor, "batch nodes"], tax: Taxonomy) -> Fl
     tax = tax.to(logits.device)
     level_lse = torch.stack([level.logsumexp(1) for level in logits.split(tax.level_sizes, 1)], 1)
     norm = torch.logaddexp(level_lse, shallow_logsumexp(logits, tax)).sum(1)
+    return _path_sums(logits, tax) - norm[:, None]
+
+
+def _path_sums(logits: Tensor, tax: Taxonomy) -> Tensor:
+    """Sum of the logits along the extended path of every leaf, (B, K): the joint score but for a constant of the row."""
     repeats = tax.num_levels - tax.depth[tax.leaf]
     along_path = ancestor_sum(logits, tax).index_select(1, tax.leaf)
     # Where nothing is repeated 0 * -inf would turn a masked leaf into NaN.
     again = torch.where(repeats > 0, repeats * logits.index_select(1, tax.leaf), 0.0)
-    return along_path + again - norm[:, None]
+    return along_path + again
 
 
 def joint_path(logits: Float[Tensor, "batch nodes"], tax: Taxonomy) -> Int[Tensor, "batch depth"]:
@@ -178,8 +193,9 @@ def joint_path(logits: Float[Tensor, "batch nodes"], tax: Taxonomy) -> Int[Tenso
     Raises:
         ValueError: wrong width.
     """
+    logits = check_matrix("logits", logits, tax.num_nodes)
     tax = tax.to(logits.device)
-    return tax.paths[tax.leaf[joint_path_scores(logits, tax).argmax(1)]]
+    return tax.paths[tax.leaf[_path_sums(logits, tax).argmax(1)]]
 
 
 def crm_risk(

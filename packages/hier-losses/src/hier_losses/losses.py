@@ -334,16 +334,20 @@ class MCLoss(_Loss):
 
     takes_graphs = True
 
-    def __init__(self, graph: Tree | LabelGraph, *, reduction: str = "mean"):
+    def __init__(self, graph: Tree | LabelGraph, *, pos_weight: Tensor | None = None, reduction: str = "mean"):
         """Keep the settings; see `functional.mc_loss`."""
-        super().__init__(graph, reduction=reduction)
+        super().__init__(graph, pos_weight=pos_weight, reduction=reduction)
 
     def _dry_run(self) -> None:
         empty = torch.zeros(0, self.tax.num_nodes, device=self.tax.device)
         self(empty, empty)
 
     def forward(
-        self, logits: Float[Tensor, "batch scores"], multi_hot: Tensor, mask: Tensor | None = None
+        self,
+        logits: Float[Tensor, "batch scores *rest"],
+        multi_hot: Tensor,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
     ) -> Float[Tensor, "..."]:
         """Return the loss.
 
@@ -351,8 +355,9 @@ class MCLoss(_Loss):
             logits: one logit per node.
             multi_hot: (B, N) zeros and ones, closed upwards.
             mask: (B, N) or (N,) bool, the entries that count.
+            sample_weight: (B, ...) weights.
         """
-        return F.mc_loss(logits, multi_hot, self.tax, mask, **self.settings)
+        return F.mc_loss(logits, multi_hot, self.tax, mask, sample_weight=sample_weight, **self.settings)
 
 
 class MCM(nn.Module):

@@ -107,8 +107,15 @@ class Taxonomy(Tree):
         layout: str = "auto",
         order: str | None = None,
         columns: Sequence[str] | None = None,
+        *,
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        header: bool | None = None,
+        on_hole: str = "error",
     ) -> "Taxonomy":
-        """Read a CSV file with a header.
+        """Read a table of text: comma, semicolon, tab or bar between the cells.
+
+        What is guessed raises a warning; `read_taxonomy` returns it instead.
 
         Args:
             path: the file. Empty cells at an end of a row are levels that a shallow leaf does not have.
@@ -117,18 +124,26 @@ class Taxonomy(Tree):
             order: as in `from_paths` or `from_edges`; None takes it from the header: rows are fine to coarse under
                 `leaf,parent,...` and coarse to fine otherwise, edges follow the order of `parent` and `child`.
             columns: names of the columns to use, in their order; all if None.
+            delimiter: None takes the one that stands equally often in all lines.
+            encoding: None takes UTF-8, or UTF-16 with a byte order mark, or guesses cp1252.
+            header: whether the first line names the columns; None says no if one of its cells stands in its column
+                again.
+            on_hole: what an empty cell between two known ones does: "error", "close" (the level is left out, so that
+                all below moves up) or "fill" (a node named after the column).
 
         Raises:
-            ValueError: no header, a missing column, rows of other length, or what `from_paths` and `from_edges` raise.
+            ValueError: an empty file, a missing column, rows of other length, several possible delimiters, a hole, or
+                what `from_paths` and `from_edges` raise.
         """
-        return cls(*_formats.read_csv(path, layout, order, columns))
+        return cls(*_formats.read_csv(path, layout, order, columns, delimiter, encoding, header, on_hole))
 
     @classmethod
     def from_json(cls, source: str | os.PathLike | Mapping | Sequence, root: str | None = "auto") -> "Taxonomy":
         """Read JSON: a node list, nested objects with `name` and `children`, or nested mappings and lists of names.
 
         Args:
-            source: a file, or the parsed data. A node list holds objects with `id`, `name` and `parent` (an id or
+            source: a file, JSON text (a str that begins with a bracket), or the parsed data. A node list
+                holds objects with `id`, `name` and `parent` (an id or
                 null), alone or under the key `nodes`; `children` is optional and checked.
             root: which single top node is only a root and is left out: "auto" takes one without a name or named
                 "root", another text takes the one of that name, None keeps every node.
@@ -146,7 +161,8 @@ class Taxonomy(Tree):
         """Read one tree in the Newick format.
 
         Args:
-            source: the text, or a path object of a file. Branch lengths and comments in brackets are skipped, quoted
+            source: the text (a str that begins with a parenthesis or ends in a semicolon), or a file.
+                Branch lengths and comments in brackets are skipped, quoted
                 labels are unquoted, underscores stay; inner nodes without a label are called `unnamed_<number>`.
             root: as in `from_json`.
 
@@ -217,9 +233,13 @@ class Taxonomy(Tree):
         """
         _formats.write_csv(self, path, layout)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return a node list ready for `json.dump`; node 0 is the virtual root and node v + 1 is node v here."""
-        return _formats.node_list(self)
+    def to_json(self, path: str | os.PathLike | None = None) -> dict[str, Any]:
+        """Return a node list ready for `json.dump`; node 0 is the virtual root and node v + 1 is node v here.
+
+        Args:
+            path: write it into this file too.
+        """
+        return _formats.node_list(self, path)
 
     def to_newick(self) -> str:
         """Return Newick text; the outer node without a label is the virtual root."""
@@ -250,6 +270,29 @@ class Taxonomy(Tree):
         [0, 1, 2, 4]
         """
         return _edit.extend(self, paths, edges)
+
+    def with_self_leaves(self, nodes: Iterable | Tensor | None = None, name: str = "(self)") -> TaxonomyUpdate:
+        """Give inner nodes that are classes themselves a leaf of their own, below them.
+
+        Decoders and losses on leaf logits only know leaves: "a dog of no named breed" then is a leaf beside the breeds.
+        Without it such a sample is a partial label, "some dog", which says nothing about the breed.
+
+        Args:
+            nodes: node ids of inner nodes; all of them if None.
+            name: name of each new leaf.
+
+        Returns:
+            The new tree and the maps between node ids; `old_to_new` of an inner node is the inner node, its new leaf is
+            the one whose parent it is: `update.taxonomy.index((*tax.path_of(node), name))`.
+
+        Raises:
+            ValueError: an unknown id, a leaf, or a child that has the name already.
+
+        >>> tax = Taxonomy.from_paths([("dog", "pug"), ("dog", "boxer"), ("cat",)])
+        >>> tax.with_self_leaves([tax.index("dog")]).taxonomy.to_paths()
+        [('dog', 'pug'), ('dog', 'boxer'), ('dog', '(self)'), ('cat',)]
+        """
+        return _edit.add_self_leaves(self, nodes, name)
 
     def prune(self, nodes: Iterable | Tensor, mode: str = "subtree") -> TaxonomyUpdate:
         """Remove nodes.

@@ -289,12 +289,12 @@ def _class_nodes(target: Target, classes: Tensor, tax: Tree | LabelGraph, ignore
     return torch.where(inside, node[torch.where(inside, target, 0)], wrong)
 
 
-def check_class_weights(weights: Tensor, like: Tensor, num_nodes: int) -> Tensor:
-    """Return (N,) class weights in the dtype and on the device of the logits."""
+def check_class_weights(weights: Tensor, like: Tensor, num_nodes: int, name: str = "class_weights") -> Tensor:
+    """Return (N,) weights in the dtype and on the device of the logits."""
     weights = weights.to(like)
     if weights.shape != (num_nodes,):
-        raise ValueError(f"class_weights must have shape ({num_nodes},), got {tuple(weights.shape)}")
-    require(weights >= 0, lambda row: f"class_weights must be at least 0, got {float(weights[row])} for node {row}")
+        raise ValueError(f"{name} must have shape ({num_nodes},), got {tuple(weights.shape)}")
+    require(weights >= 0, lambda row: f"{name} must be at least 0, got {float(weights[row])} for node {row}")
     return weights
 
 

@@ -46,3 +46,13 @@ def segment_logsumexp(
     peak = segment_max(values.detach(), index, initial.detach())
     shift = finite(peak)
     return log_above(peak, (initial - shift).exp().index_add(0, index, (values - shift[index]).exp()))
+
+
+def can_look(*tensors: Tensor) -> bool:
+    """Whether code may branch on values and write in place: on a CPU, neither compiled nor under `torch.func.vmap`."""
+    if torch.compiler.is_compiling() or any(tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    try:
+        return all(not tensor.flatten()[:0].any() for tensor in tensors)
+    except RuntimeError:  # vmap refuses to turn a value into a bool
+        return False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hier_losses._tree import Tree
-from hier_losses.functional._kernels import finite, safe_logaddexp, safe_logsumexp
+from hier_losses.functional._kernels import can_look, finite, safe_logaddexp, safe_logsumexp
 
 
 class LevelTerms(NamedTuple):
@@ -138,8 +138,14 @@ class _PathTerms(torch.autograd.Function):
     def backward(ctx: Any, grad_lse: Tensor, grad_score: Tensor, grad_total: Tensor, _: Any) -> tuple:
         logits, path, node, share, alive, lse = ctx.saved_tensors
         shift = finite(lse)
-        columns = zip(logits.split(ctx.sizes, 1), shift.split(1, 1), grad_lse.split(1, 1), strict=True)
-        grad = torch.cat([(level - at).exp_() * scale for level, at, scale in columns], 1)
+        columns = list(zip(logits.split(ctx.sizes, 1), shift.split(1, 1), grad_lse.split(1, 1), strict=True))
+        if not torch.is_grad_enabled() and can_look(logits, grad_lse):
+            # One buffer: fresh memory costs more here than the exponentials.
+            grad = torch.empty_like(logits)
+            for (level, at, scale), rows in zip(columns, grad.split(ctx.sizes, 1), strict=True):
+                torch.sub(level, at, out=rows).exp_().mul_(scale)
+        else:
+            grad = torch.cat([(level - at).exp() * scale for level, at, scale in columns], 1)
         each = torch.where(alive, grad_total[..., None] if share is None else share * grad_total[..., None], 0.0)
         # Apart from zeros no entry is added to twice, so the order of the additions does not matter.
         flat = node.shape[0], node.shape[1] * node.shape[2]

@@ -3,6 +3,9 @@
 Reference: Bertinetto et al. (2020, "Making Better Mistakes", hierarchical cross-entropy and soft labels).
 """
 
+import math
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +21,10 @@ from hier_losses.functional._inputs import (
     over_mixtures,
     read_samples,
 )
-from hier_losses.functional._kernels import log_above, safe_logsumexp
+from hier_losses.functional._kernels import can_look, finite, log_above, safe_logsumexp
+
+# Exponentials above e^-69 = 1e-30 are far from the end of single precision.
+_REACH = 69.0
 
 
 @over_mixtures
@@ -79,7 +85,7 @@ def hxe(
         sample_weight=sample_weight,
     )
     logits, target, tax = samples.logits, samples.target, samples.tax
-    bins = _BinLogSumExp.apply(logits, leaf_lca_depth(target, tax), tax.num_levels + 1)
+    bins = _RingLogSumExp.apply(logits, leaf_runs(target, tax), _depth_first(tax))
     level = torch.arange(tax.num_levels + 1, device=logits.device)
     within = safe_logsumexp(torch.where(level >= level[:, None], bins[:, None], -torch.inf))
     valid = level[1:] <= tax.depth[target][:, None]
@@ -149,51 +155,131 @@ def soft_label_ce(
     path = tax.paths[target]
     height = torch.where(path >= 0, tax.height[path.clamp(min=0)], 0)
     height = torch.nn.functional.pad(height, (1, 0), value=tax.root_height)
-    weight = torch.exp(-beta * height.to(logits.dtype) / farthest).gather(1, leaf_lca_depth(target, tax))
-    weight = weight / weight.sum(1, keepdim=True)
-    return samples.by_class().reduce(logits.logsumexp(1) - (weight * logits).sum(1), reduction)
+    weight = _rings_to_runs(torch.exp(-beta * height.to(logits.dtype) / farthest))
+    runs = leaf_runs(target, tax)
+    weight = weight / (weight * runs).sum(1, keepdim=True)
+    lse, sums = _LogSumExpAndRuns.apply(logits, runs, _depth_first(tax))
+    # An empty run has no weight to multiply; its sum is 0.
+    loss = lse - torch.where(runs > 0, weight * sums, 0.0).sum(1)
+    return samples.by_class().reduce(loss, reduction)
 
 
-def leaf_lca_depth(target: Tensor, tax: Tree) -> Tensor:
-    """Depth of the lowest common ancestor of each target with every leaf, (B, K) int64, from O(B (K + D)) work.
+def _depth_first(tax: Tree) -> Tensor | None:
+    """Columns of the leaves in depth-first order, None where they are in it."""
+    return None if tax.leaves_in_order else tax.leaf_start[tax.leaf].argsort()
 
-    In depth-first order the leaves below each path node are an interval: mark both ends, then add up.
+
+def leaf_runs(target: Tensor, tax: Tree) -> Tensor:
+    """Lengths, in depth-first order of the leaves, of the runs of leaves with one common ancestor, (B, 2D + 1) int64.
+
+    The ancestor of run r with the target lies at depth r; past the middle, at depth 2D - r. The subtrees on the path
+    are nested intervals, so the runs lie between their ends. Below a shallow target all runs are empty.
     """
     path = tax.paths[target]
-    start = tax.leaf_start[path.clamp(min=0)]
-    stop = start + tax.n_leaves[path.clamp(min=0)]
-    step = (path >= 0).int()
-    marks = step.new_zeros(path.shape[0], tax.num_leaves + 1)
-    marks = marks.scatter_add(1, start, step).scatter_add(1, stop, -step)
-    marks = marks.cumsum(1, dtype=torch.int32)
-    return marks.index_select(1, tax.leaf_start[tax.leaf]).long()
+    node = path.clamp(min=0)
+    past = tax.leaf_start[target][:, None] + 1
+    start = torch.where(path >= 0, tax.leaf_start[node], past)
+    stop = torch.where(path >= 0, tax.leaf_start[node] + tax.n_leaves[node], past)
+    first, last = torch.zeros_like(past), torch.full_like(past, tax.num_leaves)
+    return torch.cat([first, start, stop.flip(1), last], 1).diff(dim=1)
 
 
-class _BinLogSumExp(torch.autograd.Function):
-    """Log-sum-exp of the values of each bin, (B, K) -> (B, bins); -inf for empty bins.
+def _rings_to_runs(rings: Tensor) -> Tensor:
+    """Values per depth of the common ancestor, (B, D + 1), as values per run, (B, 2D + 1)."""
+    return torch.cat([rings, rings[:, :-1].flip(1)], 1)
 
-    A function of its own because the gradient needs one exp of what is at hand, and because the backward pass of a
-    gather would add by index.
+
+def _spread_runs(values: Tensor, runs: Tensor, num_leaves: int) -> Tensor:
+    """Give every leaf, in depth-first order, the value of its run: (B, 2D + 1) -> (B, K)."""
+    rows = values.shape[0]
+    flat = values.reshape(-1).repeat_interleave(runs.reshape(-1), output_size=rows * num_leaves)
+    return flat.view(rows, num_leaves)
+
+
+def _run_sums(values: Tensor, runs: Tensor) -> Tensor:
+    """Sum of the values of each run, (B, K) -> (B, 2D + 1)."""
+    if can_look(values):
+        return torch.segment_reduce(values.reshape(-1), "sum", lengths=runs.reshape(-1), unsafe=True).view(runs.shape)
+    number = torch.arange(runs.shape[1], device=runs.device).expand(len(runs), -1)
+    index = _spread_runs(number, runs, values.shape[1])
+    return values.new_zeros(runs.shape).scatter_add(1, index, values)
+
+
+class _LogSumExpAndRuns(torch.autograd.Function):
+    """Log-sum-exp of the row and sum of each run of leaves, whose gradients are written as one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, runs: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+        values = logits if order is None else logits.index_select(1, order)
+        return logits.logsumexp(1), _run_sums(values, runs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        logits, runs, order = inputs
+        ctx.save_for_backward(logits, runs, order, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_lse: Tensor, grad_sums: Tensor) -> tuple[Tensor, None, None]:
+        logits, runs, order, lse = ctx.saved_tensors
+        softmax = (logits - finite(lse)[:, None]).exp()
+        spread = _spread_runs(grad_sums, runs, logits.shape[1])
+        if order is not None:
+            spread = spread.index_select(1, order.argsort())
+        return torch.addcmul(spread, softmax, grad_lse[:, None]), None, None
+
+
+class _RingLogSumExp(torch.autograd.Function):
+    """Log-sum-exp of the leaves of each ring around the target, (B, K) -> (B, D + 1); -inf for empty rings.
+
+    On a CPU it usually takes one exp against the largest logit of the row and a sum over each run. Where a ring is so
+    far below that logit that its exponentials vanish, each ring is shifted by its own largest logit instead.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(values: Tensor, index: Tensor, num_bins: int) -> Tensor:
+    def forward(logits: Tensor, runs: Tensor, order: Tensor | None) -> Tensor:
+        values = logits if order is None else logits.index_select(1, order)
+        if values.numel() and can_look(values):
+            peak = values.amax(1, keepdim=True)
+            sums = _runs_to_rings(_run_sums((values - peak).exp_(), runs))
+            if ((sums > math.exp(-_REACH)) | (_runs_to_rings(runs) == 0)).all():
+                return sums.log_().add_(peak)
+        num = runs.shape[1] // 2 + 1
+        ring = _rings_to_runs(torch.arange(num, device=runs.device).expand(len(runs), -1))
+        index = _spread_runs(ring, runs, values.shape[1])
         if values.is_cuda:
             # Adding by index would make the last bits vary from run to run there.
-            bins = range(num_bins)
-            return torch.stack([safe_logsumexp(torch.where(index == b, values, -torch.inf)) for b in bins], 1)
-        peak = values.new_full((values.shape[0], num_bins), -torch.inf).scatter_reduce(1, index, values, "amax")
-        scaled = (values - peak.gather(1, index)).exp()
+            return torch.stack([safe_logsumexp(torch.where(index == b, values, -torch.inf)) for b in range(num)], 1)
+        peak = values.new_full((values.shape[0], num), -torch.inf).scatter_reduce(1, index, values, "amax")
+        scaled = (values - finite(peak).gather(1, index)).exp()
         return log_above(peak, torch.zeros_like(peak).scatter_add(1, index, scaled))
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        values, index, _ = inputs
-        ctx.save_for_backward(values, index, output)
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        logits, runs, order = inputs
+        ctx.save_for_backward(logits, runs, order, output)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        values, index, bins = ctx.saved_tensors
-        return (values - bins.gather(1, index)).exp() * grad.gather(1, index), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, runs, order, rings = ctx.saved_tensors
+        values = logits if order is None else logits.index_select(1, order)
+        width, found = values.shape[1], None
+        if values.numel() and not torch.is_grad_enabled() and can_look(values, grad):
+            peak = values.amax(1, keepdim=True)
+            empty = rings == -torch.inf
+            if ((rings > peak - _REACH) | empty).all():
+                scale = torch.where(empty, 0.0, (peak - rings).exp() * grad)
+                found = (values - peak).exp_().mul_(_spread_runs(_rings_to_runs(scale), runs, width))
+        if found is None:
+            shift = _spread_runs(_rings_to_runs(finite(rings)), runs, width)
+            found = (values - shift).exp() * _spread_runs(_rings_to_runs(grad), runs, width)
+        return found if order is None else found.index_select(1, order.argsort()), None, None
+
+
+def _runs_to_rings(runs: Tensor) -> Tensor:
+    """Add up the two runs of each ring, (B, 2D + 1) -> (B, D + 1)."""
+    middle = runs.shape[1] // 2
+    return torch.cat([runs[:, :middle] + runs[:, middle + 1 :].flip(1), runs[:, middle : middle + 1]], 1)

@@ -8,7 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hier_losses._tree import Tree
-from hier_losses.functional._inputs import Reduction, check_matrix, check_reduction, require
+from hier_losses.functional._inputs import (
+    Reduction,
+    check_class_weights,
+    check_reduction,
+    check_scores,
+    read_samples,
+    require,
+)
 from hier_losses.functional._kernels import segment_max, upcast
 from hier_losses.functional.tree_ops import subtree_max
 from hier_losses.graph import LabelGraph
@@ -47,11 +54,13 @@ def mcm(scores: Float[Tensor, "*batch nodes"], graph: Tree | LabelGraph) -> Floa
 
 
 def mc_loss(
-    logits: Float[Tensor, "batch nodes"],
+    logits: Float[Tensor, "batch nodes *rest"],
     multi_hot: Tensor,
     graph: Tree | LabelGraph,
     mask: Tensor | None = None,
     *,
+    pos_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     reduction: Reduction | str = "mean",
 ) -> Float[Tensor, "..."]:
     r"""Binary cross-entropy of the max constraint module, in logit form.
@@ -61,44 +70,50 @@ def mc_loss(
 
     Args:
         logits: one logit per node; half precision is computed in float32.
-        multi_hot: (B, N) zeros and ones (or bool), with all ancestors of every 1; `mcm` adds them.
+        multi_hot: (B, N, ...) zeros and ones (or bool), with all ancestors of every 1; `mcm` adds them.
         graph: a tree or a label graph.
-        mask: (B, N) or (N,) bool, the entries that count; entries left out still take part in the maxima.
-        reduction: "mean" over the entries that count, "sum", or "none" for (B, N) with 0 where masked.
+        mask: (B, N, ...) or (N,) bool, the entries that count; entries left out still take part in the maxima.
+        pos_weight: (N,) at least 0, factors of the terms of positive entries, as in
+            `torch.nn.functional.binary_cross_entropy_with_logits`.
+        sample_weight: (B, ...) at least 0, factors of all entries of a sample; the mean divides by their sum.
+        reduction: "mean" over the entries that count, "sum", or "none" for (B, N, ...) with 0 where masked.
 
     Returns:
-        A scalar, or (B, N) for "none"; at least 0.
+        A scalar, or (B, N, ...) for "none"; at least 0.
 
     Raises:
         ValueError: a wrong shape, entries other than 0 and 1, or a row that is not closed upwards.
     """
     check_reduction(reduction)
-    logits = check_matrix("logits", logits, graph.num_nodes)
-    graph = graph.to(logits.device)
-    if multi_hot.shape != logits.shape:
-        raise ValueError(f"multi_hot must have shape {tuple(logits.shape)}, got {tuple(multi_hot.shape)}")
-    label = multi_hot.to(logits.dtype)
+    shape = logits.shape
+    samples = read_samples("logits", logits, None, graph, sample_weight=sample_weight)
+    logits, graph = samples.logits, samples.tax
+    if multi_hot.shape != shape:
+        raise ValueError(f"multi_hot must have shape {tuple(shape)}, got {tuple(multi_hot.shape)}")
+    label = check_scores("multi_hot", multi_hot.to(logits.dtype), graph.num_nodes)
     require(((label == 0) | (label == 1)).all(1), lambda row: f"multi_hot must hold 0 and 1, row {row} does not")
     if not torch.compiler.is_compiling():
         lost = label.index_select(1, graph.edge_child) > label.index_select(1, graph.edge_parent)
         require(~lost.any(1), lambda row: _not_closed(lost, row, graph))
+    if pos_weight is not None:
+        pos_weight = check_class_weights(pos_weight, logits, graph.num_nodes, "pos_weight")
     positive = label == 1
     right = mcm(torch.where(positive, logits, -torch.inf), graph)
     score = torch.where(positive, right, mcm(logits, graph))
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(score, label, reduction="none")
-    count: int | Tensor = max(loss.numel(), 1)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(score, label, pos_weight=pos_weight, reduction="none")
+    weight = torch.ones_like(loss) if samples.weight is None else samples.weight[:, None].expand_as(loss)
+    loss = loss * weight
     if mask is not None:
-        if mask.dtype != torch.bool or mask.shape not in (logits.shape, logits.shape[1:]):
+        if mask.dtype != torch.bool or mask.shape not in (shape, shape[1:2]):
             raise ValueError(
-                f"mask must be bool of shape {tuple(logits.shape)} or {tuple(logits.shape[1:])}, "
-                f"got {mask.dtype} {tuple(mask.shape)}"
+                f"mask must be bool of shape {tuple(shape)} or {tuple(shape[1:2])}, got {mask.dtype} {tuple(mask.shape)}"
             )
-        mask = mask.expand_as(loss)
-        loss = torch.where(mask, loss, 0.0)
-        count = mask.sum().clamp(min=1)
+        mask = mask if mask.ndim == 1 else mask.movedim(1, -1).reshape(loss.shape)
+        loss, weight = torch.where(mask, loss, 0.0), torch.where(mask, weight, 0.0)
     if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / count
+        return loss if len(shape) == 2 else loss.view(*samples.shape, -1).movedim(-1, 1)
+    mass = weight.sum()
+    return loss.sum() if reduction == "sum" else loss.sum() / torch.where(mass > 0, mass, 1.0)
 
 
 def _not_closed(lost: Tensor, row: int, graph: Tree | LabelGraph) -> str:

@@ -14,6 +14,14 @@ from hier_losses.metrics.distance import (
     mistake_severity,
 )
 from hier_losses.metrics.lca import LCAMetrics, lca_metrics
+from hier_losses.metrics.levels import (
+    LevelCalibration,
+    LevelPRF,
+    TopKAccuracy,
+    level_calibration,
+    level_prf,
+    top_k_accuracy,
+)
 from hier_losses.metrics.multilabel import NodeAUROC, ViolationRate, node_auroc, violation_rate
 from hier_losses.metrics.paths import (
     TICE,
@@ -28,6 +36,7 @@ from hier_losses.metrics.paths import (
     weighted_average_precision,
 )
 from hier_losses.metrics.prf import HierarchicalPRF, hierarchical_prf
+from hier_losses.metrics.report import ClassRow, LevelRow, Report, report
 from hier_losses.metrics.samples import SampleScore, logit_scores, path_scores
 
 __all__ = [
@@ -35,6 +44,7 @@ __all__ = [
     "MTA",
     "TICE",
     "AverageHierarchicalDistance",
+    "ClassRow",
     "EdgeDistance",
     "FullPathAccuracy",
     "HierarchicalMetric",
@@ -43,9 +53,14 @@ __all__ = [
     "LCAMetrics",
     "LeafAccuracy",
     "LevelAccuracy",
+    "LevelCalibration",
+    "LevelPRF",
+    "LevelRow",
     "MistakeSeverity",
     "NodeAUROC",
+    "Report",
     "SampleScore",
+    "TopKAccuracy",
     "ViolationRate",
     "WeightedAveragePrecision",
     "average_hierarchical_distance",
@@ -57,6 +72,8 @@ __all__ = [
     "lca_metrics",
     "leaf_accuracy",
     "level_accuracy",
+    "level_calibration",
+    "level_prf",
     "logit_scores",
     "max_leaf_distance",
     "mistake_severity",
@@ -64,7 +81,9 @@ __all__ = [
     "mta_majority_baseline",
     "node_auroc",
     "path_scores",
+    "report",
     "tice",
+    "top_k_accuracy",
     "violation_rate",
     "weighted_average_precision",
 ]

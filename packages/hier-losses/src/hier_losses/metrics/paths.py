@@ -106,11 +106,23 @@ def tice(pred_paths: Tensor, tax: Taxonomy) -> Float[Tensor, ""]:
 
 
 class LevelAccuracy(PathMetric):
-    """Accuracy of every level, see `level_accuracy`."""
+    """Accuracy of every level, see `level_accuracy`.
 
-    def __init__(self, tax: Taxonomy, *, validate_args: bool = True, **kwargs: Any):
-        """See `HierarchicalMetric` for the arguments."""
+    With `as_dict` the result is one named scalar per level, `level_accuracy_1` for the top: the form that loggers and
+    a `MetricCollection` take.
+    """
+
+    def __init__(self, tax: Taxonomy, as_dict: bool = False, *, validate_args: bool = True, **kwargs: Any):
+        """Keep `as_dict`; see `HierarchicalMetric` for the rest."""
         super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
+        self.as_dict = as_dict
+
+    def compute(self) -> Tensor | dict[str, Tensor]:
+        """Return the values over all samples so far; NaN where no sample counts."""
+        value = super().compute()
+        if not self.as_dict or isinstance(value, dict):
+            return value
+        return {f"level_accuracy_{level + 1}": part for level, part in enumerate(value)}
 
     @staticmethod
     def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
