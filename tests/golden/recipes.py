@@ -62,6 +62,7 @@ class Case:
         outcomes: also keep the mean of what `outcome.safetensors` holds of every picture.
         rtol: how far the columns of two kinds of CPU may lie apart, five times what AVX2 against AVX-512 was measured to do
             where that is more than 4e-5; geometry of nearly parallel features and closed-form maps amplify rounding.
+        portable: whether another kind of CPU computes nearly the same; if not, only the names of the numbers are compared there.
         unseeded: the recipe draws weights from torch's global generator without seeding it: the recorder does.
     """
 
@@ -70,6 +71,7 @@ class Case:
     needs: tuple[str, ...] = ()
     outcomes: bool = False
     rtol: float = 2e-4
+    portable: bool = True
     unseeded: bool = False
 
 
@@ -183,11 +185,11 @@ def _mat_mini(folder: Path) -> list[list[str]]:
     return [["mat-mini", "--clip", str(model), "--out", str(folder / "run"), *quick]]
 
 
-def _blip_mini(folder: Path) -> list[list[str]]:
+def _blip_mini(start: str, rows: tuple[str, ...], folder: Path) -> list[list[str]]:
     quick = ["--limit", "8", "--artists", "openmoji", "--size", "64", "--num-queries", "4", "--num-layers", "2"]
     quick += ["--stage1.epochs", "3", "--stage1.batch-size", "4", "--stage2.epochs", "3", "--stage2.batch-size", "4"]
     quick += ["--num-captions", "4", "--k-test", "4", "--max-tokens", "12", "--no-tensorboard"]
-    return [["blip-mini", "--out", str(folder / "run"), "--rows", "euclidean", "lorentz", *quick]]
+    return [["blip-mini", "--out", str(folder / "run"), "--start", start, "--rows", *rows, *quick]]
 
 
 def _blip2_opt(folder: Path) -> list[list[str]]:
@@ -217,7 +219,7 @@ def _icl_mini(folder: Path) -> list[list[str]]:
 
 def _icl_distill(folder: Path) -> list[list[str]]:
     quick = ["--shots", "2", "--num-questions", "16", "--num-pool", "40", "--num-queries", "8", "--eval-seeds", "1"]
-    quick += ["--fit.epochs", "2", "--fit.lr", "0.02", "--rank", "2", "--num-masses", "8", "--no-tensorboard"]
+    quick += ["--fit.epochs", "2", "--rank", "2", "--num-masses", "8", "--no-tensorboard"]
     base = folder / "base"
     return [
         ["icl-mini", "--out", str(base), *_ICL],
@@ -243,7 +245,13 @@ RECIPES: dict[str, Case] = {
     ),
     "mini-clip": Case(_mini_clip, partial(by_stage, "mini-clip"), (*EMOJI, *TOWERS, "open_clip")),
     "mat-mini": Case(_mat_mini, with_summary, (*EMOJI, "open_clip")),
-    "blip-mini": Case(_blip_mini, needs=EMOJI + TOWERS + LANGUAGE),
+    "blip-mini": Case(
+        partial(_blip_mini, "fresh", ("euclidean", "lorentz")), needs=EMOJI + TOWERS + LANGUAGE, rtol=5e-3
+    ),
+    # Least squares on eight pictures are ill-conditioned: another kind of CPU ends elsewhere.
+    "blip-mini-pairs": Case(
+        partial(_blip_mini, "pairs", ("lorentz",)), needs=EMOJI + TOWERS + LANGUAGE, portable=False
+    ),
     "blip2-opt-2.7b": Case(_blip2_opt, by_run, unseeded=True),
     "icl-mini": Case(_icl_mini, partial(by_stage, "icl-mini"), TOWERS + LANGUAGE),
     "icl-distill": Case(_icl_distill, partial(by_stage, "icl-distill"), TOWERS + LANGUAGE),

@@ -228,13 +228,13 @@ def check_finite(model: nn.Module, what: str) -> None:
 
 
 def _say_if_it_stood_still(path: Path, stages: Sequence[Stage], label: str) -> None:
-    lines = read_records(path)
-    for stage in stages:
-        losses = [line["loss"] for line in lines if line["stage"] == stage.name]
-        tail = losses[-max(1, len(losses) // 10) :]
-        if len(losses) >= 10 and not np.mean(tail) < losses[0]:
-            print(  # noqa: T201
-                f"warning: {label}: the loss of stage {stage.name} did not fall ({losses[0]:.4g} in its first step, "
-                f"{np.mean(tail):.4g} in its last ones): try a lower learning rate",
-                file=sys.stderr,
-            )
+    # Only the first stage: the others start where it ended, and what they tune may be flat already.
+    first = next((stage.name for stage in stages if stage.num_steps), "")
+    losses = [line["loss"] for line in read_records(path) if line["stage"] == first]
+    tail = losses[-max(1, len(losses) // 10) :]
+    if len(losses) >= 10 and not np.mean(tail) < losses[0]:
+        print(  # noqa: T201
+            f"warning: {label}: the loss of stage {first} did not fall ({losses[0]:.4g} in its first step, "
+            f"{np.mean(tail):.4g} in its last ones): try a lower learning rate",
+            file=sys.stderr,
+        )
