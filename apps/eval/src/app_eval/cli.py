@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from app_data.read.pictures import load_picture
@@ -11,9 +11,7 @@ from app_data.store.memory import keep_freed_memory
 from app_eval.ask import select as select_demos
 from app_eval.measure import demonstration_study as icl_study
 from app_eval.measure import selection_study
-from app_eval.show.stories.emoji import write_first_light
-from app_eval.show.stories.lora import write_study_page
-from app_eval.show.stories.mat import collect, write_mat_page
+from app_eval.show.commands import STORIES, write_page
 from hier_lora import DECODERS, HierLoraCLIP
 
 
@@ -26,16 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     predict.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
     predict.add_argument("--decoder", choices=DECODERS, default="joint_path")
     predict.set_defaults(run_command=lambda args: print_predictions(args.run, args.pictures, args.decoder))
-    page = _add_page(commands, "page", "write the page of the recipe `emoji`", _first_light)
-    page.add_argument("run", type=Path, help="the run folder of `nox -s train -- --seeds 3`")
-    page.add_argument("page", type=Path, help="the Markdown file to write")
-    study = _add_page(commands, "lora-page", "write the page of the recipe `lora-study`", _lora_study)
-    study.add_argument("source", type=Path, help="its run folder, or the page's JSON")
-    study.add_argument("page", type=Path, help="the Markdown file to write")
-    mat = _add_page(commands, "mat-page", "write the page of the recipe `mat`", _mat)
-    mat.add_argument("json", type=Path, help="the JSON file that keeps the results")
-    mat.add_argument("page", type=Path, help="the Markdown file to write")
-    mat.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders whose results the file takes up")
+    page = commands.add_parser("page", help="write a results page from run folders, or from the JSON beside it")
+    page.add_argument("story", choices=STORIES)
+    page.add_argument(
+        "sources", type=Path, nargs="+", metavar="SOURCE", help="run folders, or JSON files of earlier pages"
+    )
+    page.add_argument("page", type=Path, metavar="PAGE.md", help="the Markdown file to write")
+    page.add_argument("--model", type=Path, metavar="JSON", help="icl: the JSON of icl-study")
+    page.add_argument(
+        "--distilled", type=Path, metavar="JSON", help="icl: the result.json of icl-distill on that model"
+    )
+    page.set_defaults(run_command=_page)
     caption = commands.add_parser("caption", help="describe pictures with a trained blip-mini")
     caption.add_argument("run", type=Path, help="a run folder, or a saved model of stage 2")
     caption.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
@@ -46,9 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     search.add_argument("--images", type=Path, required=True, metavar="DIR")
     search.add_argument("--top", type=int, default=5)
     search.set_defaults(run_command=_search)
-    blip = _add_page(commands, "blip-page", "write the page of the recipe `blip-mini`", _blip)
-    blip.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="its run folders, or the page's JSON")
-    blip.add_argument("page", type=Path, help="the Markdown file to write")
     select_demos.add_arguments(commands)
     selection_study.add_arguments(commands)
     icl_study.add_arguments(commands)
@@ -61,30 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _add_page(commands, name: str, text: str, write: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text)
-    parser.set_defaults(run_command=lambda args: write(args) or 0)
-    return parser
-
-
-def _first_light(args: argparse.Namespace) -> None:
-    write_first_light(args.run, args.page)
-
-
-def _lora_study(args: argparse.Namespace) -> None:
-    write_study_page(args.source, args.page)
-
-
-def _mat(args: argparse.Namespace) -> None:
-    if args.runs:
-        collect(args.runs, args.json)
-    write_mat_page(args.json, args.page)
-
-
-def _blip(args: argparse.Namespace) -> None:
-    from app_eval.show.stories.blip import write_blip_page
-
-    write_blip_page(args.runs, args.page)
+def _page(args: argparse.Namespace) -> int:
+    write_page(args.story, [*args.sources, *filter(None, (args.model, args.distilled))], args.page)
+    return 0
 
 
 def _caption(args: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ Features are frozen (EfficientNet-Lite0 for pictures, MiniLM for questions), so 
 would do with the demonstrations is not measured here; the k-nearest-neighbour vote is what selection yields without one.
 """
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,8 @@ from app_data.read.pictures import StoredPictures
 from app_data.sets.emoji import load_emoji
 from app_data.sets.vqa import QuestionSet, load_easy_vqa
 from app_data.store.atomic import write_json
-from app_data.store.errors import DataError
 from app_data.weights.dual_encoder import Lite0MiniLM, load
 from app_eval.ask.pool import train_lift
-from app_eval.show.stories.selection import write_page
 from hyper_icl import (
     DemoSelection,
     HyperbolicDemoIndex,
@@ -254,19 +251,13 @@ def run_study(path: Path, quick: bool = False) -> dict:
 
 
 def add_arguments(commands) -> None:
-    """Add the commands `selection-study` and `selection-page` to the parser of `python apps/eval`."""
+    """Add the command `selection-study` to the parser of `python apps/eval`."""
     study = commands.add_parser(
         "selection-study", help="judge selectors on easy-VQA and emoji without a language model"
     )
     study.add_argument("--json", type=Path, required=True, help="write the numbers here")
     study.add_argument("--quick", action="store_true", help="tiny sizes: does it run")
     study.set_defaults(run_command=_run)
-    page = commands.add_parser("selection-page", help="write the results page from the numbers of selection-study")
-    page.add_argument("json", type=Path)
-    page.add_argument("page", type=Path)
-    page.add_argument("--model", type=Path, help="the JSON of icl-study, which then comes first")
-    page.add_argument("--distilled", type=Path, help="the result.json of icl-distill on that model")
-    page.set_defaults(run_command=_page)
 
 
 def _run(args) -> int:
@@ -274,17 +265,3 @@ def _run(args) -> int:
         print("about ten minutes on one core")  # noqa: T201
     run_study(args.json, args.quick)
     return 0
-
-
-def _page(args) -> int:
-    model = None if args.model is None else _read(args.model, "icl-study")
-    distilled = None if args.distilled is None else _read(args.distilled, "icl-distill")
-    write_page(_read(args.json, "selection-study"), args.page, model, distilled)
-    return 0
-
-
-def _read(path: Path, study: str) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} must be the JSON of {study}: {error}") from error
