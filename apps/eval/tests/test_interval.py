@@ -49,7 +49,9 @@ def test_unpaired_is_welchs_interval():
     found = unpaired((a.mean(), a.std(ddof=1), 5), (b.mean(), b.std(ddof=1), 9))
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     still = unpaired((a.mean(), a.std(ddof=1), 5), (0.5, 0.0, 1))  # a row without chance adds no variance
-    assert (still.low, still.high) == pytest.approx(tuple(stats.ttest_1samp(a, 0.5).confidence_interval(0.95) - np.float64(0.5)))
+    assert (still.low, still.high) == pytest.approx(
+        tuple(stats.ttest_1samp(a, 0.5).confidence_interval(0.95) - np.float64(0.5))
+    )
     assert unpaired((0.5, 0.0, 3), (0.2, 0.0, 1)) == Interval(0.3, 0.3, 0.3)
     assert unpaired((0.5, None, 1), (0.2, 0.1, 3)).low == -math.inf
 

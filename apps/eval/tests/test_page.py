@@ -22,7 +22,12 @@ def page(**changes):
         "figure": Figure("dots", (("right", {"nearest": Interval(24.2, 21.6, 27.0)}),)),
         "table": TABLE,
         "control": "nearest",
-        "body": (Section("Claims", ("Text.", ("one", "two"), Claims((Claim("LoRA against CE", UP, None), Claim("CE", None, None))))),),
+        "body": (
+            Section(
+                "Claims",
+                ("Text.", ("one", "two"), Claims((Claim("LoRA against CE", UP, None), Claim("CE", None, None)))),
+            ),
+        ),
         "tables": (Section("All", (TABLE,), "train all"),),
         "commands": ("page it",),
         "terms": {"LoRA": "low-rank adaptation", "CE": "cross-entropy"},
@@ -97,7 +102,10 @@ def test_the_first_table_is_short_and_holds_the_control():
 
 def test_nothing_is_ranked_where_the_premise_fails(tmp_path):
     for premise, words in ((UP, ("better", "worse", "not run")), (DOWN, ("undecided", "undecided", "not run"))):
-        block = Claims((Claim("a", UP, UP), Claim("b", DOWN, None), Claim("c", None, None)), premise=Claim("plain against none", premise, None))
+        block = Claims(
+            (Claim("a", UP, UP), Claim("b", DOWN, None), Claim("c", None, None)),
+            premise=Claim("plain against none", premise, None),
+        )
         assert block.words == words
         write(page(body=(Section("Claims", (block,)),)), tmp_path / "page.md", [])
         said = "Nothing is ranked here, because this is not shown: plain against none is worse."
@@ -122,7 +130,11 @@ def test_cells_hold_anything(tmp_path):
 
 
 def test_figures_show_any_name():
-    values = {"$x$ <a> & \u732b": Interval(1.0, 0.5, 2.0), "b": Interval(-1.0, float("-inf"), float("inf")), "c": Interval(*[float("nan")] * 3)}
+    values = {
+        "$x$ <a> & \u732b": Interval(1.0, 0.5, 2.0),
+        "b": Interval(-1.0, float("-inf"), float("inf")),
+        "c": Interval(*[float("nan")] * 3),
+    }
     text = svg(Figure("dots", (("one", values), ("two", {"b": Interval(0.0, 0.0, 0.0)}), ("none", {}))))
     assert text.isascii()
     root = ET.fromstring(text)
