@@ -13,7 +13,7 @@ from app_data.store.errors import DataError
 from app_eval.ask.harness import with_demos
 from app_eval.ask.pool import DemoPool, PoolItem, _codes, fit_bank, read_items, train_lift
 from app_eval.measure.selection_study import Study, score, study_rows
-from app_eval.show.stories.selection import write_page
+from app_eval.show.stories.icl import COMPARED
 from hyper_icl import TopKClipSelector
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (30, 60, 220)}
@@ -207,25 +207,14 @@ def test_scores_of_a_selection():
     assert 0.5 < found["vote"] <= 1
 
 
-def test_study_and_page(tmp_path):
-    study = _study()
-    rows = study_rows(study, (0, 1), steps=20)
+def test_study_rows():
+    rows = study_rows(_study(), (0, 1), steps=20)
     assert {row["k"] for row in rows} == {2, 4, 8}
     by = {(row["name"], row["k"]): row for row in rows}
     assert by["anchors, hyperbolic, mu 0", 4]["scores"]["vote"] > by["random", 4]["scores"]["vote"]
     assert not by["anchors, hyperbolic, mu 0.3", 4]["warned"]
-    one = {"name": "emoji", "num_pool": 40, "num_queries": 40, "levels": 2, "rows": rows}
-    page = tmp_path / "page.md"
-    write_page({"format": 1, "quick": False, "seeds": [0, 1], "steps": 20, "studies": [one]}, page)
-    text = page.read_text()
-    assert "Not run" in text
-    assert "anchors, Euclidean" in text
-    assert text.count("K = ") == 4
-    with pytest.raises(DataError, match="--quick"):
-        write_page({"format": 1, "quick": True, "seeds": [0], "steps": 1, "studies": []}, page)
-    with pytest.raises(DataError, match="selection-study"):
-        write_page({}, page)
-    assert main(["selection-page", str(tmp_path / "none.json"), str(page)]) == 2
+    # The page compares these by name.
+    assert {name for _, *names in COMPARED for name in names} <= {row["name"] for row in rows}
 
 
 def test_wrapper_puts_demonstrations_before_the_question():

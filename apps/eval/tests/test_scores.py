@@ -4,17 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from app_eval.measure.paths import (
-    DECODERS,
-    bootstrap,
-    mean_over_seeds,
-    outcome,
-    paired_difference,
-    per_picture,
-    resamples,
-)
+from app_eval.measure.interval import bootstrap, mean_over_seeds, paired_difference, resamples
+from app_eval.measure.paths import DECODERS, outcome, per_picture
 from app_eval.measure.results import load_outcome, save_row, text_table
-from app_eval.show.stories.emoji import _verdict
 from hier_losses import Taxonomy, metrics
 from hier_losses.treecuts import sample_cuts
 
@@ -79,15 +71,6 @@ def test_a_paired_difference_is_sharper_than_two_intervals():
     assert found.high - found.low < 0.5 * (mean_over_seeds(ours, counts).high - mean_over_seeds(ours, counts).low)
     same = paired_difference(other, other, counts)
     assert (same.value, same.low, same.high) == (0, 0, 0)
-
-
-def test_verdicts_need_an_interval_without_zero():
-    from app_eval.measure.paths import Interval
-
-    assert _verdict("fpa", Interval(0.1, 0.05, 0.2)) == "better"
-    assert _verdict("fpa", Interval(-0.1, -0.2, -0.05)) == "worse"
-    assert _verdict("tice", Interval(-0.1, -0.2, -0.05)) == "better"
-    assert _verdict("tice", Interval(0.1, -0.1, 0.2)) == "no difference shown"
 
 
 def test_no_mistake_gives_no_severity(case):

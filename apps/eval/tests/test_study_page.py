@@ -9,9 +9,9 @@ import torch
 from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_eval.measure.paths import outcome
+from app_eval.measure.reduce import find, reduce_rows, reduce_study
 from app_eval.measure.results import save_outcome
-from app_eval.show.stories.lora import verdict, write_study_page
-from app_eval.show.stories.lora_results import find, reduce_study
+from app_eval.show.commands import write_page
 from hier_losses import Taxonomy
 from hier_losses.treecuts import sample_cuts
 
@@ -72,30 +72,33 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path):
     for loss, share in (("both", 0.7), ("leaf_ce", 0.2)):
         add("update", f"leaf-0.3-{loss}", share, parts=["shots-0"], facts=facts)
     page = tmp_path / "docs" / "page.md"
-    write_study_page(root, page)
-    text = page.read_text()
-    assert "Inconclusive" not in text
-    assert "{" not in text
-    words = {line.split(":")[0]: line for line in text.splitlines() if line.startswith("- T") or line.startswith("- H")}
-    assert words["- TP-KL + HiSCE"].startswith("- TP-KL + HiSCE: better: FPA by `joint_path`")
-    assert "better" not in words["- HiSCE"]
-    assert "better" not in words["- TP-KL"]
-    assert "worse" in words["- TP-KL"]
-    assert "| level CE | | not run |" in text
-    assert "Learning rates, by AHD@1 on validation: TP-KL + HiSCE 0.1." in text
-    for name in ("weights", "update", "rewired"):
-        assert (page.parent / f"page-{name}.png").stat().st_size > 1000
-        assert f"](page-{name}.png)" in text
-    assert "- lambda on emoji" in text
+    write_page("lora", [root], page)
+    text, tables = page.read_text(), (page.parent / "page-tables.md").read_text()
+    assert "Nothing is ranked" not in text
+    assert "{" not in text + tables
+    rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    assert rows["| TP-KL + HiSCE: leaf right, %, bottom-up"].endswith("| better |")
+    assert rows["| HiSCE: leaf right, %, bottom-up"].endswith("| undecided |")
+    assert rows["| TP-KL: leaf right, %, bottom-up"].endswith("| worse |")
+    assert rows["| level cross-entropy: leaf right, %, bottom-up"].endswith("|  |  | not run |")
+    assert rows["| level cross-entropy"] == "| level cross-entropy | not run |  |  |"
+    assert (
+        rows["| whole path right, by best path"]
+        == "| whole path right, by best path | not run | worse | undecided | better |"
+    )
+    assert "What was not run:\n\n```\npython apps/train lora-study --data DIR\n```" in text
+    assert "Learning rates: TP-KL + HiSCE 0.1." in text
+    assert "- lambda on emoji: python apps/train lora-study" in text
     assert "- alpha on emoji" not in text
-    assert "| 30% of the leaves | TP-KL + HiSCE | 0 | 2 |" in text
+    assert "| 30% of the leaves, TP-KL + HiSCE, 0 pictures | 2 |" in tables
+    assert "(page.svg)" in text
 
 
 def test_the_json_is_enough(study, tmp_path):
     _, root = study(zero_shot=0.1, leaf_ce=0.4, both=0.8)
     first, second = tmp_path / "one" / "page.md", tmp_path / "two" / "page.md"
-    write_study_page(root, first)
-    write_study_page(first.with_suffix(".json"), second)
+    write_page("lora", [root], first)
+    write_page("lora", [first.with_suffix(".json")], second)
     assert second.read_text() == first.read_text()
     assert second.with_suffix(".json").read_text() == first.with_suffix(".json").read_text()
     json.loads(first.with_suffix(".json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -103,10 +106,13 @@ def test_the_json_is_enough(study, tmp_path):
 
 def test_nothing_is_ranked_when_leaf_ce_does_not_beat_zero_shot(study, tmp_path):
     _, root = study(zero_shot=0.5, leaf_ce=0.4, both=0.9)
-    write_study_page(root, tmp_path / "page.md")
+    write_page("lora", [root], tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    assert "**Inconclusive.** Leaf CE does not beat zero-shot" in text
-    assert "better" not in text
+    assert (
+        "Nothing is ranked here, because this is not shown: leaf cross-entropy against zero-shot, leaf right, is worse."
+        in text
+    )
+    assert "| better |" not in text
 
 
 def test_differences_are_paired_and_zero_for_the_same_row(study):
@@ -137,19 +143,24 @@ def test_old_and_new_pictures_add_up(study):
     assert fresh["facts"]["new leaves"] == 6
 
 
-def test_verdicts():
-    assert verdict("fpa@bottom_up", [0.1, 0.01, 0.2]) == "better"
-    assert verdict("ahd@bottom_up", [0.1, 0.01, 0.2]) == "worse"
-    assert verdict("ahd@bottom_up", [-0.1, -0.2, 0.01]) == "no difference shown"
-    assert verdict("severity@bottom_up", [None, None, None]) == "no difference shown"
+def test_rows_at_hand_are_reduced_like_those_of_a_study(study):
+    _, root = study(leaf_ce=0.4, both=0.6)
+    stored = reduce_study(root)
+    outcomes = {
+        row: [outcome(guess(share, seed), TARGET, TREE, CUTS) for seed in range(2)]
+        for row, share in (("leaf_ce", 0.4), ("both", 0.6))
+    }
+    for row in reduce_rows(outcomes, TREE, "emoji"):
+        expected = find(stored, "main", "emoji", row["row"])
+        for key in ("scores", "by_seed", "seeds", "against leaf CE"):
+            assert row.get(key) == expected.get(key)
 
 
 def test_what_is_no_study_is_named(tmp_path):
     with pytest.raises(DataError, match="holds no finished run"):
-        write_study_page(tmp_path, tmp_path / "page.md")
+        write_page("lora", [tmp_path], tmp_path / "page.md")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(DataError, match="is no reduced study"):
-        write_study_page(tmp_path / "other.json", tmp_path / "page.md")
-    (tmp_path / "other.json").write_text("{")
-    with pytest.raises(DataError, match="is damaged"):
-        write_study_page(tmp_path / "other.json", tmp_path / "page.md")
+        write_page("lora", [tmp_path / "other.json"], tmp_path / "page.md")
+    with pytest.raises(DataError, match="takes one source, got 2"):
+        write_page("lora", [tmp_path, tmp_path], tmp_path / "page.md")

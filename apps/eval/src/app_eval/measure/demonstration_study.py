@@ -26,9 +26,18 @@ from app_data.store.errors import DataError
 from app_eval.ask.pool import TrainLift
 from app_eval.ask.settings import EvalIcl
 from app_eval.measure.answers import AnswerReader
-from app_eval.measure.demonstration_task import CURVATURES, MU, Task, easy_vqa_tasks, emoji_task
-from app_eval.measure.paths import resamples
-from app_eval.show.stories.icl import BLIND, OURS, SEEDED, ZERO
+from app_eval.measure.demonstration_task import (
+    BLIND,
+    CURVATURES,
+    MU,
+    OURS,
+    SEEDED,
+    ZERO,
+    Task,
+    easy_vqa_tasks,
+    emoji_task,
+)
+from app_eval.measure.interval import resamples
 from hyper_icl import (
     DemoSelection,
     knn_vote,

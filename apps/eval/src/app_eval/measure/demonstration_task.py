@@ -23,7 +23,6 @@ from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import MiniLM
 from app_data.weights.towers import LITE0_WIDTHS
 from app_eval.ask.pool import TrainLift, codes
-from app_eval.show.stories.icl import OURS
 from hyper_icl import (
     DemoSelection,
     HyperbolicDemoIndex,
@@ -34,11 +33,14 @@ from hyper_icl import (
     hierarchy_bias,
 )
 
-__all__ = ["CURVATURES", "MU", "SELECTORS", "Task", "easy_vqa_tasks", "emoji_task"]
+__all__ = ["BLIND", "CURVATURES", "MU", "OURS", "SEEDED", "SELECTORS", "ZERO", "Task", "easy_vqa_tasks", "emoji_task"]
 
 # The distance of tangents at curvature c tends to the Euclidean one as c -> 0: one code for both.
 CURVATURES = {"lorentz": 1.0, "euclidean": 1e-6}
 MU = 0.3
+ZERO, BLIND, OURS = "no demonstrations", "no demonstrations, no picture", "anchors, hyperbolic"
+# Selectors whose choice depends on the seed: by chance, or by the training of the lift.
+SEEDED = ("random", OURS, "anchors, Euclidean")
 SELECTORS = ("random", OURS, "anchors, Euclidean", "RICES", "MMICES", "TopK-CLIP")
 POOL_ARTISTS = ("openmoji", "noto-300", "noto-700")
 

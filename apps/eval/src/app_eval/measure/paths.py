@@ -4,7 +4,7 @@ Every score is a ratio of two sums over pictures (for a mean the denominators ar
 (Efron, 1979) resamples as pairs. The definitions are those of `hier_losses.metrics`; a test holds the two together.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from app_data.store.errors import DataError
+from app_eval.measure.interval import Pair
 from hier_losses import Taxonomy, decoding
 from hier_losses.metrics import logit_scores, path_scores
 from hier_losses.path_ops import extend_paths
@@ -39,7 +40,6 @@ _NAMES = {
     "severity": "mistake_severity",
     "ahd": "average_hierarchical_distance",
 }
-Pair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -101,64 +101,3 @@ def per_picture(result: Outcome, tax: Taxonomy, decoder: str) -> dict[str, Pair]
     scores |= {"hca": (result.hca, one), "mta": (result.mta, one)}
     top, bottom = (part.numpy() for part in found["level_accuracy"])
     return scores | {f"level_{level + 1}": (top[:, level], bottom[:, level]) for level in range(tax.num_levels)}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def as_json(self) -> list[float]:
-        """[value, low, high], rounded to six digits."""
-        return [round(x, 6) for x in (self.value, self.low, self.high)]
-
-
-def resamples(num_pictures: int, num: int = 2000, seed: int = 0) -> np.ndarray:
-    """How often each picture is drawn in each bootstrap resample, (num, num_pictures)."""
-    generator = np.random.default_rng([seed, num_pictures])
-    return generator.multinomial(num_pictures, np.full(num_pictures, 1 / num_pictures), size=num).astype(np.float64)
-
-
-def bootstrap(scores: Mapping[str, Pair], counts: np.ndarray) -> dict[str, Interval]:
-    """Percentile intervals of all scores over the same resamples."""
-    return {name: _interval(_value(pair), _drawn(pair, counts)) for name, pair in scores.items()}
-
-
-def paired_difference(ours: Sequence[Pair], other: Sequence[Pair], counts: np.ndarray) -> Interval:
-    """Mean over seeds of the difference of one score, and its interval over pictures.
-
-    Pictures are paired across rows and seeds: every resample draws the same pictures for all of them.
-
-    Args:
-        ours: one pair of per-picture sums for each seed.
-        other: the same for the row to compare with.
-        counts: see `resamples`.
-    """
-    value = np.mean([_value(a) - _value(b) for a, b in zip(ours, other, strict=True)])
-    return _interval(
-        value, np.mean([_drawn(a, counts) - _drawn(b, counts) for a, b in zip(ours, other, strict=True)], axis=0)
-    )
-
-
-def mean_over_seeds(pairs: Sequence[Pair], counts: np.ndarray) -> Interval:
-    """Mean over seeds of one score, and its interval over pictures."""
-    return _interval(np.mean([_value(p) for p in pairs]), np.mean([_drawn(p, counts) for p in pairs], axis=0))
-
-
-def _value(pair: Pair) -> float:
-    total = pair[1].sum()
-    return float(pair[0].sum() / total) if total else float("nan")
-
-
-def _drawn(pair: Pair, counts: np.ndarray) -> np.ndarray:
-    bottom = counts @ pair[1]
-    return np.divide(counts @ pair[0], bottom, out=np.full(len(counts), np.nan), where=bottom > 0)
-
-
-def _interval(value: float, drawn: np.ndarray) -> Interval:
-    known = drawn[np.isfinite(drawn)]
-    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (float("nan"), float("nan"))
-    return Interval(float(value), float(low), float(high))

@@ -7,16 +7,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from app_data.store.atomic import new_file, write_json
+from app_eval.measure.interval import bootstrap, paired_difference, resamples
 from app_eval.measure.paths import (
     DECODERS,
     LOGIT_SCORES,
     PATH_SCORES,
     TITLES,
     Outcome,
-    bootstrap,
-    paired_difference,
     per_picture,
-    resamples,
 )
 from hier_losses import Taxonomy
 from hier_losses.metrics import mta_majority_baseline

@@ -4,7 +4,7 @@ The chord objective of Modality Alignment across Trees (arXiv 2510.27391) stands
 its minimiser lies from those of the exact divergences, and from plain means, needs no training to say.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from mat_align.intermediate import exact_intermediate_curvature, intermediate_curvature
 
@@ -28,27 +28,14 @@ def solvers_at(c_img: float, c_txt: float, dim: int = _DIM) -> dict[str, float]:
     return exact | {name: intermediate_curvature(c_img, c_txt, method=name).item() for name in _MEANS}
 
 
-def solver_table(curves: Mapping[str, Sequence]) -> str:
-    """A section of the page: one row for each run, at the last logged curvatures, mean over seeds of each number.
+def solvers_at_the_end(by_seed: Sequence[Sequence]) -> dict[str, float]:
+    """What every way gives at the last logged curvatures, mean over seeds.
 
     Args:
-        curves: by name of the run, for each seed the logged (step, c_img, c_txt, c_mid).
+        by_seed: for each seed the logged (step, c_img, c_txt, c_mid).
     """
-    lines: list[str] = []
-    for name, by_seed in curves.items():
-        rows = [
-            {"c_img": img, "c_txt": txt, "chord, in training": mid} | solvers_at(img, txt)
-            for _, img, txt, mid in (curve[-1] for curve in by_seed)
-        ]
-        if not lines:
-            lines += ["| HETEROGENEOUS on | " + " | ".join(rows[0]) + " |", "|---" * (len(rows[0]) + 1) + "|"]
-        lines.append(
-            f"| {name} | " + " | ".join(f"{sum(row[key] for row in rows) / len(rows):.4f}" for key in rows[0]) + " |"
-        )
-    if not lines:
-        return ""
-    return (
-        "## Where the other ways to find c_mid would put it\n\nAt the curvatures of the last step, mean over seeds; exact: the minimiser "
-        f"of the summed Kullback-Leibler divergences of wrapped normals in {_DIM} dimensions, deviation {_DIM}^-1/2, space components "
-        "identified. This says how much the answer moves, not whether a model gets better by it.\n\n" + "\n".join(lines)
-    )
+    rows = [
+        {"c_img": img, "c_txt": txt, "chord, in training": mid} | solvers_at(img, txt)
+        for _, img, txt, mid in (curve[-1] for curve in by_seed)
+    ]
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}

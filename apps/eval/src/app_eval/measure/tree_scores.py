@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app_eval.measure.paths import Interval, Pair, mean_over_seeds, paired_difference, resamples
+from app_eval.measure.interval import Interval, Pair, mean_over_seeds, paired_difference, resamples
 from hier_losses import Taxonomy
 from hier_losses.metrics import logit_scores
 from hier_losses.treecuts import TreeCuts

@@ -1,7 +1,8 @@
-"""The figures of a report, as PNG data URIs: training curves, where mistakes fall in the tree, confusion of the top level."""
+"""The figures of a report, as SVG data URIs: training curves, where mistakes fall in the tree, confusion of the top level."""
 
 import base64
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,8 @@ from PIL import Image
 from app_eval.measure.paths import Outcome, per_picture
 from hier_losses import Taxonomy
 
+# Top nodes that a confusion figure has room for.
+TOP = 20
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b7791f", "#c53030", "#4a5568")
 BY_DISTANCE = ("#2f855a", "#90cdf4", "#f6ad55", "#e53e3e", "#742a2a", "#4a5568")
 
@@ -23,9 +26,19 @@ def png_uri(picture: Image.Image | np.ndarray) -> str:
 
 
 def _finish(figure) -> str:
+    import matplotlib
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    # Text stays text, so that the reader's own fonts show any script; matplotlib has none for Chinese and warns while it measures.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _name(text: str) -> str:
+    """A name as matplotlib text: a dollar sign begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def _axes(width: float, height: float, columns: int = 1):
@@ -54,8 +67,8 @@ def training_curves(records: Mapping[str, Sequence[dict]]) -> str:
             window = max(1, len(loss) // 25)
             if len(loss) >= window:
                 smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-                axis.plot(steps[window - 1 :], smooth, color=colour, label=name, linewidth=1.6)
-        axis.set(title=f"stage: {stage}", xlabel="step", ylabel="loss", yscale="log")
+                axis.plot(steps[window - 1 :], smooth, color=colour, label=_name(name), linewidth=1.6)
+        axis.set(title=_name(f"stage: {stage}"), xlabel="step", ylabel="loss", yscale="log")
         axis.grid(alpha=0.25, which="both")
         axis.legend(fontsize=7, frameon=False)
     return _finish(figure)
@@ -77,7 +90,9 @@ def mistake_bars(outcomes: Mapping[str, Outcome], tax: Taxonomy, decoder: str = 
             if height == 0
             else ("sibling" if height == 1 else "another top node" if height == highest else f"height {height}")
         )
-        axis.barh(names, share, left=left, color=BY_DISTANCE[min(height, len(BY_DISTANCE) - 1)], label=label)
+        axis.barh(
+            list(map(_name, names)), share, left=left, color=BY_DISTANCE[min(height, len(BY_DISTANCE) - 1)], label=label
+        )
         for row, value in enumerate(share):
             if value > 0.04:
                 axis.text(
@@ -97,28 +112,26 @@ def mistake_bars(outcomes: Mapping[str, Outcome], tax: Taxonomy, decoder: str = 
 
 
 def top_confusion(outcomes: Mapping[str, Outcome], tax: Taxonomy, decoder: str = "bottom_up") -> str:
-    """Row-normalised confusion of the top level, one panel for each outcome."""
-    names = [tax.names[v] for v in range(tax.level_sizes[0])]
-    figure, axes = _axes(0.9 + 3.6 * len(outcomes), 3.4, len(outcomes))
-    for axis, (title, found) in zip(axes, outcomes.items(), strict=True):
-        table = np.zeros((len(names), len(names)))
-        truth = tax.paths[found.target][:, 0].numpy()
-        np.add.at(table, (truth, found.paths[decoder][:, 0]), 1)
-        table /= np.maximum(table.sum(1, keepdims=True), 1)
-        axis.imshow(table, cmap="Blues", vmin=0, vmax=1)
-        small = [name[:16] for name in names]
-        axis.set_xticks(range(len(names)), small, rotation=45, ha="right", fontsize=7)
-        axis.set_yticks(range(len(names)), small if axis is axes[0] else [], fontsize=7)
-        if len(names) <= 12:
-            for i, j in np.ndindex(table.shape):
-                axis.text(
-                    j,
-                    i,
-                    f"{table[i, j]:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=6,
-                    color="white" if table[i, j] > 0.5 else "black",
-                )
-        axis.set_title(title, fontsize=9)
+    """Row-normalised confusion of the top level, one panel for each outcome; of many nodes, those with the most errors."""
+    num = tax.level_sizes[0]
+    tables = []
+    for found in outcomes.values():
+        table = np.zeros((num, num))
+        np.add.at(table, (tax.paths[found.target][:, 0].numpy(), found.paths[decoder][:, 0]), 1)
+        tables.append(table)
+    wrong = sum(table.sum(1) - table.diagonal() for table in tables)
+    shown = np.sort(np.argsort(-wrong, kind="stable")[:TOP])
+    small = [_name(tax.names[v][:16]) for v in shown]
+    figure, axes = _axes(0.9 + max(3.6, 0.24 * len(shown)) * len(outcomes), max(3.4, 0.24 * len(shown)), len(outcomes))
+    for axis, title, table in zip(axes, outcomes, tables, strict=True):
+        share = (table / np.maximum(table.sum(1, keepdims=True), 1))[np.ix_(shown, shown)]
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axis.set_xticks(range(len(shown)), small, rotation=45, ha="right", fontsize=7)
+        axis.set_yticks(range(len(shown)), small if axis is axes[0] else [], fontsize=7)
+        if len(shown) <= 12:
+            for (i, j), value in np.ndenumerate(share):
+                colour = "white" if value > 0.5 else "black"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
+        more = f"\nthe {TOP} of {num} top nodes with the most errors" if num > TOP else ""
+        axis.set_title(_name(title) + more, fontsize=9)
     return _finish(figure)

@@ -1,24 +1,21 @@
-"""Turn the stored results of `blip-mini` into `docs/results/hyper-blip.md`.
-
-The sentences that judge are decided by numbers: a claim holds here only where the 95 % interval of the mean difference over
-seeds excludes 0; fewer than three seeds are called too few. Where the plain row does not beat the dual
-encoder of the same towers before any training, every claim is inconclusive.
-"""
+"""What the recipe `blip-mini` tells: retrieval, captions and radii of a small BLIP-2 on emoji, for several similarities."""
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
-from app_data.sets.emoji import CREDITS
 from app_data.store.errors import DataError
-from app_eval.measure.retrieval import answers
+from app_eval.measure.interval import over_seeds
+from app_eval.show.commands import read_json
+from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table
+from app_eval.show.stories import EMOJI_CREDIT
 
 ROWS = {
-    "euclidean": "Euclidean BLIP-2 (cosine, best query, whole captions)",
+    "euclidean": "Euclidean BLIP-2 (control)",
     "cosine": "hyperbolic cosine + RQS + RTP (the paper's)",
     "lorentz": "Lorentz distance + RQS + RTP",
     "poincare": "Poincare distance + RQS + RTP",
@@ -27,74 +24,88 @@ ROWS = {
     "lorentz_whole": "Lorentz distance + RQS",
     "lorentz_plain": "Lorentz distance alone",
 }
+FIRST = ("euclidean", "cosine", "lorentz_plain", "lorentz", "poincare")
+GUESS = "guessing"
 # Diagnostics of stage 1, by their name in the records.
 DIAGNOSTICS = {
-    "radius_image_mean": "radius, pictures",
-    "radius_text_mean": "radius, texts",
-    "clipped_image": "clipped, pictures",
-    "clipped_text": "clipped, texts",
-    "query_entropy": "query entropy / ln Q",
-    "query_cosine": "cosine between queries",
-    "tau": "tau",
-    "c": "c",
-}
-RADIUS_COLUMNS = (
-    "rho with caption length",
-    "with crop fraction",
-    "with blur",
-    "AUROC(error)",
-    "AURC",
-    "AURC, random",
-    "AURC, softmax",
-    "-S R^2",
-    "-S R^2, softmax",
-    "text below its picture",
-    "group word below text",
-)
-CAPTION_COLUMNS = ("BLEU-4", "ROUGE-L", "CIDEr", "CIDEr, other picture", "exactly right", "different")
-LEAST_SEEDS = 3
+    "radius_image_mean": "radius, pictures", "radius_text_mean": "radius, texts", "clipped_image": "clipped, pictures",
+    "clipped_text": "clipped, texts", "query_entropy": "query entropy / ln Q", "query_cosine": "cosine between queries",
+    "tau": "temperature", "c": "curvature",
+}  # fmt: skip
 # Steps over which the matching loss is averaged; the loss of a head that always says "one in three".
 LAST_STEPS, CONSTANT_LOSS = 20, math.log(3) - 2 / 3 * math.log(2)
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-# Leaves that the dual encoder of the same towers names before any training, in percent: docs/results/first-light.md.
-DUAL_ENCODER = 4.6
+TEXT, PICTURE, GROUP = "retrieval/itc/txt_r1", "retrieval/itc/img_r1", "retrieval/levels/group/txt_r1"
+LENGTH, ERROR = "radius/caption_length/spearman", "radius/scores/radius/error_auroc"
+# Title of a table, what it needs, its note, and (title, where) of its columns; "answers" are those after re-ranking, if there was any.
+TABLES = (
+    ("Retrieval", "retrieval", "Texts are found for pictures, and pictures for texts, in percent; of the subgroup and the group any text counts.",
+     [*((f"{what} in the first {k}", f"retrieval/answers/{name}_r{k}") for what, name in (("text", "txt"), ("picture", "img")) for k in (1, 5, 10)),
+      ("subgroup of the first text", "retrieval/levels/subgroup/txt_r1"), ("group of the first text", GROUP),
+      ("first text, contrastive alone", TEXT), ("first picture, contrastive alone", PICTURE)]),
+    ("Ranked by the cosine of the same features", "retrieval",
+     "In percent, by the contrastive similarity. A text that is the first answer of many pictures is a hub: for a distance, texts of small "
+     "radius are near to everything.",
+     [("first text", TEXT), ("by cosine", "retrieval/cosine/txt_r1"), ("first picture", PICTURE), ("by cosine", "retrieval/cosine/img_r1"),
+      ("commonest first answer, share", "retrieval/commonest_answer")]),
+    ("Photographs of COCO, never seen in training", "coco_mini", "In percent.",
+     [(f"{what} in the first {k}", f"coco_mini/answers/{name}_r{k}") for what, name in (("text", "txt"), ("picture", "img")) for k in (1, 5)]),
+    ("Captions", "captions", "Each caption is also scored as that of another picture, the control for what common words earn.",
+     [("BLEU-4", "captions/bleu_4"), ("ROUGE-L", "captions/rouge_l"), ("CIDEr", "captions/cider"), ("CIDEr, other picture", "captions/cider_other"),
+      ("exactly right, share", "captions/exact"), ("different captions, share", "captions/distinct")]),
+    ("The radius", "radius",
+     "Rank correlations of the radius (of texts with their length, of pictures with how much of them is cut off or blurred); how well a small "
+     "radius tells wrong first answers (0.5 is noise); area under risk against coverage (lower is better); straightness of recall over ten "
+     "bins of the radius (1 is a rising line); shares of texts nearer to the origin than their picture, and of group words nearer than "
+     "their text. In the Euclidean row the radius is a monotone function of the Euclidean norm: it is the control.",
+     [("with caption length", LENGTH), ("with crop", "radius/crop/spearman"), ("with blur", "radius/blur/spearman"), ("tells errors", ERROR),
+      ("risk", "radius/scores/radius/aurc"), ("risk, random", "radius/scores/random/aurc"), ("risk, largest softmax", "radius/scores/largest softmax/aurc"),
+      ("straightness", "radius/scores/radius/minus_s_r2"), ("straightness, largest softmax", "radius/scores/largest softmax/minus_s_r2"),
+      ("text below picture", "radius/text_below_image"), ("group word below text", "radius/group_word_below_caption")]),
+    ("At the last step", "diagnostics", "", [(title, f"diagnostics/{key}") for key, title in DIAGNOSTICS.items()]),
+)  # fmt: skip
+# (claim, row, its number, other row, its number); without another row the number itself is judged.
+CLAIMS = (
+    ("hyperbolic cosine against Euclidean, first text right, %", "cosine", TEXT, "euclidean", TEXT),
+    ("Lorentz distance alone against Euclidean, first text right, %", "lorentz_plain", TEXT, "euclidean", TEXT),
+    ("Lorentz distance + RQS + RTP against Euclidean, first text right, %", "lorentz", TEXT, "euclidean", TEXT),
+    ("the same, group of the first text right, %", "lorentz", GROUP, "euclidean", GROUP),
+    ("Lorentz features ranked by cosine against by distance, first text right, %", "lorentz", "retrieval/cosine/txt_r1", "lorentz", TEXT),
+    ("RQS added to Lorentz + RTP, first text right, %", "lorentz", TEXT, "lorentz_max", TEXT),
+    ("RTP added to Lorentz + RQS, first text right, %", "lorentz", TEXT, "lorentz_whole", TEXT),
+    ("RQS and RTP added to Lorentz, correlation of radius and caption length", "lorentz", LENGTH, "lorentz_plain", LENGTH),
+    ("radius of Lorentz against Euclidean, telling wrong first answers", "lorentz", ERROR, "euclidean", ERROR),
+    ("correlation of a picture's radius with the share that a crop keeps, Lorentz", "lorentz", "radius/crop/spearman", "", ""),
+    ("correlation of a picture's radius with blur, Lorentz (lower is better)", "lorentz", "radius/blur/spearman", "", ""),
+    ("re-ranking by the matching head, Euclidean, first text right, %", "euclidean", "retrieval/itm/txt_r1", "euclidean", TEXT),
+    ("captions of Euclidean against captions of other pictures, CIDEr", "euclidean", "captions/cider", "euclidean", "captions/cider_other"),
+)  # fmt: skip
+TERMS = {
+    "RQS": "random query selection: one query at random in place of the best",
+    "RTP": "random text pruning: captions are cut short at random",
+    "CIDEr": "agreement of word sequences, rare ones counting more",
+    "BLEU-4": "precision of word sequences up to four",
+    "ROUGE-L": "longest common word sequence",
+    "COCO": "Common Objects in Context",
+}
 
 
-def write_blip_page(runs: Sequence[Path], page: Path) -> None:
-    """Write the page, and beside it the JSON that it was made from.
-
-    Args:
-        runs: run folders of the recipe `blip-mini`, or such JSON files, in the order of the page.
-        page: the Markdown file.
-
-    Raises:
-        DataError: a run is not finished, or a file is no such JSON.
-    """
-    studies = [study for run in runs for study in _read(run)]
-    page.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": 2, "studies": studies}, indent=1) + "\n"
-    page.with_suffix(".json").write_text(text, encoding="utf-8")
-    page.write_text(render(studies), encoding="utf-8")
+def collect(sources: Sequence[Path]) -> dict[str, dict]:
+    """The studies {"settings", "result"} of run folders and JSON files, in the order of the page."""
+    return {"": {"format": 2, "studies": [study for source in sources for study in _read(source)]}}
 
 
-def _read(run: Path) -> list[dict]:
-    """The studies {"settings", "result"} in a run folder or a JSON file."""
-    if run.is_file():
-        try:
-            stored = json.loads(run.read_text(encoding="utf-8"))
-            return stored["studies"] if "studies" in stored else [{k: stored[k] for k in ("settings", "result")}]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{run} is no JSON of blip-page ({error}): give a run folder or such a file") from error
-    path = run / "result.json"
-    if not path.exists():
-        raise DataError(f"{path} does not exist: finish the run first with `python apps/train blip-mini`")
-    settings = yaml.safe_load((run / "config.resolved.yaml").read_text(encoding="utf-8"))
+def _read(source: Path) -> list[dict]:
+    if source.is_file():
+        stored = read_json(source)
+        return stored["studies"] if "studies" in stored else [{k: stored[k] for k in ("settings", "result")}]
+    result = read_json(source / "result.json")
+    if result.get("recipe", "blip-mini") != "blip-mini":
+        raise DataError(f"{source} is a run of {result['recipe']}, not of blip-mini")
+    settings = yaml.safe_load((source / "config.resolved.yaml").read_text(encoding="utf-8"))
     settings["config"] = {k: v for k, v in settings["config"].items() if k not in ("out", "cache_dir", "coco_mini")}
-    result = json.loads(path.read_text(encoding="utf-8"))
     for seed, rows in enumerate(result["runs"]):
         for row, found in rows.items():
-            records = run / f"seed-{seed}" / row / "train-1" / "metrics.jsonl"
+            records = source / f"seed-{seed}" / row / "train-1" / "metrics.jsonl"
             if records.exists():
                 lines = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]]
                 found["diagnostics"] = {key: lines[-1][key] for key in DIAGNOSTICS}
@@ -102,341 +113,177 @@ def _read(run: Path) -> list[dict]:
     return [{"settings": settings, "result": result}]
 
 
-def render(studies: Sequence[dict]) -> str:
-    """The page as Markdown."""
-    config = studies[0]["settings"]["config"]
-    parts = [
-        "# hyper-blip: a small BLIP-2 on emoji",
-        "Generated by `python apps/eval blip-page RUN... docs/results/hyper-blip.md` from [hyper-blip.json](hyper-blip.json); no number "
-        f"was typed by hand. Trained on emoji by {', '.join(config['artists'])}, tested on {studies[0]['result']['n']} pictures by an "
-        "artist never seen (Twemoji). Frozen EfficientNet-Lite0 and SmolLM2-135M, a Q-Former that starts from MiniLM. Cells are "
-        "means over seeds, +- is the standard deviation over seeds.",
-        "A cosine after the exponential map at the origin **is** the Euclidean cosine (the map keeps directions): the row with the "
-        "paper's cosine differs from Euclidean BLIP-2 by RQS and RTP alone, and its radius is trained by no contrastive loss.",
-        "A claim *holds* where the 95 % interval of the mean difference (Student's t over seeds) excludes 0; fewer than "
-        f"{LEAST_SEEDS} seeds decide nothing, and nothing corrects for the number of claims. Where the plain row does not beat the "
-        f"dual encoder of the same frozen towers before any training, which names {DUAL_ENCODER} % of the leaves "
-        "([first light](first-light.md); after training it names several times more), every claim is inconclusive.",
+def tell(content: Mapping[str, dict]) -> Page:
+    """The page."""
+    studies = content[""]["studies"]
+    first, config = studies[0]["result"], studies[0]["settings"]["config"]
+    runs, num = first["runs"], first["n"]
+    rows = [row for row in FIRST if row in runs[0]]
+    shown = [
+        ("first text right, %", TEXT),
+        ("first picture right, %", PICTURE),
+        ("group of the first text right, %", GROUP),
     ]
-    for study in studies:
-        parts += _study(study["result"], study["settings"]["config"])
-    parts.append("## Attribution\n\n" + "\n\n".join(CREDITS))
-    return "\n\n".join(parts) + "\n"
-
-
-def _study(result: dict, config: dict) -> list[str]:
-    runs = result["runs"]
-    rows = [row for row in ROWS if all(row in seed for seed in runs)]
-    absent = [title for row, title in ROWS.items() if row not in rows]
-    matched = "itm" in config["losses"]
-    columns = ["TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10", "subgroup TR@1", "group TR@1"]
-    if matched:
-        columns += ["TR@1, contrastive alone", "IR@1, contrastive alone"]
-    return [
-        f"## {_title(config)}",
-        f"{result['seeds']} seed(s); stage 1: {config['stage1']['epochs']} epochs of {', '.join(config['losses'])}, stage 2: "
-        f"{config['stage2']['epochs']} epochs; {config['num_layers']} layers, {config['num_queries']} queries, captions of at most "
-        f"{config['max_tokens']} tokens. "
-        + (
-            f"The matching head re-ranks {config['k_test']} candidates."
-            if matched
-            else "**The matching loss was not trained and nothing is re-ranked, so this is not the paper's full stage 1.**"
-        ),
-        f"```\n{_command(result, config)}\n```",
-        "### Retrieval on the artist never seen",
-        *_weak(runs, rows),
-        _table(columns, {ROWS[row]: _cells(runs, row, _retrieval, len(columns)) for row in rows}),
-        f"TR: pictures ask for texts, IR: texts ask for pictures, in percent; chance is {100 / result['n']:.2f} at 1; subgroup and group "
-        "count any text of the right node, by the contrastive similarity.",
-        *_worse_by_matching(runs, rows),
-        *_hubs(runs, rows),
-        "### Zero-shot on a small COCO",
-        *_coco_words(runs, rows, config),
-        _optional(runs, rows, "coco_mini", ("TR@1", "TR@5", "IR@1", "IR@5"), _coco),
-        "### Captions",
-        _optional(runs, rows, "captions", CAPTION_COLUMNS, _captions),
-        *_samples(runs, rows),
-        "### Does the radius mean anything?",
-        _table(RADIUS_COLUMNS, {ROWS[row]: _cells(runs, row, _radius, len(RADIUS_COLUMNS)) for row in rows}),
-        "Spearman correlations of the radius (of the text in the first column, of the picture in the next two); AUROC of -radius for "
-        "wrong first answers (0.5 is noise); area under risk-coverage (lower is better) beside its controls; -S R^2 of recall in ten "
-        "bins of the radius (1: recall rises with it in a straight line; ProbVLM's measure) beside that of the largest softmax; the share "
-        "of pictures whose text has the smaller radius, and of texts whose group word (animals) has a smaller radius still. The Euclidean "
-        "row is the control of the radius itself: there it is a monotone function of the Euclidean norm.",
-        "### At the last step",
-        _optional(runs, rows, "diagnostics", tuple(DIAGNOSTICS.values()), _diagnostic),
-        *_at_the_clip(runs, rows),
-        "### Which claims hold in this setting",
-        *_claims(runs, rows),
-        "Not run: " + ("; ".join(absent) if absent else "nothing of the planned rows") + ".",
-    ]
-
-
-def _title(config: dict) -> str:
-    losses = "stage 1 in full" if {"itc", "itm", "lm"} <= set(config["losses"]) else "contrastive loss alone"
-    more = ", then captions" if config["stage2"]["epochs"] else ""
-    start = "tied by least squares at the start" if config.get("start") == "pairs" else "fresh start"
-    return f"{losses[0].upper()}{losses[1:]}{more}; {start}"
-
-
-def _weak(runs: list[dict], rows: Sequence[str]) -> list[str]:
-    """A sentence where the plain row (the first, if it was not run) does not beat the dual encoder in every seed."""
-    plain = "euclidean" if "euclidean" in rows else rows[0]
-    values = [_retrieval(seed[plain], 0) for seed in runs]
-    if min(values) > DUAL_ENCODER:
-        return []
-    return [
-        f"**The plain row does not beat the {DUAL_ENCODER} % of leaves that the dual encoder of the same frozen towers names before any "
-        f"training: its TR@1 is {statistics.fmean(values):.1f}.** What follows are differences between weak models: nothing is ranked."
-    ]
-
-
-def _command(result: dict, config: dict) -> str:
-    settings = {
-        "seeds": result["seeds"],
-        "rows": " ".join(result["runs"][0]),
-        "losses": " ".join(config["losses"]),
-        "start": config.get("start", "fresh"),
-        **{
-            f"{stage}.{key}": config[stage][key]
-            for stage in ("stage1", "stage2")
-            for key in ("epochs", "batch_size", "lr")
-        },
-        **{key: config[key] for key in ("num_layers", "num_queries", "max_tokens", "num_captions", "k_test")},
+    right = {
+        row: f"{statistics.fmean(_numbers(runs, row, TEXT)):.1f} %" if row in rows else "(not run)" for row in FIRST
     }
-    if "coco_mini" in next(iter(result["runs"][0].values())):
-        settings["coco_mini"] = "FILE"
-    return "python apps/train blip-mini " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings.items())
-
-
-def _cells(runs: list[dict], row: str, value: Callable[[dict, int], float], num: int) -> list[list[float]]:
-    return [[value(seed[row], column) for seed in runs] for column in range(num)]
-
-
-def _retrieval(found: dict, column: int) -> float:
-    table = found["retrieval"]
-    if column >= 8:
-        return table["itc"]["txt_r1" if column == 8 else "img_r1"]
-    if column >= 6:
-        return table["levels"]["subgroup" if column == 6 else "group"]["txt_r1"]
-    return answers(table)[f"{'txt' if column < 3 else 'img'}_r{(1, 5, 10)[column % 3]}"]
-
-
-def _coco(found: dict, column: int) -> float:
-    return answers(found["coco_mini"])[("txt_r1", "txt_r5", "img_r1", "img_r5")[column]]
-
-
-def _worse_by_matching(runs: list[dict], rows: Sequence[str]) -> list[str]:
-    """A sentence where the matching head takes away what the contrastive similarity had found."""
-    worse = [ROWS[r] for r in rows if all(_retrieval(seed[r], 0) < _retrieval(seed[r], 8) for seed in runs)]
-    if not worse:
-        return []
-    losses = [seed[r].get("diagnostics", {}).get("loss/itm", math.nan) for seed in runs for r in rows]
-    return [
-        f"**Re-ranking lowers TR@1 in every seed of: {'; '.join(worse)}.** The matching head has seen few steps: over the last "
-        f"{LAST_STEPS} its loss is {_mean(losses)}, and that of a constant is {CONSTANT_LOSS:.3f}. Where the similarity is a distance, the "
-        "matching head alone ranks the candidates; with a cosine it is added to it."
-    ]
-
-
-def _hubs(runs: list[dict], rows: Sequence[str]) -> list[str]:
-    """What of a distance's loss lies in ranking by it, not in the features it trained."""
-    if not all("commonest_answer" in seed[row]["retrieval"] for seed in runs for row in rows):
-        return []
-    return [
-        "### Ranked by the cosine of the same features",
-        _table(
-            ("TR@1", "TR@1 by cosine", "IR@1", "IR@1 by cosine", "commonest first answer, %"),
-            {ROWS[row]: _cells(runs, row, _hub, 5) for row in rows},
+    return Page(
+        title="hyper-blip: a small BLIP-2 on emoji",
+        outcome=f"Given a picture by an artist never seen, Euclidean BLIP-2 finds its text among {num} for {right['euclidean']} of the pictures, "
+        f"the paper's hyperbolic cosine for {right['cosine']}, and the Lorentz distance alone for {right['lorentz_plain']}.",
+        figure=Figure(
+            f"first answers that are right, {_title(studies[0])}",
+            tuple((title, {ROWS[r]: over_seeds(_numbers(runs, r, where)) for r in rows}) for title, where in shown),
         ),
-        "By the contrastive similarity, without re-ranking. A text that is the first answer of many pictures is a hub: for a distance, "
-        "texts of small radius are near to everything.",
-    ]
+        table=Table(
+            tuple(Column(title, 1) for title, _ in shown),
+            (
+                *(Row(ROWS[r], tuple(over_seeds(_numbers(runs, r, w)) for _, w in shown) if r in rows else (), _command(studies[0])) for r in FIRST),
+                Row(GUESS, (100 / num, 100 / num, None)),
+            ),
+            first=_title(studies[0]),
+            note=f"Means over {first['seeds']} seeds, by the contrastive similarity; brackets are 95 % intervals over seeds (Student's t).",
+        ),
+        control=ROWS["euclidean"],
+        body=(_setting(config), *(_judged(study) for study in studies), _not_run(studies)),
+        tables=tuple(section for number, study in enumerate(studies) for section in _tables(study, number + 1)),
+        commands=(_command(studies[0]), "python apps/eval page blip RUN... docs/results/hyper-blip.md"),
+        terms=TERMS,
+        credits=(EMOJI_CREDIT,),
+    )  # fmt: skip
 
 
-def _hub(found: dict, column: int) -> float:
-    table = found["retrieval"]
-    if column == 4:
-        return 100 * table["commonest_answer"]
-    by = "cosine" if column % 2 and "cosine" in table else "itc"
-    return table[by]["txt_r1" if column < 2 else "img_r1"]
-
-
-def _coco_words(runs: list[dict], rows: Sequence[str], config: dict) -> list[str]:
-    found = runs[0][rows[0]].get("coco_mini")
-    if found is None:
-        return []
-    return [
-        f"{found['n_images']} photographs, {found['n_texts']} captions cut to {config['max_tokens']} tokens; chance is "
-        f"{100 / found['n_images']:.2f} for IR@1. The model has only ever seen emoji."
-    ]
-
-
-def _samples(runs: list[dict], rows: Sequence[str]) -> list[str]:
-    """What the first seed of each row says of the same pictures."""
-    shown = {row: runs[0][row].get("samples", [])[:6] for row in rows}
-    if not all(shown.values()):
-        return []
-    heads = ["reference", *(ROWS[row] for row in rows)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for samples in zip(*shown.values(), strict=True):
-        lines.append("| " + " | ".join(map(_cell, [samples[0]["reference"], *(s["caption"] for s in samples)])) + " |")
-    said = [
-        f'{runs[0][rows[0]]["captions"]["n"]} test pictures, beam 3. "Other picture": each caption is scored as that of '
-        'the picture half a list away, the control for what common words earn; "exactly right" is the share that is one of its captions, '
-        '"different" the number of different captions as a share of all. Of the first seed:',
-        "\n".join(lines),
-    ]
-    for row in rows:
-        different = statistics.fmean(seed[row]["captions"].get("distinct", math.nan) for seed in runs)
-        if different < 0.5:
-            said.append(
-                f"**{ROWS[row]}: the captions hardly depend on the picture** ({100 * different:.0f} % of the captions of a seed differ). "
-                "What they score, they score for their common words."
-            )
-    return said
-
-
-def _cell(text: str) -> str:
-    """A generated caption as the cell of a table: one line, ASCII, no bars."""
-    return " ".join(text.split()).replace("|", "/").encode("ascii", "replace").decode()
-
-
-def _at_the_clip(runs: list[dict], rows: Sequence[str]) -> list[str]:
-    """A warning where most texts of a batch sit at the largest radius."""
-    clipped = [
-        ROWS[r] for r in rows if min(seed[r].get("diagnostics", {}).get("clipped_text", 0.0) for seed in runs) > 0.5
-    ]
-    if not clipped:
-        return []
-    which = "every row" if len(clipped) == len(rows) else "; ".join(clipped)
-    return [
-        f"**In training, more than half of the texts sit at the largest radius in: {which}.** Their radius was not trained there, so the "
-        "numbers on caption length say nothing about what training could make of it; and the distances are distances to one sphere, so a "
-        "verdict on them below is one on this case. Why: [decisions](../adr/0004-hyper-blip.md).",
-    ]
-
-
-def _diagnostic(found: dict, column: int) -> float:
-    return found["diagnostics"][list(DIAGNOSTICS)[column]]
-
-
-def _captions(found: dict, column: int) -> float:
-    table = {k.lower().replace("-", "_"): v for k, v in found["captions"].items()}
-    return table.get(("bleu_4", "rouge_l", "cider", "cider_other", "exact", "distinct")[column], math.nan)
-
-
-def _radius(found: dict, column: int) -> float:
-    report = found["radius"]
-    if column < 3:
-        value = report[("caption_length", "crop", "blur")[column]]["spearman"]
-    elif column < 9:
-        name = ("radius", "radius", "random", "largest softmax", "radius", "largest softmax")[column - 3]
-        value = report["scores"][name][("error_auroc", "aurc", "aurc", "aurc", "minus_s_r2", "minus_s_r2")[column - 3]]
-    else:
-        value = report[("text_below_image", "group_word_below_caption")[column - 9]]
+def _get(found: Mapping, where: str) -> float:
+    """A number by its place; undefined if it is missing or null."""
+    value: object = found
+    for key in where.split("/"):
+        if key == "answers":
+            key = "itm" if "itm" in value else "itc"
+        if key == "cosine" and key not in value and "itc" in value:
+            key = "itc"  # there the similarity is the cosine
+        value = value.get(key) if isinstance(value, Mapping) else None
     return math.nan if value is None else value
 
 
-def _mean(values: Sequence[float]) -> str:
-    known = [v for v in values if not math.isnan(v)]
-    if not known:
-        return "-"
-    spread = f" +- {statistics.stdev(known):.3g}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.3g}{spread}"
+def _numbers(runs: Sequence[Mapping], row: str, where: str) -> list[float]:
+    return [_get(seed[row], where) for seed in runs]
 
 
-def _table(columns: Sequence[str], rows: dict[str, list[list[float]]]) -> str:
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    lines += [f"| {title} | " + " | ".join(_mean(cell) for cell in cells) + " |" for title, cells in rows.items()]
-    return "\n".join(lines)
+def _title(study: Mapping) -> str:
+    config = study["settings"]["config"]
+    losses = "stage 1 in full" if {"itc", "itm", "lm"} <= set(config["losses"]) else "contrastive loss alone"
+    start = "towers tied by least squares at the start" if config.get("start") == "pairs" else "fresh start"
+    return f"{losses}{', then captions' if config['stage2']['epochs'] else ''}; {start}"
 
 
-def _optional(
-    runs: list[dict], rows: list[str], key: str, columns: Sequence[str], value: Callable[[dict, int], float]
-) -> str:
-    if not all(key in seed[row] for seed in runs for row in rows):
-        return "Not recorded." if key == "diagnostics" else "Not run."
-    return _table(columns, {ROWS[r]: _cells(runs, r, value, len(columns)) for r in rows})
+def _command(study: Mapping, rows: Sequence[str] = ()) -> str:
+    config, result = study["settings"]["config"], study["result"]
+    words = {
+        "seeds": result["seeds"],
+        "rows": " ".join(rows or result["runs"][0]),
+        "losses": " ".join(config["losses"]),
+        "start": config.get("start", "fresh"),
+    }
+    words |= {f"{s}.{key}": config[s][key] for s in ("stage1", "stage2") for key in ("epochs", "batch_size", "lr")}
+    words |= {key: config[key] for key in ("num_layers", "num_queries", "max_tokens", "num_captions", "k_test")}
+    words |= {"coco_mini": "FILE"} if "coco_mini" in next(iter(result["runs"][0].values())) else {}
+    return "python apps/train blip-mini " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in words.items())
 
 
-def _claims(runs: list[dict], rows: list[str]) -> list[str]:
-    """One sentence for each claim of the paper."""
-    found = [
+def _setting(config: Mapping) -> Section:
+    return Section(
+        "What was held fixed",
         (
-            "Hyperbolic BLIP-2 retrieves no worse than Euclidean BLIP-2 (TR@1)",
-            "cosine",
-            "euclidean",
-            lambda f: _retrieval(f, 8),
+            f"The model is trained on emoji by {', '.join(config['artists'])} and tested on pictures by an artist never seen (Twemoji). "
+            "EfficientNet-Lite0 and SmolLM2-135M are frozen; a Q-Former that starts from MiniLM is trained "
+            f"({config['num_layers']} layers, {config['num_queries']} queries, captions of at most {config['max_tokens']} tokens).",
+            "A cosine after the exponential map at the origin is the Euclidean cosine, because the map keeps directions. So the row with the "
+            "paper's cosine differs from Euclidean BLIP-2 by RQS and RTP alone, and no contrastive loss trains its radius. The Lorentz "
+            "row with RQS and RTP differs by three things at once.",
+            "A claim is better or worse where its interval over seeds excludes 0; nothing was kept picture by picture, and nothing corrects for the "
+            "number of claims. First texts are judged by the contrastive similarity, before any re-ranking.",
         ),
-        (
-            "A distance retrieves better than the Euclidean cosine (TR@1)",
-            "lorentz",
-            "euclidean",
-            lambda f: _retrieval(f, 8),
-        ),
-        ("Hierarchy helps the upper levels (group TR@1)", "lorentz", "euclidean", lambda f: _retrieval(f, 7)),
-        ("RQS raises TR@1", "lorentz", "lorentz_max", lambda f: _retrieval(f, 8)),
-        ("RTP raises TR@1", "lorentz", "lorentz_whole", lambda f: _retrieval(f, 8)),
-        ("RQS and RTP make the radius follow caption length", "lorentz", "lorentz_plain", lambda f: _radius(f, 0)),
-        (
-            "The radius predicts errors better than that of Euclidean BLIP-2 (AUROC)",
-            "lorentz",
-            "euclidean",
-            lambda f: _radius(f, 3),
-        ),
-    ]
-    weak = bool(_weak(runs, rows))
+    )
+
+
+def _judged(study: Mapping) -> Section:
+    result = study["result"]
+    runs, guess = result["runs"], 100 / result["n"]
+    claims = []
+    for text, ours, where, other, place in CLAIMS:
+        seeds = None
+        if {ours, other or ours} <= runs[0].keys():
+            values = _numbers(runs, ours, where)
+            differences = (
+                [a - b for a, b in zip(values, _numbers(runs, other, place), strict=True)] if other else values
+            )
+            # A place that no seed has was not measured; one that some seed lacks is undefined.
+            seeds = None if all(map(math.isnan, differences)) else over_seeds(differences)
+        claims.append(Claim(text, None, seeds, "lower" in text, digits=2))
+    plain = "euclidean" if "euclidean" in runs[0] else next(iter(runs[0]))
+    premise = Claim(
+        f"{ROWS[plain]} against guessing, first text right",
+        None,
+        over_seeds([x - guess for x in _numbers(runs, plain, TEXT)]),
+    )
+    return Section(_title(study).capitalize(), (Claims(tuple(claims), premise=premise), *_warnings(runs)))
+
+
+def _warnings(runs: Sequence[Mapping]) -> list[str]:
+    """What makes the numbers of a study mean less than they seem to."""
+    said, rows = [], list(runs[0])
+    losses = [seed[row].get("diagnostics", {}).get("loss/itm", math.nan) for seed in runs for row in rows]
+    if any("itm" in seed[row]["retrieval"] for seed in runs for row in rows) and not all(map(math.isnan, losses)):
+        said.append(
+            f"The matching head saw few steps: its loss over the last {LAST_STEPS} is {statistics.fmean(losses):.3f}, and a constant has "
+            f"{CONSTANT_LOSS:.3f}."
+        )
+    clipped = [ROWS[row] for row in rows if min(_numbers(runs, row, "diagnostics/clipped_text")) > 0.5]
+    if clipped:
+        said.append(
+            f"In training, more than half of the texts sit at the largest radius in: {'; '.join(clipped)}. There the radius was not trained, and "
+            "distances are distances to one sphere."
+        )
+    same = [ROWS[row] for row in rows if statistics.fmean(_numbers(runs, row, "captions/distinct")) < 0.5]
+    if same:
+        said.append(
+            f"The captions hardly depend on the picture (fewer than half of them differ) in: {'; '.join(same)}."
+        )
+    return said
+
+
+def _not_run(studies: Sequence[Mapping]) -> Section:
     lines = []
-    # (claim, what the numbers are, one number of each seed)
-    compared = [
-        (
-            text,
-            "mean difference",
-            [value(seed[ours]) - value(seed[other]) for seed in runs] if {ours, other} <= set(rows) else None,
+    for study in studies:
+        absent = [title for row, title in ROWS.items() if row not in study["result"]["runs"][0]]
+        lines.append(f"{_title(study)}: {'; '.join(absent) or 'nothing of the planned rows'}")
+    return Section("Not run", (tuple(lines),))
+
+
+def _tables(study: Mapping, number: int) -> list[Section]:
+    runs, sections = study["result"]["runs"], []
+    absent = [row for row in ROWS if row not in runs[0]]
+    for title, needs, note, columns in TABLES:
+        heads = tuple(Column(head, 1 if "_r" in where and "minus" not in where else 3) for head, where in columns)
+        rows = [
+            Row(
+                name,
+                tuple(over_seeds(_numbers(runs, row, where)) for _, where in columns)
+                if needs in runs[0].get(row, {})
+                else (),
+            )
+            for row, name in ROWS.items()
+            if row in runs[0]
+        ]
+        if absent and not sections:
+            rows.append(Row("; ".join(ROWS[row] for row in absent), command=_command(study, absent)))
+        if any(row.values for row in rows):
+            sections.append(Table(heads, tuple(rows), title=title, note=note))
+    samples = {row: runs[0][row]["samples"][:6] for row in ROWS if runs[0].get(row, {}).get("samples")}
+    if samples:
+        lines = zip(*samples.values(), strict=True)
+        told = tuple(Row(line[0]["reference"], tuple(s["caption"] for s in line)) for line in lines)
+        sections.append(
+            Table(tuple(Column(ROWS[row]) for row in samples), told, "What the first seed says", "reference")
         )
-        for text, ours, other, value in found
-    ]
-    for text, column, sign in (("a smaller crop (rho)", 1, 1), ("blur (-rho)", 2, -1)):
-        fall = [sign * _radius(seed["lorentz"], column) for seed in runs] if "lorentz" in rows else None
-        compared.append((f"The radius of pictures falls with {text}, Lorentz", "mean", fall))
-    plain = "euclidean"
-    captioned = plain in rows and all("cider_other" in seed[plain].get("captions", {}) for seed in runs)
-    own = [_captions(seed[plain], 2) - _captions(seed[plain], 3) for seed in runs] if captioned else None
-    text = "Captions fit their own picture better than another (CIDEr, Euclidean BLIP-2)"
-    compared.append((text, "mean difference", own))
-    for text, of, differences in compared:
-        if differences is None:
-            lines.append(f"- {text}: **not run**.")
-            continue
-        said = "inconclusive" if weak else verdict(differences)
-        mean = f"{of} {statistics.fmean(differences):+.3g}"
-        if len(differences) >= LEAST_SEEDS and not any(map(math.isnan, differences)):
-            mean += " [{:+.3g}, {:+.3g}]".format(*interval(differences))
-        lines.append(f"- {text}: **{said}** ({mean}).")
-    if any("itm" in seed[row]["retrieval"] for seed in runs for row in rows):
-        lines.append("- TR@1 is here that of the contrastive similarity, before re-ranking: the claims are about it.")
-    if "lorentz" in rows and "lorentz_plain" not in rows:
-        lines.append(
-            "- The Lorentz row has RQS and RTP as well: its difference to the Euclidean row is not that of the distance alone."
-        )
-    return ["\n".join(lines)]
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean difference over seeds, by Student's t."""
-    mean, num = statistics.fmean(differences), len(differences)
-    half = T_975[min(num - 1, len(T_975)) - 1] * statistics.stdev(differences) / math.sqrt(num)
-    return mean - half, mean + half
-
-
-def verdict(differences: Sequence[float]) -> str:
-    """What the differences over seeds say."""
-    if any(math.isnan(d) for d in differences):
-        return "undecided (a score is undefined)"
-    if len(differences) < LEAST_SEEDS:
-        return f"undecided ({len(differences)} seed(s) are too few)"
-    low, high = interval(differences)
-    if low > 0:
-        return "holds"
-    return "does not hold: the opposite shows" if high < 0 else "does not show"
+    return [Section(f"Study {number}: {_title(study)}", tuple(sections), _command(study))]

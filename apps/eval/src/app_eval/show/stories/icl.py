@@ -1,239 +1,283 @@
-"""The section "With a language model" of `docs/results/hyper-icl.md`, from the JSON of `python apps/eval icl-study`."""
+"""What `icl-study`, `icl-distill` and `selection-study` tell: choosing, weighing and distilling demonstrations."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from app_data.store.errors import DataError
-from app_eval.measure.paths import resamples
+from app_eval.measure.demonstration_task import BLIND, OURS, SEEDED, ZERO
+from app_eval.measure.interval import Interval, mean_over_seeds, over_seeds, resamples, unpaired
+from app_eval.show.commands import read_json
+from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table, tally
 
-__all__ = ["distilled_section", "model_section"]
+__all__ = ["OURS", "collect", "tell"]  # the recipe icl-distill takes the name of the selector from here
 
-ZERO, BLIND = "no demonstrations", "no demonstrations, no picture"
-OURS = "anchors, hyperbolic"
-# Selectors whose choice depends on the seed: by chance, or by the training of the lift.
-SEEDED = ("random", OURS, "anchors, Euclidean")
-# Name of the row, selector, calibration.
-ABLATION = (
-    ("neither (random demonstrations)", "random", "none"),
-    ("anchors only", OURS, "none"),
-    ("calibration only (random demonstrations)", "random", "lorentz"),
-    ("anchors, calibration with Euclidean anchors", OURS, "euclidean"),
-    ("both", OURS, "lorentz"),
-    ("Euclidean metric throughout", "anchors, Euclidean", "euclidean"),
+EUCLIDEAN, KS = "anchors, Euclidean", 4
+TITLES = {"random": "random demonstrations", OURS: "hyperbolic anchors", EUCLIDEAN: "Euclidean anchors"}
+VOTE = "vote of the best selector, no language model (control)"
+FIRST = (ZERO, "random", "RICES", EUCLIDEAN, OURS)
+# Without a language model: what is compared, the two rows.
+HYPERBOLIC = "anchors, hyperbolic, mu "
+COMPARED = (
+    ("hyperbolic anchors against nearest pictures", HYPERBOLIC + "0", "cosine of pictures (TopK-CLIP, RICES)"),
+    ("hyperbolic anchors against nearest pictures and questions", HYPERBOLIC + "0", "cosine of picture and question"),
+    ("hyperbolic against Euclidean anchors", HYPERBOLIC + "0", EUCLIDEAN),
+    ("depth at all against directions alone", HYPERBOLIC + "0", "anchors, directions alone (depth does not vary)"),
+    ("depth weighed by 0.3 against 0", HYPERBOLIC + "0.3", HYPERBOLIC + "0"),
+    ("depth weighed by 0.9 against 0", HYPERBOLIC + "0.9", HYPERBOLIC + "0"),
+    ("curvature 2 against 0.5", HYPERBOLIC + "0.3, c 2", HYPERBOLIC + "0.3, c 0.5"),
 )
+# (title, selector, calibration) of the parts one by one.
+ABLATION = (
+    ("neither", "random", "none"), ("anchors only", OURS, "none"), ("calibration only", "random", "lorentz"), ("both", OURS, "lorentz"),
+    ("anchors, calibration with Euclidean anchors", OURS, "euclidean"), ("Euclidean throughout", EUCLIDEAN, "euclidean"),
+)  # fmt: skip
+LEVELS = {"easy-vqa": ("kind of answer", "answer"), "emoji": ("group", "subgroup", "leaf")}
+STUDY = "python apps/eval icl-study runs/icl-mini --json docs/results/hyper-icl-model.json"
+TERMS = {
+    "RICES": "the pictures nearest to the query's",
+    "MMICES": "nearest pictures, then nearest questions",
+    "LoRA": "low-rank adaptation of the weights",
+}
+Cell = tuple[str, int, str]
 
 
-def model_section(study: dict) -> str:
-    """The section.
+def collect(sources: Sequence[Path]) -> dict[str, dict]:
+    """The JSON of selection-study and of icl-study, and that of icl-distill on the same model if it is given."""
+    found: dict[str, dict] = {}
+    for source in sources:
+        stored = read_json(source / "result.json" if source.is_dir() else source)
+        kind = {"icl-distill": "-distilled"}.get(
+            stored.get("recipe"), "-model" if stored.get("study") == "icl-mini" else ""
+        )
+        if stored.get("format") != 1 or (not kind and "studies" not in stored):
+            raise DataError(f"{source} is no JSON of selection-study, icl-study or icl-distill")
+        if stored.get("quick"):
+            raise DataError(f"{source} is of a --quick run: run the study in full")
+        found[kind] = stored
+    for kind, study in (("", "selection-study"), ("-model", "icl-study")):
+        if kind not in found:
+            raise DataError(f"the JSON of {study} is missing: give it as well")
+    if not any(task["rows"] for task in found["-model"]["tasks"]):
+        raise DataError("the JSON of icl-study holds no row yet: let icl-study go on")
+    if found.get("-distilled", found["-model"])["model"] != found["-model"]["model"]:
+        raise DataError("icl-distill must have been run on the model of icl-study: give both JSON files of one model")
+    return found
 
-    Raises:
-        DataError: The JSON is of another kind, or of a quick run, or holds no rows.
-    """
-    if study.get("format") != 1 or study.get("study") != "icl-mini":
-        raise DataError("the second JSON must come from icl-study")
-    if study["quick"]:
-        raise DataError("the second JSON is of a --quick run: run icl-study in full")
-    if not any(task["rows"] for task in study["tasks"]):
-        raise DataError("the second JSON holds no row yet: let icl-study go on")
-    card, strength = study["model"], study["lambda"]
-    chosen = ", ".join(
-        f"{kind} {strength[kind]['lambda']:g} (of {', '.join(strength[kind]['accuracy'])}; accuracies "
-        f"{', '.join(f'{v:.2f}' for v in strength[kind]['accuracy'].values())}, uncalibrated {strength['none']['accuracy']:.2f})"
-        for kind in ("lorentz", "euclidean")
-    )
-    parts = [
-        "## With a language model",
-        "One trained model (recipe `icl-mini`: frozen EfficientNet-Lite0 and SmolLM2-135M in a LLaVA, one token a picture; trained are "
-        f"the connector and LoRA of rank {card['rank']}, {_steps(card)} on episodes of {_listed(card['shots'])} "
-        f"demonstrations), so nothing here says how another training would come out. {len(study['seeds'])} demonstration seeds are planned "
-        "for random demonstrations and for the training of the anchors (the tables say how many were run); the other selectors have no "
-        "chance in them. Answers are scored by "
-        "likelihood over the closed set. Intervals are 95 % bootstrap intervals over the queries; differences are paired by query. "
-        f"Calibration strength, chosen on {strength['n']} held-out training questions with {strength['k']} random demonstrations: "
-        f"{chosen}; calibration was tried at that K alone. "
-        f"The study took {study['seconds'] / 60:.0f} minutes on one core and {study['peak_memory_mib']:,} MiB.",
-        f"Commands: `python apps/train icl-mini {card.get('options', '')}`, then `python apps/eval icl-study runs/icl-mini --json "
-        "docs/results/hyper-icl-model.json`.".replace(" `,", "`,"),
+
+def tell(content: Mapping[str, dict]) -> Page:
+    """The page."""
+    chosen, model, distilled = content[""], content["-model"], content.get("-distilled")
+    tasks = [task for task in model["tasks"] if task["rows"]]
+    columns = tuple(Column(f"{t['name']} with {_k(t)} demonstrations: right, %", 1) for t in tasks)
+    values = {s: tuple(_mean(_bits(t, s, 0 if s == ZERO else _k(t))) for t in tasks) for s in FIRST}
+    votes = [
+        [_mean(_bits(t, s, _k(t), "vote")) for s in t["selectors"] if _bits(t, s, _k(t), "vote") is not None]
+        for t in tasks
     ]
-    if not study["complete"]:
-        parts.append("**Cut short:** selectors and numbers of demonstrations that are missing below were not run.")
-    for task in study["tasks"]:
-        if task["rows"]:
-            parts.append(_task(task, len(study["seeds"])))
-    return "\n\n".join(parts)
-
-
-def _steps(card: dict) -> str:
-    planned = card.get("planned_steps", card["steps"])
-    return f"{card['steps']} steps" if planned == card["steps"] else f"stopped after {card['steps']} of {planned} steps"
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
-
-
-def _by(task: dict) -> dict[tuple[str, int, str], dict]:
-    return {(row["selector"], row["k"], row["calibration"]): row for row in task["rows"]}
-
-
-def _task(task: dict, seeds: int) -> str:
-    rows = _by(task)
-    zero = rows[ZERO, 0, "none"]
-    kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in zero["kinds"].items())
-    by_kind = f" By kind of question: {kinds}." if len(zero["kinds"]) > 1 else ""
-    lines = [
-        f"### {task['name']}",
-        "",
-        f"Pool {task['num_pool']:,}, queries {task['num_queries']:,}, {task['num_answers']} answers.",
-        "",
-        f"Without demonstrations {_interval(zero['accuracy'])}.{by_kind}",
-    ]
-    if (BLIND, 0, "none") in rows:
-        lines += [
-            "",
-            f"Without demonstrations and without the picture {_interval(rows[BLIND, 0, 'none']['accuracy'])}.",
-        ]
-    lines += ["", _verdict(task, seeds)]
-    for k in sorted({k for _, k, _ in rows} - {0}):
-        heads = ("selector", "seeds", "accuracy", "against none", "against random")
-        heads += ("calibrated, Lorentz: change", "calibrated, Euclidean: change", "vote, no language model")
-        lines += ["", f"K = {k}", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-        for selector in task["selectors"]:
-            row = rows.get((selector, k, "none"))
-            if row is None:
-                lines.append(f"| {selector} | not run |" + " |" * (len(heads) - 2))
-                continue
-            changes = [rows.get((selector, k, kind), {}).get("to_uncalibrated") for kind in ("lorentz", "euclidean")]
-            cells = [str(row["seeds"]), _interval(row["accuracy"]), _change(row.get("to_zero_shot"))]
-            cells += [_change(row.get("to_random")), *map(_change, changes)]
-            cells.append(f"{row['vote'][0]:.3f}" if "vote" in row else "")
-            lines.append(f"| {selector} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *_ablation(rows)])
-
-
-def _ablation(rows: dict[tuple[str, int, str], dict]) -> list[str]:
-    """The parts one by one, at K = 4 (or the K there is)."""
-    ks = sorted({k for _, k, _ in rows} - {0})
-    if not ks:
-        return []
-    k = 4 if 4 in ks else ks[-1]
-    lines = ["", f"Ablation, K = {k}", "", "| | accuracy | against none |", "|---|---|---|"]
-    for title, selector, calibration in ABLATION:
-        row = rows.get((selector, k, calibration))
-        cells = "not run |" if row is None else f"{_interval(row['accuracy'])} | {_change(row.get('to_zero_shot'))}"
-        lines.append(f"| {title} | {cells} |")
-    return lines
-
-
-def _verdict(task: dict, seeds: int) -> str:
-    """What the numbers say; where random demonstrations do not help, or seeds are missing, nothing is ranked."""
-    rows = _by(task)
-    plain = [row for (_, k, calibration), row in rows.items() if k and calibration == "none"]
-    if not plain:
-        return "Demonstrations: not run."
-    if any(row["selector"] in SEEDED and row["seeds"] < seeds for row in plain):
-        return (
-            f"**Undecided.** Rows with chance in them hold fewer than the {seeds} seeds planned, so nothing is ranked: the intervals "
-            "below are over queries, not over draws of demonstrations or trainings of the anchors. The anchors' lift is trained on the "
-            "pool's answers, so that their choice is a classifier already: compare with the vote."
-        )
-    helped = [row for row in plain if row["to_zero_shot"][1] > 0]
-    hurt = [row for row in plain if row["to_zero_shot"][2] < 0]
-    if not helped:
-        best = max(plain, key=lambda row: row["accuracy"][0])
-        said = (
-            "**Inconclusive.** No demonstrations make this model better than none: the best row, "
-            f"*{best['selector']}* with K = {best['k']}, changes its accuracy by {_change(best['to_zero_shot'])}"
-        )
-        if hurt:
-            said += f", and {len(hurt)} of {len(plain)} rows are worse than none"
-        return (
-            f"{said}"
-            ". The model does not learn from its context here, so selectors and calibrations are not ranked; the vote "
-            "shows what selection yields without a language model."
-        )
-    names = "; ".join(f"*{row['selector']}* K = {row['k']} ({_change(row['to_zero_shot'])})" for row in helped)
-    said = [f"- Better than no demonstrations ({len(helped)} of {len(plain)} rows): {names}."]
-    if hurt:
-        names = "; ".join(f"*{row['selector']}* K = {row['k']} ({_change(row['to_zero_shot'])})" for row in hurt)
-        said.append(f"- Worse than no demonstrations: {names}.")
-    by_chance = max((row for row in plain if row["selector"] == "random"), key=lambda row: row["accuracy"][0])
-    ranks = by_chance["to_zero_shot"][1] > 0
-    if not ranks:
-        said.insert(
-            0,
-            "**Inconclusive.** Random demonstrations, the plain row, are not better than none (at best, with K = "
-            f"{by_chance['k']}: {_change(by_chance['to_zero_shot'])}), so the selectors are not ranked. What the intervals say of each:\n",
-        )
-    k = max(row["k"] for row in helped)
-    for row in (row for row in plain if ranks and row["k"] == k and "to_ours" in row):
-        value, low, high = row["to_ours"]
-        word = "is no different from" if low <= 0 <= high else "is better than" if value > 0 else "is worse than"
-        said.append(f"- K = {k}: *{row['selector']}* {word} *{OURS}* ({_change(row['to_ours'])}).")
-    voted = [row for row in plain if "to_vote" in row]
-    above, below = (sum(sign * row["to_vote"][at] > 0 for row in voted) for sign, at in ((1, 1), (-1, 2)))
-    if voted:
-        said.append(
-            f"- Against the vote of the same demonstrations, with no language model: better in {above} of {len(voted)} rows, worse in "
-            f"{below}. The anchors' lift is trained on the pool's answers, so that their choice is a classifier already."
-        )
-    weighed = [row for row in rows.values() if row["calibration"] != "none" and "to_uncalibrated" in row]
-    up, down = (sum(sign * row["to_uncalibrated"][at] > 0 for row in weighed) for sign, at in ((1, 1), (-1, 2)))
-    if weighed:
-        said.append(
-            f"- Calibration: of {len(weighed)} comparisons {up} are better and {down} worse than uncalibrated attention beyond their "
-            f"interval; about {len(weighed) * 0.025:.1f} each way are expected by chance alone."
-        )
-    return "\n".join(said)
-
-
-def distilled_section(result: dict) -> str:
-    """The section "Distilled against calibrated", from the `result.json` of the recipe `icl-distill`.
-
-    Raises:
-        DataError: The JSON is of another kind.
-    """
-    if result.get("format") != 1 or result.get("recipe") != "icl-distill":
-        raise DataError("the third JSON must be the result.json of icl-distill")
-    options, masses, num = result["options"], result["masses"], result["num_queries"]
-    counts = resamples(num) / num
-    lines = [
-        "### Distilled against calibrated (easy-vqa)",
-        "",
-        "Teacher: the model above, its attention calibrated by hyperbolic distance with lambda "
-        f"{options['strength']:g}. Student: the same weights and LoRA of rank {options['rank']}, no calibration; "
-        f"{options['steps']} steps of {options['batch_size']} training questions with {options['shots']} random demonstrations, rate "
-        f"{options['lr']:g}, on the attention masses of layers {result['layers'][0]} to {result['layers'][-1]} "
-        f"(weights: masses {options['kl']:g}, answers {options['ce']:g}, closeness to the model {options['base_kl']:g}). One student, so "
-        "nothing here says how another would come out. Command: `python apps/train icl-distill`.",
-        "",
-        f"Divergence of the query's attention masses from the calibrated model, over {masses['n']} test questions with random "
-        f"demonstrations: the model {masses['model']:.4g}, the student {masses['student']:.4g} "
-        f"({100 * (1 - masses['student'] / masses['model']):.0f} % less)." if masses["model"] > 0 else "",
-        "",
-        "| demonstrations | seeds | the model | calibrated | distilled | calibrated - model | distilled - calibrated |",
-        "|---" * 7 + "|",
+    values[VOTE] = tuple(max(found, key=lambda v: v.value) if found else None for found in votes)
+    told = [
+        ", ".join(f"{words} {v[i].value:.1f} %" if v[i] else f"{words} (not run)" for words, v in (
+            ("without demonstrations", values[ZERO]), ("with those that hyperbolic anchors choose", values[OURS]),
+            ("the vote of the best ones, without the model,", values[VOTE])))
+        for i in range(len(tasks))
     ]  # fmt: skip
+    rows = tuple(Row(TITLES.get(s, s), v if any(v) else (), STUDY) for s, v in values.items())
+    panels = ((c.title, {TITLES.get(s, s): v[i] for s, v in values.items() if v[i]}) for i, c in enumerate(columns))
+    return Page(
+        title="hyper-icl: choosing demonstrations",
+        outcome="A small language model answers correctly: "
+        + "; ".join(f"on {t['name']} {w}" for t, w in zip(tasks, told, strict=True))
+        + ".",
+        figure=Figure("right answers of every row", tuple(panels)),
+        table=Table(
+            columns, rows, note="Brackets are 95 % bootstrap intervals over the queries, seeds averaged first."
+        ),
+        control=VOTE,
+        body=(_setting(model), *map(_judged, tasks), _distilled(distilled), _selection(chosen), _not_run(tasks)),
+        tables=(*map(_task_tables, tasks), *map(_study_tables, chosen["studies"])),
+        commands=(
+            "python apps/eval selection-study --json docs/results/hyper-icl.json",
+            f"python apps/train icl-mini {model['model'].get('options', '')}".strip(),
+            STUDY,
+            "python apps/train icl-distill",
+            "python apps/eval page icl docs/results/hyper-icl.json --model docs/results/hyper-icl-model.json --distilled "
+            "docs/results/hyper-icl-distilled.json docs/results/hyper-icl.md",
+        ),
+        terms=TERMS,
+    )
+
+
+def _bits(task: Mapping, selector: str, k: int, calibration: str = "none") -> np.ndarray | None:
+    """1 where a query was answered rightly, (seeds, queries); None if it was not run. A "vote" needs no language model."""
+    cells = [c for c in task["cells"] if (c["selector"], c["k"]) == (selector, k)]
+    found = [bits for c in cells if (bits := c.get("vote") if calibration == "vote" else c["right"].get(calibration))]
+    return np.array([[float(b) for b in bits] for bits in found]) if found else None
+
+
+def _mean(bits: np.ndarray | None) -> Interval | None:
+    """Percent of right answers, seeds averaged first, and its interval over queries."""
+    if bits is None:
+        return None
+    values = bits.mean(0)
+    return mean_over_seeds([(values, np.ones(len(values)))], resamples(len(values))).times(100)
+
+
+def _claim(text: str, task: Mapping, ours: Cell, other: Cell) -> Claim:
+    """Two ways to answer the same queries; over seeds only where a choice depends on the seed."""
+    a, b = (_bits(task, *cell) for cell in (ours, other))
+    if a is None or b is None:
+        return Claim(text, None, None, digits=1)
+    seeds = None
+    if ours[0] in SEEDED or other[0] in SEEDED:
+        # What has no chance in it stands against every seed; runs that were cut short are compared on the seeds both have.
+        pairs = zip(a, b, strict=False) if min(len(a), len(b)) > 1 else ((x, y) for x in a for y in b)
+        seeds = over_seeds([100 * (x.mean() - y.mean()) for x, y in pairs])
+    return Claim(text, _mean(np.atleast_2d(a.mean(0) - b.mean(0))), seeds, digits=1)
+
+
+def _k(task: Mapping) -> int:
+    """The number of demonstrations that the page shows."""
+    ks = {cell["k"] for cell in task["cells"]}
+    return KS if KS in ks else max(ks)
+
+
+def _setting(model: Mapping) -> Section:
+    card, strength = model["model"], model["lambda"]
+    planned = card.get("planned_steps", card["steps"])
+    steps = (
+        f"{card['steps']} steps" if planned == card["steps"] else f"stopped after {card['steps']} of {planned} steps"
+    )
+    chosen = ", ".join(f"{strength[kind]['lambda']:g} ({kind})" for kind in ("lorentz", "euclidean"))
+    said = (
+        f"One model was trained (EfficientNet-Lite0 and SmolLM2-135M frozen; a connector and LoRA of rank {card['rank']}, {steps}), so nothing "
+        "here says how another training would come out. A seed draws random demonstrations and trains the anchors; "
+        f"{len(model['seeds'])} were planned. Anchors train on the answers of the pool, so their choice is a classifier already: compare it "
+        "with the vote. Answers are scored by likelihood over the closed set. Calibration weighs demonstrations by their distance in the "
+        f"attention; its strength, {chosen}, was chosen on {strength['n']} held-out training questions with {strength['k']} random "
+        "demonstrations.",
+    )
+    cut = "The study was cut short: selectors and numbers of demonstrations that are missing were not run."
+    return Section("What was held fixed", (*said, *(() if model["complete"] else (cut,))))
+
+
+def _judged(task: Mapping) -> Section:
+    k = _k(task)
+    plain = {
+        s: _claim(f"{TITLES.get(s, s)} against none", task, (s, k, "none"), (ZERO, 0, "none"))
+        for s in task["selectors"]
+    }
+    others = [
+        (f"hyperbolic anchors against {TITLES.get(s, s)}", (OURS, k, "none"), (s, k, "none"))
+        for s in task["selectors"]
+        if s != OURS
+    ]
+    others += [
+        (f"calibration of {TITLES[s]} against none", (s, k, "lorentz"), (s, k, "none")) for s in ("random", OURS)
+    ]
+    plain["vote"] = _claim("hyperbolic anchors against their vote", task, (OURS, k, "none"), (OURS, k, "vote"))
+    ranked = tuple(_claim(text, task, a, b) for text, a, b in others)
+    zero, blind = (_mean(_bits(task, name, 0)) for name in (ZERO, BLIND))
+    facts = f"{task['num_queries']} queries, a pool of {task['num_pool']:,}, {task['num_answers']} answers, {k} demonstrations."
+    if zero and blind:
+        facts += (
+            f" Without demonstrations {zero.value:.1f} % are right, without the picture as well {blind.value:.1f} %."
+        )
+    return Section(
+        f"{task['name']}: percent right",
+        (facts, Claims(tuple(plain.values())), Claims(ranked, premise=plain.get("random"))),
+    )
+
+
+def _distilled(result: Mapping | None) -> Section:
+    title = "Distilled against calibrated attention"
+    if result is None:
+        return Section(title, (Table((Column(""),), (Row("distilled", command="python apps/train icl-distill"),)),))
+    options, masses, claims = result["options"], result["masses"], []
     for selector in dict.fromkeys(cell["selector"] for cell in result["cells"]):
-        cells = [cell["right"] for cell in result["cells"] if cell["selector"] == selector]
-        mean = {
-            name: np.array([[int(b) for b in right[name]] for right in cells]).mean(0)
-            for name in ("model", "calibrated", "distilled")
-        }
-
-        def interval(values: np.ndarray) -> list[float]:
-            return [float(values.mean()), *(float(x) for x in np.percentile(counts @ values, (2.5, 97.5)))]
-
-        shown = [_interval(interval(mean[name])) for name in ("model", "calibrated", "distilled")]
-        shown += [
-            _change(interval(mean[a] - mean[b])) for a, b in (("calibrated", "model"), ("distilled", "calibrated"))
-        ]
-        lines.append(f"| {selector} | {len(cells)} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        task = {"cells": [{**cell, "k": 0} for cell in result["cells"] if cell["selector"] == selector]}
+        for a, b in (("calibrated", "the model"), ("distilled", "calibrated")):
+            cells = ((selector, 0, "model" if name == "the model" else name) for name in (a, b))
+            claims.append(_claim(f"{a} against {b}, {TITLES.get(selector, selector)}", task, *cells))
+    text = (
+        f"A student learns the attention of the calibrated model (strength {options['strength']:g}) by LoRA of rank {options['rank']}, in "
+        f"{options['steps']} steps of {options['batch_size']} questions. Over {masses['n']} test questions its attention diverges from the "
+        f"calibrated model's by {masses['student']:.4g}, that of the uncalibrated model by {masses['model']:.4g}. One student was trained."
+    )
+    return Section(title, (text, Claims(tuple(claims))))
 
 
-def _interval(values: list[float]) -> str:
-    return f"{values[0]:.3f} [{values[1]:.3f}, {values[2]:.3f}]"
+def _votes(row: Mapping, queries: int) -> tuple[tuple, tuple]:
+    """(mean, deviation, number) of a vote over queries, and over seeds, where the stored range bounds the deviation from above."""
+    share, seeds = row["scores"]["vote"], row["seeds"]
+    half = seeds // 2
+    widest = row["spread"]["vote"] * math.sqrt(half * (seeds - half) / (seeds * (seeds - 1))) if seeds > 1 else 0.0
+    return (share, math.sqrt(share * (1 - share)), queries), (share, widest, seeds)
 
 
-def _change(values: list[float] | None) -> str:
-    return "" if values is None else f"{values[0]:+.3f} [{values[1]:+.3f}, {values[2]:+.3f}]"
+def _selection(chosen: Mapping) -> Section:
+    blocks = []
+    for study in chosen["studies"]:
+        largest, claims = max(row["k"] for row in study["rows"]), []
+        rows = {row["name"]: _votes(row, study["num_queries"]) for row in study["rows"] if row["k"] == largest}
+        for text, ours, other in COMPARED:
+            if {ours, other} <= rows.keys():
+                items, seeds = (unpaired(a, b).times(100) for a, b in zip(rows[ours], rows[other], strict=True))
+                claims.append(Claim(text, items, seeds, digits=1))
+        blocks.append(Claims(tuple(claims), f"{study['name']}, vote of {largest} demonstrations, percent right"))
+    text = (
+        f"Features are frozen (EfficientNet-Lite0, MiniLM); only the anchors are trained, {chosen['steps']} steps, with "
+        f"{len(chosen['seeds'])} seeds. The vote is the most frequent answer of the chosen demonstrations. Answers were not kept query by "
+        "query, so these intervals are unpaired, wider than paired ones: over queries from the shares, over seeds from the stored ranges."
+    )
+    return Section("Without a language model", (text, *blocks))
+
+
+def _not_run(tasks: Sequence[Mapping]) -> Section:
+    absent = [f"{t['name']}: {s} ({STUDY})" for t in tasks for s in t["selectors"] if _bits(t, s, _k(t)) is None]
+    lines = (
+        "the published adapter with a frozen teacher, Idefics-9B and Idefics2-8B (their weights are out of reach)",
+        "held-out groups in the pool; a fixed scale of the lift against a learned one",
+    )
+    return Section("Not run", ((*lines, *absent),))
+
+
+def _task_tables(task: Mapping) -> Section:
+    heads = ("right, %", "with Lorentz calibration", "with Euclidean calibration", "vote, no language model")
+    kinds, none, zero = np.array(task["kinds"]), (ZERO, 0, "none"), _bits(task, ZERO, 0)
+    shares = [f"{kind} {100 * zero.mean(0)[kinds == kind].mean():.1f} %" for kind in dict.fromkeys(task["kinds"])]
+    parts: list = [f"Without demonstrations, by kind of question: {', '.join(shares)}."]
+    for k in sorted({cell["k"] for cell in task["cells"]} - {0}):
+        rows, claims = [], []
+        for s in task["selectors"]:
+            bits = _bits(task, s, k)
+            cells = tuple(_mean(_bits(task, s, k, c)) for c in ("none", "lorentz", "euclidean", "vote"))
+            rows.append(Row(s, () if bits is None else (len(bits), *cells), STUDY))
+            claims += [
+                _claim(f"{s} against {w}", task, (s, k, "none"), o)
+                for w, o in (("none", none), ("its vote", (s, k, "vote")))
+            ]
+        table = Table((Column("seeds"), *(Column(h, 1) for h in heads)), tuple(rows), title=f"{k} demonstrations")
+        parts += [table, f"In all: {tally(claims)}.", Claims(tuple(claims))]
+    against = [_claim(title, task, (s, _k(task), c), none) for title, s, c in ABLATION]
+    parts.append(Claims(tuple(against), f"The parts one by one, {_k(task)} demonstrations, against none"))
+    return Section(f"{task['name']}, with a language model", tuple(parts))
+
+
+def _study_tables(study: Mapping) -> Section:
+    levels = LEVELS.get(study["name"], ())
+    levels = levels if len(levels) == study["levels"] else tuple(f"level {i + 1}" for i in range(study["levels"]))
+    heads = ("seeds", *(f"agreement: {level}" for level in levels), "some demonstration has it", "vote")
+    keys, tables = (*(f"level_{i + 1}" for i in range(len(levels))), "any", "vote"), []
+    for k in sorted({row["k"] for row in study["rows"]}):
+        rows = []
+        for row in (row for row in study["rows"] if row["k"] == k):
+            cells = (
+                f"{row['scores'][x]:.3f}" + (f" +- {row['spread'][x]:.3f}" if row["seeds"] > 1 else "") for x in keys
+            )
+            rows.append(Row(row["name"], (row["seeds"], *cells)))
+        tables.append(Table(tuple(map(Column, heads)), tuple(rows), title=f"{k} demonstrations"))
+    note = f"Pool {study['num_pool']:,}, queries {study['num_queries']:,}. Shares; behind +- stands the largest difference between seeds."
+    return Section(f"{study['name']}, without a language model", (note, *tables))

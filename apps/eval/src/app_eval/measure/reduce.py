@@ -1,4 +1,4 @@
-"""Reduce the runs of the hier-lora study to one small JSON file, which is all that its results page needs.
+"""Reduce the runs of a study to one small JSON file, which is all that its results page needs.
 
 A row is a mean over seeds with a 95 % bootstrap interval over the test pictures; its difference to leaf cross-entropy,
 decoded bottom-up, is paired by picture and seed. Nothing is called better or worse here.
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from app_data.store.errors import DataError
-from app_eval.measure.paths import Interval, Pair, mean_over_seeds, paired_difference, per_picture, resamples
+from app_eval.measure.interval import Interval, Pair, mean_over_seeds, paired_difference, resamples
+from app_eval.measure.paths import Outcome, per_picture
 from app_eval.measure.results import load_outcome
 from hier_losses import Taxonomy
 
@@ -98,18 +99,12 @@ class _Reducer:
                 "experiment": experiment, "data": data, "row": row, "part": part, "pictures": label,
                 "seeds": [run["seed"] for _, run in members], "kind": members[0][1]["kind"], "n": len(scores[0]["leaf", "bottom_up"][0]),
                 "rates": sorted({run["rate"] for _, run in members}), "facts": self._small(facts),
-                "scores": {f"{s}@{d}": self._mean([x[s, d] for x in scores], pool) for s, d in SHOWN},
-                "by_seed": {f"{s}@{d}": [_ratio(x[s, d]) for x in scores] for s, d in (("leaf", "bottom_up"), ("fpa", "joint_path"))},
+                **self._means(scores, pool),
             }  # fmt: skip
             other = self._baseline(key, members, groups, pick)
             if other is not None:
                 seeds, theirs = other
-                ours = [scores[i] for i in seeds]
-                entry["against leaf CE"] = {
-                    f"{s}@{d}": self._difference([x[s, d] for x in ours], [x[_bottom_up(s)] for x in theirs], pool)
-                    for s, d in SHOWN
-                    if s != "tice"
-                }
+                entry["against leaf CE"] = self._differences([scores[i] for i in seeds], theirs, pool)
                 entry["paired seeds"] = len(seeds)
             entries.append(entry)
         return entries
@@ -129,10 +124,7 @@ class _Reducer:
             outcome = load_outcome(folder)
             facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
             tax = Taxonomy.from_json(facts["tree"]) if "tree" in facts else self.trees[data]
-            tables = {d: per_picture(outcome, tax, d) for d in dict.fromkeys(d for _, d in SHOWN)}
-            self._scores[folder] = {(s, d): tables[d][s] for s, d in SHOWN} | {
-                ("target", ""): (outcome.target, outcome.target)
-            }
+            self._scores[folder] = _shown(outcome, tax) | {("target", ""): (outcome.target, outcome.target)}
         scores = self._scores[folder]
         target = scores["target", ""][0]
         mask = np.ones(len(target), bool)
@@ -162,14 +154,35 @@ class _Reducer:
             return None
         return shared, [self._of(folder, data, pick(i)) for i, folder in zip(shared, folders, strict=True)]
 
+    def _means(self, scores: list[Scores], pool: bool) -> dict:
+        return {
+            "scores": {f"{s}@{d}": self._mean([x[s, d] for x in scores], pool) for s, d in SHOWN},
+            "by_seed": {f"{s}@{d}": [_ratio(x[s, d]) for x in scores] for s, d in SHOWN},
+        }
+
     def _mean(self, pairs: list[Pair], pool: bool) -> list[float | None]:
         pairs = [_joined(pairs)] if pool else pairs
         return _json(mean_over_seeds(pairs, self._resampled(len(pairs[0][0]))))
 
-    def _difference(self, ours: list[Pair], theirs: list[Pair], pool: bool) -> list[float | None]:
-        if pool:
-            ours, theirs = [_joined(ours)], [_joined(theirs)]
-        return _json(paired_difference(ours, theirs, self._resampled(len(ours[0][0]))))
+    def _differences(self, ours: list[Scores], theirs: list[Scores], pool: bool) -> dict:
+        found = {}
+        for s, d in SHOWN:
+            if s != "tice":  # leaf cross-entropy read bottom-up has none by construction
+                a, b = [x[s, d] for x in ours], [x[_bottom_up(s)] for x in theirs]
+                a, b = ([_joined(a)], [_joined(b)]) if pool else (a, b)
+                found[f"{s}@{d}"] = _json(paired_difference(a, b, self._resampled(len(a[0][0]))))
+        return found
+
+    def main(self, outcomes: Mapping[str, Sequence[Outcome]], data: str) -> list[dict]:
+        """Entries of the main table from outcomes at hand: one for each seed of every row."""
+        scores = {row: [_shown(found, self.trees[data]) for found in by_seed] for row, by_seed in outcomes.items()}
+        entries = []
+        for row, found in scores.items():
+            named = {"experiment": "main", "data": data, "row": row, "part": "", "pictures": "all", "kind": "head"}
+            entries.append({**named, "seeds": list(range(len(found))), **self._means(found, False)})
+            if row != BASELINE:
+                entries[-1]["against leaf CE"] = self._differences(found, scores[BASELINE], False)
+        return entries
 
     def _resampled(self, num: int) -> np.ndarray:
         if num not in self._counts:
@@ -180,6 +193,22 @@ class _Reducer:
     def _small(facts: list[dict]) -> dict:
         """Facts that a page shows: the first seed's, without long lists and trees."""
         return {k: (len(v) if isinstance(v, list) else v) for k, v in facts[0].items() if k != "tree"}
+
+
+def reduce_rows(outcomes: Mapping[str, Sequence[Outcome]], tax: Taxonomy, data: str) -> list[dict]:
+    """The rows of a main table, each against leaf cross-entropy.
+
+    Args:
+        outcomes: by row, one for each seed.
+        tax: the taxonomy of the test pictures.
+        data: name of the data.
+    """
+    return _Reducer({data: tax}).main(outcomes, data)
+
+
+def _shown(outcome: Outcome, tax: Taxonomy) -> Scores:
+    tables = {d: per_picture(outcome, tax, d) for d in dict.fromkeys(d for _, d in SHOWN)}
+    return {(s, d): tables[d][s] for s, d in SHOWN}
 
 
 def _json(found: Interval) -> list[float | None]:
@@ -210,4 +239,4 @@ def find(study: Mapping, experiment: str, data: str, row: str, part: str = "", p
     return None
 
 
-__all__ = ["BASELINE", "FORMAT", "SHOWN", "find", "reduce_study"]
+__all__ = ["BASELINE", "FORMAT", "SHOWN", "find", "reduce_rows", "reduce_study"]

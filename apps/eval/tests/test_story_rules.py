@@ -1,0 +1,293 @@
+"""What single stories decide: commands of runs, what is not counted, and what warns; on small results made by hand."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from app_eval.cli import main
+
+from app_eval.show.page import Claims, Table
+from app_eval.show.stories import blip, icl, mat
+
+SCORES = ("la", "hca", "mta")
+SETTINGS = {
+    "epochs": 7, "batch_size": 8, "lr": 0.002, "curvature_lr": 0.01, "dropout": 0.5, "c_img": 0.05, "c_txt": 0.025, "scale": 1.0,
+}  # fmt: skip
+
+
+def row(value, against, plain=0.1, deviation=0.002, **more):
+    return {
+        "scores": {s: [value, value - 0.01, value + 0.01] for s in SCORES},
+        "deviation": dict.fromkeys(SCORES, deviation),
+        "baseline": "PROTECT",
+        "against baseline": {s: [against, against - 0.01, against + 0.01] for s in SCORES},
+        "against zero-shot": {s: [plain, plain - 0.01, plain + 0.01] for s in SCORES},
+        **more,
+    }
+
+
+def entry(plain=0.1, deviation=0.002):
+    curved = {
+        "num_trained": [1234] * 2,
+        "curvatures": [[[1, 0.05, 0.025, 0.03], [99, 0.06, 0.02, 0.04]]] * 2,
+        "c_mid_between": [1.0, 1.0],
+        "attention": [[0.1, 0.9], [0.3, 0.7]],
+        "met": [{"visual": 0.0, "textual": 0.25, "cross": float("nan")}] * 2,
+    }
+    return {
+        "format": 1, "recipe": "mat", "study": "main", "data": "emoji", "shots": 3, "tower": "lite0", "num_train": 10,
+        "num_test": 20, "num_nodes": 30, "seeds": 2, "mta_majority": 0.4, "settings": SETTINGS, "size": 128,
+        "rows": {
+            "zero-shot": row(0.1, -0.3, deviation=0.0), "nearest picture": row(0.2, -0.2, deviation=0.0),
+            "VANILLA": row(0.1 + plain, plain - 0.3, plain, deviation), "PROTECT": row(0.4, 0.0, 0.3, deviation),
+            "HETEROGENEOUS": row(0.5, 0.1, 0.4, deviation, **curved),
+        },
+    }  # fmt: skip
+
+
+def mat_page(*entries, tmp_path):
+    for number, one in enumerate(entries):
+        (tmp_path / f"{number}.json").write_text(json.dumps(one))
+    sources = [str(tmp_path / f"{number}.json") for number in range(len(entries))]
+    assert main(["page", "mat", *sources, str(tmp_path / "page.md")]) == 0
+    return (tmp_path / "page.md").read_text(), (tmp_path / "page-tables.md").read_text()
+
+
+def test_parts_of_mat_are_counted_over_the_runs_whose_plain_row_learns(tmp_path):
+    weak = entry(plain=0.005) | {"tower": "vit"}
+    text, tables = mat_page(entry(), weak, tmp_path=tmp_path)
+    assert "| tree losses: PROTECT against VANILLA | better 1 | better 1 | better 1 |" in text
+    assert (
+        "| the whole method over tree losses: HETEROGENEOUS against PROTECT | better 1 | better 1 | better 1 |" in text
+    )
+    assert "| entailment cones, one curvature: SHARED against EUCLIDEAN | not run 1 |" in text
+    assert (
+        "Not counted, because VANILLA does not beat zero-shot at the leaves: emoji of an unseen artist, DINOv2 ViT-S/14."
+        in text
+    )
+    assert "| EUCLIDEAN | not run |  |  |" in text
+    assert "--variant" in text
+    assert "1,234" in tables
+    assert "0.0600, 0.0200, 0.0400" in tables
+    assert "0.0/25.0/-" in tables
+    assert "0.20 / 0.80" in tables
+    assert tables.count("| all rows | not run |") == 12
+
+
+def test_seeds_can_undo_what_pictures_show(tmp_path):
+    text, _ = mat_page(entry(deviation=0.2), tmp_path=tmp_path)
+    assert "better" not in text.split("## Which parts")[1].split("Verdicts over")[0]
+
+
+def test_commands_of_mat_runs():
+    keys = [
+        ("emoji", 3, "lite0", "main"),
+        ("cifar100-fewshot", 16, "lite0", "radius"),
+        ("emoji", 3, "mini-maple", "main"),
+    ]
+    mini = entry() | {"settings": {"epochs": 2, "batch_size": 128, "lr": 0.002, "method": "maple"}}
+    run = [mat._command(key, one) for key, one in zip(keys, (entry(), entry() | {"size": 96}, mini), strict=True)]
+    assert run[0] == (
+        "python apps/train mat --data emoji --size 128 --tower lite0 --variant VANILLA PROTECT HETEROGENEOUS --seeds 2 "
+        "--fit.epochs 7 --fit.lr 0.002 --out runs/mat/emoji-3-lite0"
+    )
+    assert (
+        '--shots 16 --size 96 --tower lite0 --study radius --rows "VANILLA" "PROTECT" "HETEROGENEOUS" --seeds 2'
+        in run[1]
+    )
+    assert run[2].endswith("--seeds 2 --method maple --epochs 2 --batch-size 128 --lr 0.002")
+    # What is still to be run says how.
+    flat = mat._command(("cifar100-fewshot", 16, "lite0", "flat"))
+    assert flat.endswith(
+        "--study flat --seeds 3 --fit.epochs 12 --fit.lr 0.002 --out runs/mat/cifar100-fewshot-16-lite0-flat"
+    )
+    assert "python apps/train mat-mini --seeds 3 --method maple" in mat._command(("emoji", 3, "mini-maple", "main"))
+
+
+def test_later_runs_of_mat_replace_earlier_ones(tmp_path):
+    run, path = tmp_path / "run", tmp_path / "all.json"
+    run.mkdir()
+    path.write_text(json.dumps([entry(), entry() | {"tower": "vit"}]))
+    (run / "result-main.json").write_text(json.dumps(entry() | {"num_train": 11}))
+    assert main(["page", "mat", str(path), str(run), str(tmp_path / "all.md")]) == 0
+    assert [(e["tower"], e["num_train"]) for e in json.loads(path.read_text())] == [("lite0", 11), ("vit", 10)]
+    before = (tmp_path / "all.md").read_text()
+    assert main(["page", "mat", str(path), str(tmp_path / "all.md")]) == 0
+    assert (tmp_path / "all.md").read_text() == before
+
+
+def blip_row(itc=20.0, **more):
+    levels = {name: {"txt_r1": itc} for name in ("subgroup", "group")}
+    flat = {"spearman": 0.0}
+    radius = {"scores": {"radius": {"error_auroc": 0.5}}, "crop": flat, "blur": flat}
+    return {
+        "retrieval": {"itc": {"txt_r1": itc, "img_r1": itc}, "levels": levels, **more.pop("retrieval", {})},
+        "radius": radius,
+        **more,
+    }
+
+
+def words(*seeds):
+    config = {"losses": ["itc"], "stage2": {"epochs": 0}}
+    section = blip._judged({"result": {"runs": list(seeds), "n": 100}, "settings": {"config": config}})
+    block = section.parts[0]
+    assert isinstance(block, Claims)
+    found = {claim.text: word for claim, word in zip(block.claims, block.words, strict=True)}
+    return found, " ".join(part for part in section.parts if isinstance(part, str))
+
+
+def test_claims_of_blip_follow_the_seeds():
+    claim = "Lorentz distance + RQS + RTP against Euclidean, first text right, %"
+    for differences, word in (((1.0, 1.2, 0.9), "better"), ((-1.0, -1.2, -0.9), "worse"), ((1.0, 0.2, 0.5), "undecided"), ((1.0, float("nan"), 1.0), "undecided"), ((1.0,), "undecided")):  # fmt: skip
+        runs = [{"euclidean": blip_row(10.0), "lorentz": blip_row(10.0 + d)} for d in differences]
+        assert words(*runs)[0][claim] == (word if len(runs) > 1 else "undecided")
+    guess = [{"euclidean": blip_row(1.0), "lorentz": blip_row(50.0)}] * 3
+    assert words(*guess)[0][claim] == "undecided"  # the plain row only guesses
+    assert words(*guess)[0]["RQS added to Lorentz + RTP, first text right, %"] == "not run"
+
+
+def test_captions_of_blip_are_judged_by_those_of_other_pictures():
+    claim = "captions of Euclidean against captions of other pictures, CIDEr"
+    for cells, word in (
+        ([(0.5, 0.1), (0.6, 0.1), (0.5, 0.2)], "better"), ([(0.2, 0.2), (0.1, 0.2), (0.3, 0.1)], "undecided"), ([(0.5, None)] * 3, "not run"),
+    ):  # fmt: skip
+        runs = [{"euclidean": blip_row(captions={"cider": a, "cider_other": b})} for a, b in cells]
+        assert words(*runs)[0][claim] == word
+
+
+def test_what_warns_on_the_page_of_blip():
+    matched = {"itm": {"txt_r1": 2.0}}
+    runs = [{"euclidean": blip_row(10.0 + d, retrieval=matched, diagnostics={"loss/itm": 0.64, "clipped_text": 0.9}), "lorentz": blip_row(captions={"distinct": 0.1})} for d in (0, 0.1, 0.2)]  # fmt: skip
+    found, said = words(*runs)
+    assert found["re-ranking by the matching head, Euclidean, first text right, %"] == "worse"
+    assert "its loss over the last 20 is 0.640, and a constant has 0.637" in said
+    assert "sit at the largest radius in: Euclidean BLIP-2 (control)." in said
+    assert "hardly depend on the picture (fewer than half of them differ) in: Lorentz distance + RQS + RTP." in said
+    assert words(*[{"euclidean": blip_row(10.0)}] * 3)[1] == ""
+
+
+def test_where_the_similarity_is_the_cosine_it_is_ranked_by_it_already():
+    place = "retrieval/cosine/txt_r1"
+    assert blip._get(blip_row(9.0, retrieval={"cosine": {"txt_r1": 12.0}}), place) == 12.0
+    assert blip._get(blip_row(9.0), place) == 9.0
+    assert np.isnan(blip._get(blip_row(9.0), "captions/cider"))
+
+
+def study_json(accuracies, seeds=1):
+    """A small study: no demonstrations, and two selectors with these shares of right answers of 40."""
+
+    def bits(share):
+        return "1" * round(40 * share) + "0" * (40 - round(40 * share))
+
+    zero, random, ours = map(bits, accuracies)
+    cells = [{"selector": name, "seed": 0, "k": 0, "right": {"none": b}} for name, b in (("no demonstrations", zero), ("no demonstrations, no picture", bits(0.1)))]  # fmt: skip
+    for seed in range(seeds):
+        cells.append(
+            {"selector": "random", "seed": seed, "k": 4, "right": {"none": random, "lorentz": ours}, "vote": bits(0.4)}
+        )
+        cells.append(
+            {"selector": icl.OURS, "seed": seed, "k": 4, "right": {"none": ours, "lorentz": ours}, "vote": bits(0.6)}
+        )
+    task = {
+        "name": "easy-vqa",
+        "num_pool": 9,
+        "num_queries": 40,
+        "num_answers": 5,
+        "kinds": ["a", "b"] * 20,
+        "rows": [1],
+    }
+    tried = {"lambda": 1.0, "accuracy": {"1": 0.5, "2": 0.4}}
+    return {
+        "format": 1, "study": "icl-mini", "quick": False, "complete": False, "seeds": [0], "model": {"rank": 4, "steps": 10, "shots": [0, 2, 4]},
+        "tasks": [task | {"selectors": ["random", icl.OURS, "RICES"], "cells": cells}],
+        "lambda": {"lorentz": tried, "euclidean": tried, "none": {"accuracy": 0.3}, "n": 9, "k": 4},
+    }  # fmt: skip
+
+
+SELECTION = {"format": 1, "quick": False, "seeds": [0], "steps": 20, "studies": []}
+
+
+def icl_page(tmp_path, model, distilled=None, selection=SELECTION):
+    for name, content in (("a", selection), ("b", model), ("c", distilled)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    more = [] if distilled is None else ["--distilled", str(tmp_path / "c.json")]
+    status = main(
+        ["page", "icl", str(tmp_path / "a.json"), "--model", str(tmp_path / "b.json"), *more, str(tmp_path / "page.md")]
+    )
+    return status, (tmp_path / "page.md").read_text() if status == 0 else ""
+
+
+def test_the_page_of_icl_ranks_selectors_only_where_random_demonstrations_help(tmp_path):
+    _, text = icl_page(tmp_path, study_json((0.2, 0.5, 0.9), seeds=3))
+    assert "Nothing is ranked" not in text
+    assert "| hyperbolic anchors against none | +70.0 [+55.0, +85.0] | +70.0 [+70.0, +70.0] | better |" in text
+    assert text.count("| better |") == 5
+    _, text = icl_page(tmp_path, study_json((0.5, 0.5, 0.9), seeds=3))
+    assert "this is not shown: random demonstrations against none is undecided." in text
+    assert (
+        "| hyperbolic anchors against random demonstrations | +40.0 [+25.0, +55.0] | +40.0 [+40.0, +40.0] | undecided |"
+        in text
+    )
+    assert "| hyperbolic anchors against their vote | +30.0 [+17.5, +45.0] | +30.0 [+30.0, +30.0] | better |" in text
+    assert "| RICES (the pictures nearest to the query's) | not run |" in text
+    assert "python apps/eval icl-study runs/icl-mini" in text
+    assert "cut short" in text
+    assert "| distilled | not run |" in text
+
+
+def test_one_seed_of_what_has_chance_in_it_decides_nothing(tmp_path):
+    _, text = icl_page(tmp_path, study_json((0.2, 0.5, 0.9)))
+    assert "| hyperbolic anchors against none | +70.0 [+55.0, +85.0] | +70.0 | undecided |" in text
+    assert "| better |" not in text
+
+
+def test_the_page_of_icl_takes_json_of_one_model_in_full(tmp_path, capsys):
+    study = study_json((0.5, 0.5, 0.5))
+    right = {"model": "0" * 40, "calibrated": "01" * 20, "distilled": "1" * 40}
+    options = dict.fromkeys(("strength", "rank", "steps", "batch_size"), 1)
+    distilled = {
+        "format": 1, "recipe": "icl-distill", "model": study["model"], "options": options, "masses": {"model": 0.5, "student": 0.1, "n": 8},
+        "cells": [{"selector": "random", "right": right}] * 2,
+    }  # fmt: skip
+    status, text = icl_page(tmp_path, study, distilled)
+    assert status == 0
+    assert (
+        "| distilled against calibrated, random demonstrations | +50.0 [+35.0, +65.0] | +50.0 [+50.0, +50.0] | better |"
+        in text
+    )
+    for model, other, selection, said in (
+        (study, distilled | {"model": {"steps": -1}}, SELECTION, "one model"),
+        (study | {"quick": True}, None, SELECTION, "--quick"),
+        (study, None, SELECTION | {"quick": True}, "--quick"),
+        (SELECTION, None, SELECTION, "the JSON of icl-study is missing"),
+        (copy.deepcopy(study) | {"tasks": []}, None, SELECTION, "holds no row yet"),
+        ({"format": 2}, None, SELECTION, "is no JSON of"),
+    ):
+        assert icl_page(tmp_path, model, other, selection)[0] == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5])
+def test_the_stored_range_bounds_the_deviation(seeds):
+    draw = np.random.default_rng(seeds)
+    for values in [*draw.random((50, seeds)), np.arange(seeds) < seeds // 2]:
+        stored = {"scores": {"vote": float(np.mean(values))}, "spread": {"vote": float(np.ptp(values))}, "seeds": seeds}
+        (_, deviation, number), (_, widest, _) = icl._votes(stored, 50)
+        assert widest >= np.std(values, ddof=1) - 1e-12
+        assert number == 50
+        assert deviation == pytest.approx(np.sqrt(stored["scores"]["vote"] * (1 - stored["scores"]["vote"])))
+    assert widest == pytest.approx(np.std(values, ddof=1))  # half and half is the widest
+    assert icl._votes({"scores": {"vote": 0.5}, "spread": {"vote": 0.0}, "seeds": 1}, 9)[1] == (0.5, 0.0, 1)
+
+
+def test_captions_become_cells():
+    sample = {"id": "1", "caption": "a | caf\u00e9\n of two", "reference": "a cat"}
+    seed = blip_row(samples=[sample] * 9)
+    stage = {"epochs": 1, "batch_size": 2, "lr": 0.1}
+    config = {"losses": ["itc"], "stage1": stage, "stage2": stage, **dict.fromkeys(("num_layers", "num_queries", "max_tokens", "num_captions", "k_test"), 1)}  # fmt: skip
+    section = blip._tables({"result": {"runs": [{"lorentz": seed}], "seeds": 1}, "settings": {"config": config}}, 1)[0]
+    last = section.parts[-1]
+    assert isinstance(last, Table)
+    assert [row.values for row in last.rows] == [(sample["caption"],)] * 6
+    assert "--rows euclidean cosine" in section.parts[0].rows[-1].command
