@@ -98,7 +98,7 @@ def distance_info_nce(
 
     options = {"c": c, "scale": logit_scale, "dtype": dtype, "model": model, "inputs": inputs}
     options |= {"backend": backend, "chunk_size": chunk_size}
-    with torch.autocast(x.device.type, enabled=False):
+    with nm.full_precision(x.device):
         if group is None:
             return _loss(x, y, labels, symmetric=symmetric, **options)
         _gather.check_equal_shapes(x, y, group)

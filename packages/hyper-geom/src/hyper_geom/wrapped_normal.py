@@ -11,8 +11,15 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
 
-from hyper_geom import convert, lorentz
-from hyper_geom._numerics import check_choice, check_positive, compute_dtype, curvature_tensor, sq_norm
+from hyper_geom import convert, lorentz, poincare
+from hyper_geom._numerics import (
+    check_choice,
+    check_positive,
+    compute_dtype,
+    curvature_tensor,
+    full_precision,
+    sq_norm,
+)
 
 
 class _OpenBall(constraints.Constraint):
@@ -24,7 +31,8 @@ class _OpenBall(constraints.Constraint):
         self.c = c
 
     def check(self, value: Tensor) -> Tensor:
-        return self.c * sq_norm(value) < 1
+        # In the precision of c: a sum of squares in half precision rounds to 1 inside the ball.
+        return self.c * sq_norm(value.to(self.c.dtype)) < 1
 
 
 def _log_sinhc_of_square(squared: Tensor) -> Tensor:
@@ -36,6 +44,13 @@ def _log_sinhc_of_square(squared: Tensor) -> Tensor:
     # The next term is t^10/467775: 2e-16 at the switch.
     series = squared * (1 / 6 - squared * (1 / 180 - squared * (1 / 2835 - squared / 37800)))
     return torch.where(near, series, far)
+
+
+def _joint_shape(loc: torch.Size, c: torch.Size) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(loc, c)
+    except RuntimeError:
+        raise ValueError(f"c must broadcast with the batch {tuple(loc)} of loc, got shape {tuple(c)}") from None
 
 
 def _batch_shape(loc: torch.Size, spread: torch.Size, name: str) -> torch.Size:
@@ -65,8 +80,8 @@ class WrappedNormal(Distribution):
         loc: location (*b d), a point of the model; also the mode and a Frechet mean.
         scale: standard deviations, a positive number or a tensor that broadcasts with `loc`.
         scale_tril: lower Cholesky factor (*b d d) of Sigma, instead of `scale`.
-        c: positive curvature magnitude (the space has curvature -c).
-        model: "lorentz" (space components) or "poincare".
+        c: positive curvature magnitude (the space has curvature -c), one for all or one for each location (*b).
+        model: "lorentz" (space components) or "poincare"; half-precision ball points on the rim are pulled in.
         validate_args: as in `torch.distributions.Distribution`.
 
     Raises:
@@ -106,13 +121,20 @@ class WrappedNormal(Distribution):
             raise ValueError(f"loc must have shape (*b d) with d >= 1, got shape {tuple(loc.shape)}")
         named = {"loc": loc, "scale": scale, "scale_tril": scale_tril, "c": c}
         dtype = compute_dtype({name: value for name, value in named.items() if isinstance(value, Tensor)})
-        self.c = curvature_tensor(c, dtype, loc.device)
+        if isinstance(c, Tensor) and c.numel() > 1:
+            # One c for each location; a location without batch dimensions is then drawn from every one of them.
+            loc = loc.expand(*_joint_shape(loc.shape[:-1], c.shape), loc.shape[-1])
+        self.c = curvature_tensor(c, dtype, loc.device, leading=loc.shape[:-1])
+        if model == "poincare" and loc.dtype not in (torch.float32, torch.float64):
+            loc = poincare.project(loc, c=self.c)  # rounding to half precision carries a point onto the rim
         self._diagonal = scale_tril is None
         if self._diagonal and not isinstance(scale, Tensor):
             scale = torch.full((), check_positive("scale", scale), dtype=dtype, device=loc.device)
         name, spread = ("scale", scale) if self._diagonal else ("scale_tril", scale_tril)
         batch_shape = _batch_shape(loc.shape, spread.shape, name)
         self.loc = loc.to(dtype).expand(batch_shape + loc.shape[-1:])
+        if self.c.ndim:
+            self.c = self.c.expand(batch_shape)
         self.__dict__[name] = spread.to(dtype).expand(batch_shape + loc.shape[-1:] * (1 if self._diagonal else 2))
         if model == "poincare":
             self.arg_constraints = {**type(self).arg_constraints, "loc": _OpenBall(self.c)}
@@ -145,7 +167,8 @@ class WrappedNormal(Distribution):
         """The same law with its parameters expanded to a larger batch shape (no copies)."""
         new = self._get_checked_instance(WrappedNormal, _instance)
         batch_shape = torch.Size(batch_shape)
-        new.model, new.c, new._diagonal = self.model, self.c, self._diagonal
+        new.model, new._diagonal = self.model, self._diagonal
+        new.c = self.c.expand(batch_shape) if self.c.ndim else self.c
         for name in ("loc", "scale", "scale_tril"):
             if name in self.__dict__:
                 value = self.__dict__[name]
@@ -174,7 +197,7 @@ class WrappedNormal(Distribution):
             tangent = self.scale * noise
         else:
             # Autocast would round this product to half precision.
-            with torch.autocast(noise.device.type, enabled=False):
+            with full_precision(noise.device):
                 tangent = (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
         loc = self._to_lorentz(self.loc)
         points = lorentz.exp_map(loc, lorentz.parallel_transport0(loc, tangent, c=self.c), c=self.c)
@@ -194,6 +217,8 @@ class WrappedNormal(Distribution):
         Raises:
             ValueError: with validation on, the shape does not broadcast or a point lies outside the support.
         """
+        if self.model == "poincare" and value.dtype not in (torch.float32, torch.float64):
+            value = poincare.project(value, c=self.c)
         if self._validate_args and value.numel():
             self._validate_sample(value)
         loc, value = self._to_lorentz(self.loc), self._to_lorentz(value)
