@@ -4,11 +4,12 @@ References: Nagano et al., "A wrapped normal distribution on hyperbolic space fo
 (Algorithms 1 and 2). The scale is in geodesic units in both models, so one law has one set of parameters.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, constraints, register_kl
 from torch.distributions.utils import lazy_property
 
 from hyper_geom import convert, lorentz, poincare
@@ -233,5 +234,76 @@ class WrappedNormal(Distribution):
         normal = -0.5 * sq_norm(whitened) - half_log_det - 0.5 * dim * math.log(2 * math.pi)
         return normal - (dim - 1) * _log_sinhc_of_square(self.c * sq_norm(w))
 
+    def entropy(self, num_samples: int = 4096) -> Tensor:
+        """Differential entropy with respect to the Riemannian volume.
+
+        H = H[N(0, Sigma)] + (d-1) E[log(sinh(k|w|)/(k|w|))]. For equal scales the expectation is generalised
+        Gauss-Laguerre quadrature over |w|, else a mean over normal samples.
+
+        Args:
+            num_samples: samples where the scales differ.
+
+        Returns:
+            Entropies (*b), with gradients to the scale and c.
+        """
+        dim = self.event_shape[0]
+        scale = self.scale
+        if self._diagonal and dim > 1 and bool((scale == scale[..., :1]).all()):
+            t, weight = (torch.tensor(v, dtype=scale.dtype, device=scale.device) for v in _laguerre(dim, 48))
+            squared = 2 * t * scale[..., :1].square()
+            extra = (weight * _log_sinhc_of_square(self.c.unsqueeze(-1) * squared)).sum(-1)
+        else:
+            noise = torch.randn(num_samples, *self.batch_shape, dim, dtype=scale.dtype, device=scale.device)
+            w = self.scale * noise if self._diagonal else (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+            extra = _log_sinhc_of_square(self.c * sq_norm(w)).mean(0)
+        return self._half_log_det() + dim / 2 * math.log(2 * math.pi * math.e) + (dim - 1) * extra
+
+    def kl(self, other: "WrappedNormal", num_samples: int = 4096) -> Tensor:
+        """Kullback-Leibler divergence KL(self || other) on one space.
+
+        Where both laws have one location it is the divergence of the normals in the tangent space, in closed form: the
+        volume terms are equal. Else a mean over reparameterised samples.
+
+        Args:
+            other: a law of the same model, dimension and c.
+            num_samples: samples where the locations differ.
+
+        Returns:
+            Divergences (*b).
+
+        Raises:
+            ValueError: another model, dimension or c.
+        """
+        same = self.model == other.model and self.event_shape == other.event_shape
+        if not same or not torch.equal(self.c.double().expand_as(other.c), other.c.double()):
+            raise ValueError("other must be of the same model, dimension and c")
+        if self.loc.shape != other.loc.shape or not torch.equal(self.loc, other.loc):
+            samples = self.rsample((num_samples,))
+            return (self.log_prob(samples) - other.log_prob(samples)).mean(0)
+        if self._diagonal and other._diagonal:
+            trace = (self.scale / other.scale).square().sum(-1)
+        else:
+            trace = torch.linalg.solve_triangular(other.scale_tril, self.scale_tril, upper=False).square().sum((-2, -1))
+        return other._half_log_det() - self._half_log_det() + (trace - self.event_shape[0]) / 2
+
+    def _half_log_det(self) -> Tensor:
+        spread = self.scale if self._diagonal else self.scale_tril.diagonal(dim1=-2, dim2=-1)
+        return spread.log().sum(-1)
+
     def _to_lorentz(self, points: Tensor) -> Tensor:
         return points if self.model == "lorentz" else convert.poincare_to_lorentz(points, c=self.c)
+
+
+@functools.lru_cache(maxsize=16)
+def _laguerre(dim: int, num_nodes: int) -> tuple[list[float], list[float]]:
+    """Nodes t and weights of E[f(t)] for |w|^2 = 2 t sigma^2, t ~ Gamma(dim/2) (Golub and Welsch, 1969)."""
+    alpha = dim / 2 - 1
+    k = torch.arange(num_nodes, dtype=torch.float64)
+    off = (k[1:] * (k[1:] + alpha)).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(2 * k + alpha + 1) + torch.diag(off, 1) + torch.diag(off, -1))
+    return nodes.tolist(), vectors[0].square().tolist()
+
+
+@register_kl(WrappedNormal, WrappedNormal)
+def _kl(p: WrappedNormal, q: WrappedNormal) -> Tensor:
+    return p.kl(q)

@@ -26,6 +26,7 @@ from hyper_geom.lorentz._maps import (
     parallel_transport,
     parallel_transport0,
     parallel_transport0_back,
+    soft_clip_tangent0,
 )
 from hyper_geom.lorentz._metric import (
     dist,
@@ -66,6 +67,7 @@ __all__ = [
     "parallel_transport",
     "parallel_transport0",
     "parallel_transport0_back",
+    "soft_clip_tangent0",
     "sq_dist",
     "tangent0_dist",
     "tangent0_sq_dist",

@@ -305,3 +305,28 @@ def clip_tangent0(
         ValueError: max_radius is not finite and > 0.
     """
     return nm.into_ball(nm.tame(v), c, nm.check_positive("max_radius", max_radius))
+
+
+@nm.geometry(1)
+def soft_clip_tangent0(
+    v: Float[Tensor, "*batch dim"], max_radius: float, *, c: float | Tensor = 1.0
+) -> Float[Tensor, "*batch dim"]:
+    """`clip_tangent0` without a corner: the length keeps a gradient beyond the bound.
+
+    v / (1 + (k|v|/R)^4)^(1/4): shorter by 1.5% at R/2 and by 16% at R; the slope of the length is
+    (1 + (k|v|/R)^4)^(-5/4).
+
+    Args:
+        v: tangent vectors at the origin.
+        max_radius: R, the bound on k|v| that is approached, > 0.
+        c: curvature parameter.
+
+    Returns:
+        Tangent vectors `(*batch dim)` of the same direction.
+
+    Raises:
+        ValueError: max_radius is not finite and > 0.
+    """
+    v = nm.tame(v)
+    ratio = c * nm.sq_norm(v / (nm.check_positive("max_radius", max_radius)))
+    return torch.hypot(torch.ones_like(ratio), ratio).rsqrt().unsqueeze(-1) * v

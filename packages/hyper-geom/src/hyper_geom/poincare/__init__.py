@@ -27,6 +27,7 @@ from hyper_geom.poincare._maps import (
     parallel_transport,
     parallel_transport0,
     parallel_transport0_back,
+    soft_clip_tangent0,
 )
 from hyper_geom.poincare._metric import (
     check_point,
@@ -71,6 +72,7 @@ __all__ = [
     "parallel_transport0",
     "parallel_transport0_back",
     "project",
+    "soft_clip_tangent0",
     "sq_dist",
     "tangent0_dist",
     "tangent0_sq_dist",
