@@ -186,7 +186,8 @@ def _backward(inputs: list, outputs: tuple, grads: tuple) -> tuple:
     for rows in _slabs(len(labels), chunk_size):
         with torch.enable_grad():
             leaves = [v.detach().requires_grad_() for v in (_rows(x, rows, c), y, c, scale)]
-            logits = -leaves[3] * distances(*leaves[:3], labels[rows], setting)
+            part_x, part_y, part_c, part_scale = leaves
+            logits = -part_scale * distances(part_x, part_y, part_c, labels[rows], setting)
         with torch.no_grad():
             row_target, column_target, keep = _slab_targets(tuple(inputs), rows, totals)
             held = logits if keep is None else logits.masked_fill(~keep, torch.finfo(logits.dtype).min)

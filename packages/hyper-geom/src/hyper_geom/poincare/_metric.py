@@ -126,7 +126,8 @@ def pairwise_dist(
         ValueError: precision is unknown.
     """
     nm.check_choice("precision", precision, ("default", "high"))
-    return _pairwise.poincare_pairwise_dist(*(nm.into_ball(v, c.unsqueeze(-1)) for v in (x, y)), c, precision)
+    x, y = nm.into_ball(x, c.unsqueeze(-1)), nm.into_ball(y, c.unsqueeze(-1))
+    return _pairwise.poincare_pairwise_dist(x, y, c, precision)
 
 
 @nm.geometry(2)
