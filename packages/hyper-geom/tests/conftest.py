@@ -46,6 +46,7 @@ def _calls():
         "geodesic": ("vvs", ()),
         "midpoint": ("mw", ()),
         "clip_tangent0": ("v", (0.3,)),
+        "soft_clip_tangent0": ("v", (0.3,)),
         "pairwise_dist": ("mm", ()),
         "pairwise_inner": ("mm", ()),
         "pairwise_exterior_angle": ("mm", ()),

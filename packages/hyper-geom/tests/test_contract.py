@@ -6,11 +6,12 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 import hyper_geom
-from hyper_geom import convert, lorentz, poincare
+from hyper_geom import Curvature, convert, lorentz, poincare
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -137,7 +138,10 @@ BAD_CURVATURES = [
     (-1.0, ValueError),
     (math.nan, ValueError),
     (math.inf, ValueError),
-    (torch.ones(2), ValueError),
+    (torch.ones(7), ValueError),
+    (torch.tensor(-0.5), ValueError),
+    (Curvature(1.0), TypeError),
+    (np.float32(-1), ValueError),
     (torch.ones(0), ValueError),
     (torch.tensor(1), TypeError),
     (True, TypeError),

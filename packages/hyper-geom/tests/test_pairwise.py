@@ -228,13 +228,19 @@ def test_one_saved_matrix(points):
     assert sum(size >= 40 * 50 for size in sizes) == 1
 
 
-def test_second_derivative_is_refused(points):
-    """Also where the incoming gradient is a constant, which torch's own once_differentiable lets through."""
+def test_second_derivative(points):
     x, y = points.unit(3, 2).requires_grad_(), points.unit(4, 2)
     (g,) = torch.autograd.grad(lorentz.pairwise_dist(x, y).sum(), x, create_graph=True)
-    assert torch.equal(g, torch.autograd.grad(lorentz.pairwise_dist(x, y).sum(), x)[0])
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(g.sum(), x)
+    torch.testing.assert_close(g, torch.autograd.grad(lorentz.pairwise_dist(x, y).sum(), x)[0], rtol=1e-12, atol=0)
+    assert torch.autograd.gradgradcheck(lambda x: lorentz.pairwise_dist(x, y), (x,))
+
+
+def test_gradient_of_a_gradient_is_guarded(points):
+    """Near pairs in fp32: the gradient that a second derivative starts from has norm at most 1 too."""
+    x = points.at(3.0, points.unit(64, 128), 1.0).float()
+    near = (x + 1e-4 * points.unit(64, 128)).float()
+    grad = torch.func.grad(lambda x: lorentz.pairwise_dist(x.unsqueeze(1), near.unsqueeze(1)).sum())(x)
+    assert riemannian_norm(x, grad, 1.0).max() <= 1.01
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -401,7 +401,7 @@ def test_bad_input():
             WrappedNormal(loc, **wrong)
     with pytest.raises(ValueError, match="model"):
         WrappedNormal(loc, 1.0, model="klein")
-    for c in (0.0, -1.0, math.inf, math.nan, torch.ones(2)):
+    for c in (0.0, -1.0, math.inf, math.nan, torch.ones(5)):
         with pytest.raises(ValueError, match="c must"):
             WrappedNormal(loc, 1.0, c=c)
     for scale in (0.0, -1.0, math.inf):

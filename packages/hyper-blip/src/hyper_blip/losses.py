@@ -14,7 +14,7 @@ from hyper_blip.gather import gather_rows, world
 from hyper_blip.projection import DEPTH
 from hyper_blip.sampling import text_keys
 from hyper_blip.similarity import aggregate_queries, matched_similarity, pairwise_similarity, tangent_midpoint, unit
-from hyper_geom import cones, lorentz
+from hyper_geom import cones, distance_logits, info_nce, lorentz
 
 IGNORED = -100
 
@@ -67,17 +67,13 @@ def image_text_contrastive_loss(
         image = tangent_midpoint(image, c, config.manifold)
     image_all, text_all = (gather_rows(x, config.gather_grad) for x in (image, text))
     positive = positives(len(text), image_ids, text_ids, text.device)
-    target = positive.to(text.dtype)
-    target = target / target.sum(1, keepdim=True).clamp(min=1)
-    smooth = config.label_smoothing
-    target = (1 - smooth) * target + smooth / max(1, positive.shape[1])
 
     def one(mode: str) -> tuple[Tensor, Tensor, Tensor]:
         i2t = _scores(image, text_all, mode, config, c, image_side=True) / tau
         # One process: the same matrix, read the other way.
         t2i = i2t.mT if world()[1] == 1 else _scores(image_all, text, mode, config, c, image_side=False) / tau
-        loss = 0.5 * (_soft_cross_entropy(i2t, target) + _soft_cross_entropy(t2i, target))
-        return loss, i2t, t2i
+        rows, columns = (info_nce(x, positive, label_smoothing=config.label_smoothing) for x in (i2t, t2i))
+        return 0.5 * (rows + columns), i2t, t2i
 
     if config.similarity != "mix":
         return one(config.similarity)
@@ -109,8 +105,23 @@ def _scores(
     image: Tensor, text: Tensor, mode: str, config: HyperbolicConfig, c: Tensor | float, image_side: bool
 ) -> Tensor:
     """Similarities (batch, all) of this rank's pictures to all texts, or of its texts to all pictures."""
+    if mode == "distance":
+        if image.ndim == 3 and config.query_agg == "fixed":
+            image = image[:, 0]
+        # The entries of true pairs without the noise of the matrix product: these distances are driven to 0.
+        labels = torch.full((image.shape[0],), -1, device=image.device)
+        num = min(image.shape[0], text.shape[0])
+        start = world()[0] * num
+        mine = torch.arange(num, device=image.device)
+        labels = mine + start if image_side else labels.index_copy(0, mine + start, mine)
+        with torch.autocast(image.device.type, enabled=False):
+            found = distance_logits(
+                image, text, c=c, labels=labels, queries="mean" if config.query_agg == "mean" else "max",
+                model=config.manifold, inputs="tangent0",
+            )  # fmt: skip
+        return found if image_side else found.mT
     found = pairwise_similarity(image, text, mode, c, manifold=config.manifold)
-    if mode in ("distance", "angle"):
+    if mode == "angle":
         found = _exact_pairs(found, image, text, mode, config, c, image_side)
     if found.ndim == 3:
         found = aggregate_queries(found, config.query_agg)
@@ -131,12 +142,6 @@ def _exact_pairs(
     return torch.diagonal_scatter(
         found, exact.mT if exact.ndim == 2 else exact, start if image_side else -start, 0, found.ndim - 1
     )
-
-
-def _soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    if logits.shape[0] == 0:
-        return logits.sum()
-    return -(target * logits.log_softmax(1)).sum(1).mean()
 
 
 def hard_negatives(

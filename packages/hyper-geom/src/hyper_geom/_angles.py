@@ -41,7 +41,7 @@ def asinh_difference(a: Tensor, b: Tensor, a_less_b: Tensor) -> Tensor:
 
 def matmul_angle(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
     """Exterior angle of every Lorentz apex x `(*b n d)` to every y `(*b m d)`."""
-    k = c.sqrt()
+    k = c.sqrt().unsqueeze(-1)
     x_norm, y_norm = nm.norm(x), nm.norm(y)
     n, m = (k * x_norm).unsqueeze(-1), (k * y_norm).unsqueeze(-2)
     x_hat, y_hat = nm.safe_div(x, x_norm.unsqueeze(-1)), nm.safe_div(y, y_norm.unsqueeze(-1))

@@ -16,9 +16,9 @@ def check_weights(x: Tensor, weights: Tensor | None) -> Tensor:
         return x.new_ones(x.shape[:-1])
     if not weights.is_floating_point():
         raise TypeError(f"weights must have a floating dtype, got {weights.dtype}")
-    if weights.shape != x.shape[:-1]:
-        raise ValueError(f"weights must have shape {tuple(x.shape[:-1])}, got {tuple(weights.shape)}")
-    return weights
+    if not nm.broadcasts_to(weights.shape, x.shape[:-1]):
+        raise ValueError(f"weights must expand to {tuple(x.shape[:-1])}, got shape {tuple(weights.shape)}")
+    return weights.expand(x.shape[:-1])
 
 
 def centroid_parts(u: Tensor, u_t: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

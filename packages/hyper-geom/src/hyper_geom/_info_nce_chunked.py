@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyper_geom._once import once_differentiable
+from hyper_geom._kernel import make_kernel
 from hyper_geom._pairwise import (
     dist_from_haversine,
     half_difference,
     haversine_grad,
     haversine_product,
+    polar_dist,
     tangential,
 )
 from hyper_geom._polar import Polar
@@ -37,7 +38,7 @@ def lse(
     """
     if chunk_size is None:
         chunk_size = slab_rows(y.radius, _NUM_BUFFERS)
-    return _ChunkedLSE.apply(*x, *y, scale, labels, columns, chunk_size)
+    return _chunked_lse(*x, *y, scale, labels, columns, chunk_size)
 
 
 def slab_rows(columns: Tensor, num_buffers: int) -> int:
@@ -45,57 +46,63 @@ def slab_rows(columns: Tensor, num_buffers: int) -> int:
     return max(1, SLAB_BYTES // (num_buffers * columns.element_size() * max(1, columns.numel())))
 
 
-class _ChunkedLSE(torch.autograd.Function):
-    """Saves the inputs and the n + m results."""
+def _lse_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    x, y, (scale, labels, columns, chunk_size) = Polar(*args[:4]), Polar(*args[4:8]), args[8:]
+    row_lse = torch.empty_like(x.radius)
+    column_lse = torch.full_like(y.radius if columns else y.radius[:0], -torch.inf)
+    for start in range(0, len(row_lse), chunk_size):
+        stop = min(start + chunk_size, len(row_lse))
+        slab = x.rows(start, stop)
+        dist = _dist(slab, y, haversine_product(slab, y))
+        logits = dist.mul_(-scale).scatter_(1, labels[start:stop, None], -torch.inf)
+        row_lse[start:stop] = logits.logsumexp(1)
+        if columns:
+            column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
+    return row_lse, column_lse
 
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        x, y, (scale, labels, columns, chunk_size) = Polar(*args[:4]), Polar(*args[4:8]), args[8:]
-        row_lse = torch.empty_like(x.radius)
-        column_lse = torch.full_like(y.radius if columns else y.radius[:0], -torch.inf)
-        for start in range(0, len(row_lse), chunk_size):
-            stop = min(start + chunk_size, len(row_lse))
-            slab = x.rows(start, stop)
-            dist = _dist(slab, y, haversine_product(slab, y))
-            logits = dist.mul_(-scale).scatter_(1, labels[start:stop, None], -torch.inf)
-            row_lse[start:stop] = logits.logsumexp(1)
-            if columns:
-                column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
-        ctx.save_for_backward(*args[:10], row_lse, column_lse)
-        ctx.columns, ctx.chunk_size = columns, chunk_size
-        return row_lse, column_lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_row: Tensor, grad_column: Tensor) -> tuple[Tensor | None, ...]:
-        *parts, scale, labels, row_lse, column_lse = ctx.saved_tensors
-        x, y = Polar(*parts[:4]), Polar(*parts[4:])
-        grad_x, grad_y = torch.empty_like(x.vector), torch.zeros_like(y.vector)
-        grad_r, grad_s = torch.empty_like(x.radius), torch.zeros_like(y.radius)
-        grad_scale = torch.zeros_like(scale, dtype=torch.float64)
-        # Backward may be called under autocast, where the products would run in half precision.
-        with torch.autocast(grad_row.device.type, enabled=False):
-            for start in range(0, len(row_lse), ctx.chunk_size):
-                rows = slice(start, min(start + ctx.chunk_size, len(row_lse)))
-                slab = x.rows(rows.start, rows.stop)
-                product = haversine_product(slab, y)
-                dist = _dist(slab, y, product)
-                logits = dist * -scale
-                share = (logits - row_lse[rows, None]).exp_().mul_(grad_row[rows, None])
-                if ctx.columns:
-                    share.add_(logits.sub_(column_lse).exp_().mul_(grad_column))
-                # After the exponentials: a row or column of positives alone has -inf - -inf there.
-                share.scatter_(1, labels[rows, None], 0.0)
-                del logits
-                grad_scale -= dist.mul_(share).sum().double()
-                del dist
-                weight, grad_r[rows], column_sum = haversine_grad(slab, y, product, share.mul_(-scale))
-                grad_x[rows] = tangential(slab, weight @ y.vector)
-                grad_y.addmm_(weight.mT, slab.vector)
-                grad_s += column_sum
-            project_rows(y, grad_y)
-        none = (None, None)
-        return grad_x, grad_r, *none, grad_y, grad_s, *none, grad_scale.to(scale.dtype), None, *none
+def _lse_backward(inputs: list, outputs: tuple, grads: tuple) -> tuple[Tensor | None, ...]:
+    (*parts, scale, labels, columns, chunk_size), (row_lse, column_lse), (grad_row, grad_column) = (
+        inputs,
+        outputs,
+        grads,
+    )
+    x, y = Polar(*parts[:4]), Polar(*parts[4:])
+    grad_x, grad_y = torch.empty_like(x.vector), torch.zeros_like(y.vector)
+    grad_r, grad_s = torch.empty_like(x.radius), torch.zeros_like(y.radius)
+    grad_scale = torch.zeros_like(scale, dtype=torch.float64)
+    for start in range(0, len(row_lse), chunk_size):
+        rows = slice(start, min(start + chunk_size, len(row_lse)))
+        slab = x.rows(rows.start, rows.stop)
+        product = haversine_product(slab, y)
+        dist = _dist(slab, y, product)
+        logits = dist * -scale
+        share = (logits - row_lse[rows, None]).exp_().mul_(grad_row[rows, None])
+        if columns:
+            share.add_(logits.sub_(column_lse).exp_().mul_(grad_column))
+        # After the exponentials: a row or column of positives alone has -inf - -inf there.
+        share.scatter_(1, labels[rows, None], 0.0)
+        del logits
+        grad_scale -= dist.mul_(share).sum().double()
+        del dist
+        weight, grad_r[rows], column_sum = haversine_grad(slab, y, product, share.mul_(-scale))
+        grad_x[rows] = tangential(slab, weight @ y.vector)
+        grad_y.addmm_(weight.mT, slab.vector)
+        grad_s += column_sum
+    project_rows(y, grad_y)
+    none = (None, None)
+    return grad_x, grad_r, *none, grad_y, grad_s, *none, grad_scale.to(scale.dtype), None, *none
+
+
+def _lse_plain(*args: Any) -> tuple[Tensor, Tensor]:
+    """On the whole matrix. A row of its positive alone sums to a stand-in for log 0 that has a derivative."""
+    x, y, (scale, labels, columns, _) = Polar(*args[:4]), Polar(*args[4:8]), args[8:]
+    logits = (-scale * polar_dist(x, y)).scatter(1, labels.unsqueeze(1), torch.finfo(x.radius.dtype).min)
+    return logits.logsumexp(1), logits.logsumexp(0) if columns else y.radius[:0]
+
+
+# Saves the inputs and the n + m results.
+_chunked_lse = make_kernel(_lse_plain, _lse_forward, _lse_backward, saved=(0, 1), batched=False)
 
 
 def _block_rows(x: Tensor) -> int:
@@ -116,33 +123,33 @@ def positive_dist(
     """dist(x, y[labels], c) without what autograd would keep of it, some ten copies of x."""
     if torch.compiler.is_compiling():  # which cannot trace autograd inside a backward
         return dist(x, y[labels], c)
-    return _PositiveDist.apply(dist, x, y, c, labels)
+    return _positive_dist(dist, x, y, c, labels)
 
 
-class _PositiveDist(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, dist: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, y: Tensor, c: Tensor, labels: Tensor
-    ) -> Tensor:
-        ctx.dist = dist
-        ctx.save_for_backward(x, y, c, labels)
-        blocks = zip(x.split(_block_rows(x)), labels.split(_block_rows(x)), strict=True)
-        return torch.cat([dist(block, y[targets], c) for block, targets in blocks])
+def _positive_forward(dist: Callable, x: Tensor, y: Tensor, c: Tensor, labels: Tensor) -> Tensor:
+    blocks = zip(x.split(_block_rows(x)), labels.split(_block_rows(x)), strict=True)
+    return torch.cat([dist(block, y[targets], c) for block, targets in blocks])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, c, labels = ctx.saved_tensors
-        grad_x, grad_y, grad_c = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(c)
-        for start in range(0, len(x), _block_rows(x)):
-            rows = slice(start, start + _block_rows(x))
-            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-                leaves = [v.detach().requires_grad_() for v in (x[rows], y[labels[rows]], c)]
-                part = torch.autograd.grad(ctx.dist(*leaves), leaves, grad[rows])
-            grad_x[rows] = part[0]
-            grad_y.index_add_(0, labels[rows], part[1])
-            grad_c += part[2]
-        return None, grad_x, grad_y, grad_c, None
+
+def _positive_backward(inputs: list, outputs: tuple, grads: tuple) -> tuple[Tensor | None, ...]:
+    (dist, x, y, c, labels), (grad,) = inputs, grads
+    grad_x, grad_y, grad_c = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(c)
+    for start in range(0, len(x), _block_rows(x)):
+        rows = slice(start, start + _block_rows(x))
+        with torch.enable_grad():
+            leaves = [v.detach().requires_grad_() for v in (x[rows], y[labels[rows]], c)]
+            part = torch.autograd.grad(dist(*leaves), leaves, grad[rows])
+        grad_x[rows] = part[0]
+        grad_y.index_add_(0, labels[rows], part[1])
+        grad_c += part[2]
+    return None, grad_x, grad_y, grad_c, None
+
+
+def _positive_plain(dist: Callable, x: Tensor, y: Tensor, c: Tensor, labels: Tensor) -> Tensor:
+    return dist(x, y[labels], c)
+
+
+_positive_dist = make_kernel(_positive_plain, _positive_forward, _positive_backward, batched=False)
 
 
 def _dist(x: Polar, y: Polar, product: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ Higham, "Accuracy and Stability of Numerical Algorithms", 2002, chapter 1 (serie
 import functools
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,8 +35,9 @@ _ATANHC_SERIES = [1.0 / (2 * n + 1) for n in range(9)]
 def geometry(num_vectors: int, *, first: int = 0, matrices: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a function of `num_vectors` vector arguments and a keyword `c`.
 
-    The function then sees checked tensors of one compute dtype (fp64 if any tensor is fp64, else fp32), `c` as a 0-D
-    tensor of that dtype, numbers as floats, and no autocast: even after a cast, a matmul under autocast rounds to half.
+    The function then sees checked tensors of one compute dtype (fp64 if any tensor is fp64, else fp32), `c` as a tensor
+    of that dtype, 0-D or `(*b)`, numbers as floats, and no autocast: even after a cast, a matmul under autocast rounds
+    to half.
 
     Args:
         num_vectors: how many arguments are vectors `(*b d)`, broadcast against each other.
@@ -58,15 +61,19 @@ def geometry(num_vectors: int, *, first: int = 0, matrices: bool = False) -> Cal
             for name, vector in vectors.items():
                 if not isinstance(vector, Tensor):
                     raise TypeError(f"{name} must be a torch.Tensor, got {type(vector).__name__}")
-            check_vectors(vectors, matrices=matrices)
-            # A mask stays what it is; weights and fractions take part in the promotion.
-            weights = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()}
-            dtype = compute_dtype({**vectors, **weights, "c": c} if isinstance(c, Tensor) else {**vectors, **weights})
-            kwargs.update({name: tensor.to(dtype) for name, tensor in {**vectors, **weights}.items()})
-            kwargs.update({name: float(value) for name, value in kwargs.items() if type(value) is int})
+            leading = check_vectors(vectors, matrices=matrices)
+            tensors = vectors
+            if len(kwargs) > num_vectors or isinstance(c, Tensor):
+                # A mask stays what it is; weights and fractions take part in the promotion.
+                tensors = vectors | {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+                kwargs.update({name: float(value) for name, value in kwargs.items() if type(value) is int})
+            dtype = compute_dtype(tensors | {"c": c} if isinstance(c, Tensor) else tensors)
+            for name, tensor in tensors.items():
+                if tensor.dtype != dtype:
+                    kwargs[name] = tensor.to(dtype)
             device = vectors[vector_names[0]].device
-            kwargs["c"] = curvature_tensor(c, dtype, device)
-            if not torch.is_autocast_enabled(device.type):
+            kwargs["c"] = curvature_tensor(c, dtype, device, leading=leading)
+            if not _autocasts(device):
                 return function(**kwargs)  # type: ignore[call-arg]
             with torch.autocast(device.type, enabled=False):
                 return function(**kwargs)  # type: ignore[call-arg]
@@ -76,48 +83,103 @@ def geometry(num_vectors: int, *, first: int = 0, matrices: bool = False) -> Cal
     return decorate
 
 
-def check_vectors(vectors: dict[str, Tensor], *, matrices: bool = False) -> None:
-    """Raise ValueError unless the last dimension is shared and the leading ones broadcast."""
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """No autocast on this device; torch knows none for "meta"."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def check_vectors(vectors: dict[str, Tensor], *, matrices: bool = False) -> torch.Size:
+    """The joint leading dimensions; ValueError unless they broadcast and the last dimension is shared."""
     tail = 2 if matrices else 1
-    shapes = {name: tuple(vector.shape) for name, vector in vectors.items()}
-    listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    if any(len(shape) < tail for shape in shapes.values()):
-        raise ValueError(f"expected at least {tail} dimension(s), got {listing}")
-    if len({shape[-1] for shape in shapes.values()}) > 1 or next(iter(shapes.values()))[-1] == 0:
-        raise ValueError(f"the last dimension must be equal and at least 1, got {listing}")
+    first = next(iter(vectors.values())).shape
+    # The text is built on the way out: joining symbolic sizes is what torch.compile cannot trace.
+    for vector in vectors.values():
+        if vector.ndim < tail:
+            raise ValueError(f"expected at least {tail} dimension(s), got {_listing(vectors)}")
+        if vector.shape[-1] != first[-1] or vector.shape[-1] == 0:
+            raise ValueError(f"the last dimension must be equal and at least 1, got {_listing(vectors)}")
+    leading = _broadcast([vector.shape[:-tail] for vector in vectors.values()])
+    if leading is None:
+        raise ValueError(f"the leading dimensions must broadcast, got {_listing(vectors)}")
+    return leading
+
+
+def _broadcast(shapes: list[torch.Size]) -> torch.Size | None:
+    """The joint shape, None where there is none."""
+    if all(shape == shapes[0] for shape in shapes):
+        return shapes[0]
     try:
-        torch.broadcast_shapes(*(shape[:-tail] for shape in shapes.values()))
+        return torch.broadcast_shapes(*shapes)
     except RuntimeError:
-        raise ValueError(f"the leading dimensions must broadcast, got {listing}") from None
+        return None
+
+
+def broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether a tensor of this shape can be expanded to the target's."""
+    return _broadcast([shape, target]) == target
+
+
+def _listing(vectors: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(vector.shape)}" for name, vector in vectors.items())
 
 
 def compute_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32; TypeError for a dtype that is not floating, ValueError for two devices."""
+    device, wide = next(iter(tensors.values())).device, False
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"all tensors must be on one device, got {places}")
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+            raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}: take {name}.float()")
+        if tensor.device != device:
+            places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+            raise ValueError(f"all tensors must be on one device, got {places}")
+        wide = wide or tensor.dtype == torch.float64
     return torch.float64 if wide else torch.float32
 
 
-def curvature_tensor(c: float | int | Tensor, dtype: torch.dtype, device: torch.device, *, name: str = "c") -> Tensor:
-    """The curvature parameter as a 0-D tensor; a tensor keeps its graph and its value is not read."""
-    if isinstance(c, Tensor):
-        if not c.is_floating_point():
-            raise TypeError(f"{name} must have a floating dtype, got {c.dtype}")
-        if c.numel() != 1:
-            raise ValueError(f"{name} must have one element, got shape {tuple(c.shape)}")
-        return c.reshape(()).to(dtype)
-    # full, not tensor: a fill needs no copy from the host.
-    return torch.full((), check_positive(name, c), dtype=dtype, device=device)
+def curvature_tensor(
+    c: float | int | Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    name: str = "c",
+    leading: torch.Size | tuple[int, ...] = (),
+) -> Tensor:
+    """The curvature parameter as a tensor that keeps its graph: 0-D, or of a shape that expands to `leading`."""
+    if not isinstance(c, Tensor):
+        if isinstance(c, nn.Module):
+            raise TypeError(f"{name} must be a number or a tensor, got the module {type(c).__name__}: call it")
+        # full, not tensor: a fill needs no copy from the host.
+        return torch.full((), check_positive(name, c), dtype=dtype, device=device)
+    if not c.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {c.dtype}: take {name}.float()")
+    if c.numel() == 1:
+        c = c.reshape(())
+    elif not leading:
+        raise ValueError(f"{name} must have one element, got shape {tuple(c.shape)}")
+    elif not broadcasts_to(c.shape, torch.Size(leading)):
+        raise ValueError(f"{name} must have one element or expand to {tuple(leading)}, got shape {tuple(c.shape)}")
+    if _known_negative(c):
+        raise ValueError(f"{name} must be > 0, got {c.detach().min().item()}")
+    return c if c.dtype == dtype else c.to(dtype)
+
+
+def _known_negative(value: Tensor) -> bool:
+    """Whether an entry is <= 0, as far as that can be read without waiting for a device or breaking a trace."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    try:
+        return bool((value.detach() <= 0).any())
+    except RuntimeError:  # a batched tensor of vmap or a fake tensor has no value
+        return False
 
 
 def check_positive(name: str, value: float | int) -> float:
-    """Return a Python number that is finite and > 0; else ValueError (TypeError when it is no number)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Return a Python or NumPy number that is finite and > 0; else ValueError (TypeError when it is no number)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (0 < value < math.inf):
         raise ValueError(f"{name} must be finite and > 0, got {value}")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyper_geom._numerics import check_choice, safe_div
-from hyper_geom._once import once_differentiable
+from hyper_geom._kernel import make_kernel
+from hyper_geom._numerics import check_choice, norm, safe_div
 from hyper_geom._polar import Polar, lorentz_polar, poincare_polar
 
 _PRECISIONS = ("default", "high")
@@ -23,12 +23,12 @@ _NOISE = {"float64": 3.0 * 2.0**-52, "ieee": 3.0 * 2.0**-23, "tf32": 2.0**-11, "
 
 
 def lorentz_pairwise_dist(x: Tensor, y: Tensor, c: Tensor, precision: str = "default") -> Tensor:
-    """Distances (*b n m) between Lorentz points (*b n d) and (*b m d) of one compute dtype; c is 0-D."""
+    """Distances (*b n m) between Lorentz points (*b n d) and (*b m d) of one compute dtype; c is 0-D or (*b)."""
     return _pairwise_dist(x, y, c, precision, lorentz_polar)
 
 
 def poincare_pairwise_dist(x: Tensor, y: Tensor, c: Tensor, precision: str = "default") -> Tensor:
-    """Distances (*b n m) between ball points (*b n d) and (*b m d) of one compute dtype; c is 0-D."""
+    """Distances (*b n m) between ball points (*b n d) and (*b m d) of one compute dtype; c is 0-D or (*b)."""
     return _pairwise_dist(x, y, c, precision, poincare_polar)
 
 
@@ -39,37 +39,65 @@ def _pairwise_dist(x: Tensor, y: Tensor, c: Tensor, precision: str, polar: Calla
     batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     # The expansion stays outside the kernel, so autograd sums its gradient.
     x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
-    k = c.sqrt()
-    return (polar_dist(polar(x, k), polar(y, k)) / k).to(dtype)
+    k = c.sqrt().unsqueeze(-1)
+    return (polar_dist(polar(x, k), polar(y, k)) / k.unsqueeze(-1)).to(dtype)
 
 
 def polar_dist(x: Polar, y: Polar) -> Tensor:
     """K times the distance matrix (*b n m)."""
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (*x, *y)):
-        return _PolarDist.apply(*x, *y)
-    return dist_from_haversine(half_difference(x.radius, y.radius).square_().add_(haversine_product(x, y)))
+    keep = torch.is_grad_enabled() and any(part.requires_grad for part in (*x, *y))
+    return _polar_dist(*x, *y, keep)
 
 
-class _PolarDist(torch.autograd.Function):
-    """One N x M buffer is saved (the product part of h); everything else is recomputed."""
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """The matrix, and the product part of h for the backward: the one N x M buffer that is saved."""
+    *parts, keep = args
+    x, y = Polar(*parts[:4]), Polar(*parts[4:])
+    product = haversine_product(x, y)
+    h = half_difference(x.radius, y.radius).square_().add_(product)
+    if not keep:
+        product = product.new_empty((*product.shape[:-2], 0, 0))
+    return dist_from_haversine(h), product
 
-    @staticmethod
-    def forward(ctx: Any, *parts: Tensor) -> Tensor:
-        x, y = Polar(*parts[:4]), Polar(*parts[4:])
+
+def _backward(inputs: list, outputs: tuple, grads: tuple) -> tuple[Tensor | None, ...]:
+    (*parts, _), (product,), (grad,) = inputs, outputs, grads
+    x, y = Polar(*parts[:4]), Polar(*parts[4:])
+    if product.shape != grad.shape:
         product = haversine_product(x, y)
-        ctx.save_for_backward(*parts, product)
-        return dist_from_haversine(half_difference(x.radius, y.radius).square_().add_(product))
+    weight, row_sum, column_sum = haversine_grad(x, y, product, grad)
+    grad_x, grad_y = tangential(x, weight @ y.vector), tangential(y, weight.mT @ x.vector)
+    return grad_x, row_sum, None, None, grad_y, column_sum, None, None, None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *parts, product = ctx.saved_tensors
-        x, y = Polar(*parts[:4]), Polar(*parts[4:])
-        # Backward may be called under autocast, where the two products would run in half precision.
-        with torch.autocast(grad.device.type, enabled=False):
-            weight, row_sum, column_sum = haversine_grad(x, y, product, grad)
-            grad_x, grad_y = tangential(x, weight @ y.vector), tangential(y, weight.mT @ x.vector)
-        return grad_x, row_sum, None, None, grad_y, column_sum, None, None
+
+def _plain(*args: Any) -> Tensor:
+    """The same matrix, differentiable in `vector` and `radius` any number of times and guarded like the backward.
+
+    2 log(sqrt(h+F) + sqrt(1+h)) has the slope 1/sqrt((h+F)(1+h)) of the guarded gradient; what it is off by is constant.
+    """
+    x, y = Polar(*args[:4]), Polar(*args[4:8])
+    (u, sinh_r), (w, sinh_s) = _scaled(x), _scaled(y)
+    product = (sinh_r.unsqueeze(-1) * sinh_s.unsqueeze(-2) - u @ w.mT) / 2
+    product = product + (product.clamp(min=0.0) - product).detach()
+    half = ((x.radius.unsqueeze(-1) - y.radius.unsqueeze(-2)) / 2).sinh()
+    h = half * half + product
+    floor = matmul_noise(h) * (sinh_r.unsqueeze(-1) * sinh_s.unsqueeze(-2)).detach()
+    guarded = 2 * ((h + floor).clamp(min=torch.finfo(h.dtype).tiny).sqrt() + (1 + h).sqrt()).log()
+    exact = 2 * h.detach().sqrt().asinh()
+    return guarded + (exact - guarded).detach()
+
+
+def _scaled(x: Polar) -> tuple[Tensor, Tensor]:
+    """(sinh(r) e, sinh(r)) as functions of `vector` and `radius`; at the origin the first is stretch times vector."""
+    sinh = x.radius.sinh()
+    sinh = sinh + (x.sinh - sinh).detach()
+    size = norm(x.vector)
+    away = size > 0
+    factor = torch.where(away, sinh / torch.where(away, size, 1.0), x.stretch)
+    return factor.unsqueeze(-1) * x.vector, sinh
+
+
+_polar_dist = make_kernel(_plain, _forward, _backward, num_kept=1, saved=(1,))
 
 
 def matmul_noise(like: Tensor) -> float:

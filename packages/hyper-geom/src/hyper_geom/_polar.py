@@ -54,7 +54,7 @@ def lorentz_polar(x: Tensor, k: Tensor) -> Polar:
     sinh = k * _norm(x)
     radius = torch.asinh(sinh)
     sinh = sinh.detach()
-    return Polar(x, radius, sinh, k.detach().expand_as(sinh))
+    return Polar(x, radius, sinh, k.detach().expand_as(sinh).clone())  # one memory for all entries stops forward mode
 
 
 def poincare_polar(p: Tensor, k: Tensor) -> Polar:

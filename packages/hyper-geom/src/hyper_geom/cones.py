@@ -112,7 +112,7 @@ def entailment_loss(
         c: curvature parameter.
         min_radius: K of the half aperture omega, > 0.
         aperture_scale: factor on omega, > 0.
-        mask: True for the pairs to keep `(*batch)`; all by default.
+        mask: True for the pairs to keep, expands to `(*batch)`; all by default.
         reduction: "mean", "sum", or "none" for one value per pair, 0 where dropped.
         model: "lorentz" or "poincare".
 
@@ -128,10 +128,11 @@ def entailment_loss(
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be boolean, got {mask.dtype}")
-        if mask.shape != violation.shape:
-            raise ValueError(f"mask must have shape {tuple(violation.shape)}, got {tuple(mask.shape)}")
+        if not nm.broadcasts_to(mask.shape, violation.shape):
+            raise ValueError(f"mask must expand to {tuple(violation.shape)}, got shape {tuple(mask.shape)}")
         if mask.device != violation.device:
             raise ValueError(f"mask must be on {violation.device}, got {mask.device}")
+        mask = mask.expand(violation.shape)
         violation = torch.where(mask, violation, 0.0)
     if reduction == "none":
         return violation

@@ -156,6 +156,6 @@ def rescale_curvature(
         name: value for name, value in (("x", x), ("c_from", c_from), ("c_to", c_to)) if isinstance(value, Tensor)
     }
     dtype = nm.compute_dtype(tensors)
-    c_from = nm.curvature_tensor(c_from, dtype, x.device, name="c_from")
-    c_to = nm.curvature_tensor(c_to, dtype, x.device, name="c_to")
-    return x.to(dtype) * (c_from / c_to).sqrt()
+    c_from = nm.curvature_tensor(c_from, dtype, x.device, name="c_from", leading=x.shape[:-1])
+    c_to = nm.curvature_tensor(c_to, dtype, x.device, name="c_to", leading=x.shape[:-1])
+    return x.to(dtype) * (c_from / c_to).sqrt().unsqueeze(-1)

@@ -5,31 +5,29 @@ at a tenth and ten times the initial value); the gradient rule outside the bound
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hyper_geom import _numerics as nm
+from hyper_geom._kernel import make_kernel
 
 
-class _ClampForDescent(torch.autograd.Function):
-    """Clamp whose gradient, outside the bounds, passes only if a descent step moves back inside.
+def _clamp(value: Tensor, low: float, high: float) -> Tensor:
+    return value.clamp(low, high)
 
-    torch.clamp has gradient 0 there, which would leave a parameter that overshot outside for good.
-    """
 
-    @staticmethod
-    def forward(ctx, value: Tensor, low: float, high: float) -> Tensor:
-        ctx.save_for_backward(value)
-        ctx.low, ctx.high = low, high
-        return value.clamp(low, high)
+def _clamp_backward(inputs: list, outputs: tuple, grads: tuple) -> tuple[Tensor, None, None]:
+    (value, low, high), (grad,) = inputs, grads
+    away = ((value > high) & (grad < 0)) | ((value < low) & (grad > 0))
+    return torch.where(away, 0.0, grad), None, None
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (value,) = ctx.saved_tensors
-        away = ((value > ctx.high) & (grad < 0)) | ((value < ctx.low) & (grad > 0))
-        return torch.where(away, 0.0, grad), None, None
+
+# Clamp whose gradient, outside the bounds, passes only if a descent step moves back inside; torch.clamp has gradient 0
+# there, which would leave a parameter that overshot outside for good.
+_clamp_for_descent = make_kernel(_clamp, _clamp, _clamp_backward, smooth=True)
 
 
 class Curvature(nn.Module):
@@ -79,7 +77,23 @@ class Curvature(nn.Module):
         """The current c as a 0-D tensor in [min, max], in fp32 or wider."""
         log_c = self.log_c.to(torch.promote_types(self.log_c.dtype, torch.float32))
         # sum, not reshape: FSDP2 warns about a module that returns a view.
-        return _ClampForDescent.apply(log_c, math.log(self.min), math.log(self.max)).exp().sum()
+        return _clamp_for_descent(log_c, math.log(self.min), math.log(self.max)).exp().sum()
+
+    def get_extra_state(self) -> Tensor:
+        """The bounds, saved beside `log_c`: without them a saved c outside another instance's bounds loads as a bound."""
+        return torch.tensor([self.min, self.max], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over saved bounds."""
+        self.min, self.max = state.tolist()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list, *rest: Any
+    ) -> None:
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        # States saved before the bounds were part of them load as they did.
+        missing_keys += [name for name in missing if name != f"{prefix}_extra_state"]
 
     @torch.no_grad()
     def clamp_(self) -> "Curvature":

@@ -1,6 +1,7 @@
 """Pictures on the Poincare disk: points, geodesics and entailment cones of two-dimensional hyperbolic space.
 
 References: Ganea, Becigneul and Hofmann, "Hyperbolic entailment cones", ICML 2018 (cones in the ball, section 4).
+Points of more dimensions go through `hyper_geom.layout`.
 Everything is drawn in ball coordinates, in a disk of radius 1/sqrt(c); matplotlib is imported on the first call.
 """
 

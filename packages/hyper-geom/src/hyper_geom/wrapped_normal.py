@@ -4,15 +4,23 @@ References: Nagano et al., "A wrapped normal distribution on hyperbolic space fo
 (Algorithms 1 and 2). The scale is in geodesic units in both models, so one law has one set of parameters.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, constraints, register_kl
 from torch.distributions.utils import lazy_property
 
-from hyper_geom import convert, lorentz
-from hyper_geom._numerics import check_choice, check_positive, compute_dtype, curvature_tensor, sq_norm
+from hyper_geom import convert, lorentz, poincare
+from hyper_geom._numerics import (
+    check_choice,
+    check_positive,
+    compute_dtype,
+    curvature_tensor,
+    full_precision,
+    sq_norm,
+)
 
 
 class _OpenBall(constraints.Constraint):
@@ -24,7 +32,8 @@ class _OpenBall(constraints.Constraint):
         self.c = c
 
     def check(self, value: Tensor) -> Tensor:
-        return self.c * sq_norm(value) < 1
+        # In the precision of c: a sum of squares in half precision rounds to 1 inside the ball.
+        return self.c * sq_norm(value.to(self.c.dtype)) < 1
 
 
 def _log_sinhc_of_square(squared: Tensor) -> Tensor:
@@ -36,6 +45,13 @@ def _log_sinhc_of_square(squared: Tensor) -> Tensor:
     # The next term is t^10/467775: 2e-16 at the switch.
     series = squared * (1 / 6 - squared * (1 / 180 - squared * (1 / 2835 - squared / 37800)))
     return torch.where(near, series, far)
+
+
+def _joint_shape(loc: torch.Size, c: torch.Size) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(loc, c)
+    except RuntimeError:
+        raise ValueError(f"c must broadcast with the batch {tuple(loc)} of loc, got shape {tuple(c)}") from None
 
 
 def _batch_shape(loc: torch.Size, spread: torch.Size, name: str) -> torch.Size:
@@ -65,8 +81,8 @@ class WrappedNormal(Distribution):
         loc: location (*b d), a point of the model; also the mode and a Frechet mean.
         scale: standard deviations, a positive number or a tensor that broadcasts with `loc`.
         scale_tril: lower Cholesky factor (*b d d) of Sigma, instead of `scale`.
-        c: positive curvature magnitude (the space has curvature -c).
-        model: "lorentz" (space components) or "poincare".
+        c: positive curvature magnitude (the space has curvature -c), one for all or one for each location (*b).
+        model: "lorentz" (space components) or "poincare"; half-precision ball points on the rim are pulled in.
         validate_args: as in `torch.distributions.Distribution`.
 
     Raises:
@@ -106,13 +122,20 @@ class WrappedNormal(Distribution):
             raise ValueError(f"loc must have shape (*b d) with d >= 1, got shape {tuple(loc.shape)}")
         named = {"loc": loc, "scale": scale, "scale_tril": scale_tril, "c": c}
         dtype = compute_dtype({name: value for name, value in named.items() if isinstance(value, Tensor)})
-        self.c = curvature_tensor(c, dtype, loc.device)
+        if isinstance(c, Tensor) and c.numel() > 1:
+            # One c for each location; a location without batch dimensions is then drawn from every one of them.
+            loc = loc.expand(*_joint_shape(loc.shape[:-1], c.shape), loc.shape[-1])
+        self.c = curvature_tensor(c, dtype, loc.device, leading=loc.shape[:-1])
+        if model == "poincare" and loc.dtype not in (torch.float32, torch.float64):
+            loc = poincare.project(loc, c=self.c)  # rounding to half precision carries a point onto the rim
         self._diagonal = scale_tril is None
         if self._diagonal and not isinstance(scale, Tensor):
             scale = torch.full((), check_positive("scale", scale), dtype=dtype, device=loc.device)
         name, spread = ("scale", scale) if self._diagonal else ("scale_tril", scale_tril)
         batch_shape = _batch_shape(loc.shape, spread.shape, name)
         self.loc = loc.to(dtype).expand(batch_shape + loc.shape[-1:])
+        if self.c.ndim:
+            self.c = self.c.expand(batch_shape)
         self.__dict__[name] = spread.to(dtype).expand(batch_shape + loc.shape[-1:] * (1 if self._diagonal else 2))
         if model == "poincare":
             self.arg_constraints = {**type(self).arg_constraints, "loc": _OpenBall(self.c)}
@@ -145,7 +168,8 @@ class WrappedNormal(Distribution):
         """The same law with its parameters expanded to a larger batch shape (no copies)."""
         new = self._get_checked_instance(WrappedNormal, _instance)
         batch_shape = torch.Size(batch_shape)
-        new.model, new.c, new._diagonal = self.model, self.c, self._diagonal
+        new.model, new._diagonal = self.model, self._diagonal
+        new.c = self.c.expand(batch_shape) if self.c.ndim else self.c
         for name in ("loc", "scale", "scale_tril"):
             if name in self.__dict__:
                 value = self.__dict__[name]
@@ -174,7 +198,7 @@ class WrappedNormal(Distribution):
             tangent = self.scale * noise
         else:
             # Autocast would round this product to half precision.
-            with torch.autocast(noise.device.type, enabled=False):
+            with full_precision(noise.device):
                 tangent = (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
         loc = self._to_lorentz(self.loc)
         points = lorentz.exp_map(loc, lorentz.parallel_transport0(loc, tangent, c=self.c), c=self.c)
@@ -194,6 +218,8 @@ class WrappedNormal(Distribution):
         Raises:
             ValueError: with validation on, the shape does not broadcast or a point lies outside the support.
         """
+        if self.model == "poincare" and value.dtype not in (torch.float32, torch.float64):
+            value = poincare.project(value, c=self.c)
         if self._validate_args and value.numel():
             self._validate_sample(value)
         loc, value = self._to_lorentz(self.loc), self._to_lorentz(value)
@@ -208,5 +234,76 @@ class WrappedNormal(Distribution):
         normal = -0.5 * sq_norm(whitened) - half_log_det - 0.5 * dim * math.log(2 * math.pi)
         return normal - (dim - 1) * _log_sinhc_of_square(self.c * sq_norm(w))
 
+    def entropy(self, num_samples: int = 4096) -> Tensor:
+        """Differential entropy with respect to the Riemannian volume.
+
+        H = H[N(0, Sigma)] + (d-1) E[log(sinh(k|w|)/(k|w|))]. For equal scales the expectation is generalised
+        Gauss-Laguerre quadrature over |w|, else a mean over normal samples.
+
+        Args:
+            num_samples: samples where the scales differ.
+
+        Returns:
+            Entropies (*b), with gradients to the scale and c.
+        """
+        dim = self.event_shape[0]
+        scale = self.scale
+        if self._diagonal and dim > 1 and bool((scale == scale[..., :1]).all()):
+            t, weight = (torch.tensor(v, dtype=scale.dtype, device=scale.device) for v in _laguerre(dim, 48))
+            squared = 2 * t * scale[..., :1].square()
+            extra = (weight * _log_sinhc_of_square(self.c.unsqueeze(-1) * squared)).sum(-1)
+        else:
+            noise = torch.randn(num_samples, *self.batch_shape, dim, dtype=scale.dtype, device=scale.device)
+            w = self.scale * noise if self._diagonal else (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+            extra = _log_sinhc_of_square(self.c * sq_norm(w)).mean(0)
+        return self._half_log_det() + dim / 2 * math.log(2 * math.pi * math.e) + (dim - 1) * extra
+
+    def kl(self, other: "WrappedNormal", num_samples: int = 4096) -> Tensor:
+        """Kullback-Leibler divergence KL(self || other) on one space.
+
+        Where both laws have one location it is the divergence of the normals in the tangent space, in closed form: the
+        volume terms are equal. Else a mean over reparameterised samples.
+
+        Args:
+            other: a law of the same model, dimension and c.
+            num_samples: samples where the locations differ.
+
+        Returns:
+            Divergences (*b).
+
+        Raises:
+            ValueError: another model, dimension or c.
+        """
+        same = self.model == other.model and self.event_shape == other.event_shape
+        if not same or not torch.equal(self.c.double().expand_as(other.c), other.c.double()):
+            raise ValueError("other must be of the same model, dimension and c")
+        if self.loc.shape != other.loc.shape or not torch.equal(self.loc, other.loc):
+            samples = self.rsample((num_samples,))
+            return (self.log_prob(samples) - other.log_prob(samples)).mean(0)
+        if self._diagonal and other._diagonal:
+            trace = (self.scale / other.scale).square().sum(-1)
+        else:
+            trace = torch.linalg.solve_triangular(other.scale_tril, self.scale_tril, upper=False).square().sum((-2, -1))
+        return other._half_log_det() - self._half_log_det() + (trace - self.event_shape[0]) / 2
+
+    def _half_log_det(self) -> Tensor:
+        spread = self.scale if self._diagonal else self.scale_tril.diagonal(dim1=-2, dim2=-1)
+        return spread.log().sum(-1)
+
     def _to_lorentz(self, points: Tensor) -> Tensor:
         return points if self.model == "lorentz" else convert.poincare_to_lorentz(points, c=self.c)
+
+
+@functools.lru_cache(maxsize=16)
+def _laguerre(dim: int, num_nodes: int) -> tuple[list[float], list[float]]:
+    """Nodes t and weights of E[f(t)] for |w|^2 = 2 t sigma^2, t ~ Gamma(dim/2) (Golub and Welsch, 1969)."""
+    alpha = dim / 2 - 1
+    k = torch.arange(num_nodes, dtype=torch.float64)
+    off = (k[1:] * (k[1:] + alpha)).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(2 * k + alpha + 1) + torch.diag(off, 1) + torch.diag(off, -1))
+    return nodes.tolist(), vectors[0].square().tolist()
+
+
+@register_kl(WrappedNormal, WrappedNormal)
+def _kl(p: WrappedNormal, q: WrappedNormal) -> Tensor:
+    return p.kl(q)

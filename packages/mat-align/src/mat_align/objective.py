@@ -19,6 +19,7 @@ from hier_losses.treecuts import TreeCut, node_classification_loss, sample_cut, 
 from hyper_geom import cones, lorentz
 from mat_align._checks import check_choice, check_positive
 from mat_align.head import PathFeatures
+from mat_align.intermediate._chord import common_dtype
 from mat_align.model import FeatureMATModel, MATModel
 from mat_align.prompts import PromptSRCRegularizer
 
@@ -112,15 +113,27 @@ def entailment_terms(
     v, t = (torch.where(valid[..., None], x, 0.0) for x in (scale_img * img, scale_txt * txt))
     if padding == "released":
         valid = torch.ones_like(valid)
-    chain = valid[:, 1:]
+    apex, point, c = _chains(v, t, c_img, c_txt, c_mid)
+    violation = cones.entailment_violation(apex, point, c=c, min_radius=min_radius)
+    kept = (valid[:, 1:], valid[:, 1:], valid)
+    parts = zip(violation.split([x.shape[1] for x in kept], dim=1), kept, strict=True)
+    return tuple(torch.where(keep, part, 0.0).sum() / keep.sum().clamp(min=1) for part, keep in parts)
 
-    def along(x: Tensor, c: float | Tensor) -> Tensor:
-        points = lorentz.exp_map0(x, c=c)
-        return cones.entailment_loss(points[:, :-1], points[:, 1:], c=c, min_radius=min_radius, mask=chain)
 
-    parents, children = lorentz.exp_map0(t, c=c_mid), lorentz.exp_map0(v, c=c_mid)
-    cross = cones.entailment_loss(parents, children, c=c_mid, min_radius=min_radius, mask=valid)
-    return along(v, c_img), along(t, c_txt), cross
+def _chains(
+    v: Tensor, t: Tensor, c_img: float | Tensor, c_txt: float | Tensor, c_mid: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Apexes, points and the curvature of each pair: down the pictures' path, down the texts', from text to picture."""
+    num = v.shape[1]
+    # Numbers in the precision of what they meet, single or wider: a number as a tensor of its own would be single.
+    dtype = torch.promote_types(common_dtype(v, t, c_img, c_txt, c_mid), torch.float32)
+    parts = [
+        x.to(dtype).reshape(1) if isinstance(x, Tensor) else torch.full((1,), x, dtype=dtype, device=v.device)
+        for x in (c_img, c_txt, c_mid)
+    ]
+    c = torch.cat([x.expand(n) for x, n in zip(parts, (num - 1, num - 1, num), strict=True)])
+    apex, point = torch.cat((v[:, :-1], t[:, :-1], t), dim=1), torch.cat((v[:, 1:], t[:, 1:], v), dim=1)
+    return lorentz.exp_map0(apex, c=c), lorentz.exp_map0(point, c=c), c
 
 
 @torch.no_grad()
@@ -147,15 +160,12 @@ def fraction_met(
     """
     valid = torch.arange(features.img.shape[1], device=length.device) < length[:, None]
     v, t = features.scale_img * features.img, features.scale_txt * features.txt
-    pairs = (
-        (lorentz.exp_map0(v, c=c_img)[:, :-1], lorentz.exp_map0(v, c=c_img)[:, 1:], c_img, valid[:, 1:]),
-        (lorentz.exp_map0(t, c=c_txt)[:, :-1], lorentz.exp_map0(t, c=c_txt)[:, 1:], c_txt, valid[:, 1:]),
-        (lorentz.exp_map0(t, c=c_mid), lorentz.exp_map0(v, c=c_mid), c_mid, valid),
-    )
+    apex, point, c = _chains(v, t, c_img, c_txt, c_mid)
+    met = cones.entailment_violation(apex, point, c=c, min_radius=min_radius) <= _MEETS
     shares = []
-    for parent, child, c, keep in pairs:
-        met = cones.entailment_violation(parent, child, c=c, min_radius=min_radius) <= _MEETS
-        shares.append((met & keep).sum().item() / keep.sum().item() if keep.any() else math.nan)
+    kept = (valid[:, 1:], valid[:, 1:], valid)
+    for part, keep in zip(met.split([x.shape[1] for x in kept], dim=1), kept, strict=True):
+        shares.append((part & keep).sum().item() / keep.sum().item() if keep.any() else math.nan)
     return tuple(shares)
 
 

@@ -3,7 +3,8 @@
 A point is its d space components; the time component sqrt(1/c + |x|^2) is implied, so every finite vector is on the
 manifold. A tangent vector at x is its space components too; its time component is x.v/x_t.
 
-All functions: `c` is a float or a one-element tensor > 0, by keyword, 1.0 by default. Leading dimensions broadcast.
+All functions: `c` is a float or a tensor > 0, by keyword, 1.0 by default: one element, or one for each
+leading index (in functions of matrices `(*b n d)`, for each index of `*b`). Leading dimensions broadcast.
 They compute and return fp64 if any input is fp64, else fp32, also under autocast. They raise ValueError for c <= 0 or
 non-finite, for shapes that do not fit and for tensors on two devices; TypeError for a dtype that is not floating.
 
@@ -16,13 +17,16 @@ from hyper_geom.lorentz._maps import (
     clip_tangent0,
     exp_map,
     exp_map0,
+    exp_map_frame,
     geodesic,
     log_map,
     log_map0,
+    log_map_frame,
     midpoint,
     parallel_transport,
     parallel_transport0,
     parallel_transport0_back,
+    soft_clip_tangent0,
 )
 from hyper_geom.lorentz._metric import (
     dist,
@@ -46,6 +50,7 @@ __all__ = [
     "egrad2rgrad",
     "exp_map",
     "exp_map0",
+    "exp_map_frame",
     "exterior_angle",
     "geodesic",
     "half_aperture",
@@ -53,6 +58,7 @@ __all__ = [
     "inner_ambient",
     "log_map",
     "log_map0",
+    "log_map_frame",
     "midpoint",
     "norm",
     "pairwise_dist",
@@ -61,6 +67,7 @@ __all__ = [
     "parallel_transport",
     "parallel_transport0",
     "parallel_transport0_back",
+    "soft_clip_tangent0",
     "sq_dist",
     "tangent0_dist",
     "tangent0_sq_dist",

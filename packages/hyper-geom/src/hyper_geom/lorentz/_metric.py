@@ -175,7 +175,7 @@ def tangent0_sq_dist(
         c: curvature parameter.
 
     Returns:
-        Squared distances `(*batch)`; differentiable once.
+        Squared distances `(*batch)`.
     """
     return _tangent0_sq_dist(u, v, c)
 
@@ -194,7 +194,7 @@ def tangent0_dist(
         c: curvature parameter.
 
     Returns:
-        Distances `(*batch)`; differentiable once.
+        Distances `(*batch)`.
     """
     return nm.safe_sqrt(_tangent0_sq_dist(u, v, c))
 
@@ -280,7 +280,7 @@ def pairwise_inner(
     Returns:
         Inner products `(*batch n m)`.
     """
-    x_t, y_t = (1 / c + nm.sq_norm(x)).sqrt(), (1 / c + nm.sq_norm(y)).sqrt()
+    x_t, y_t = ((1 / c.unsqueeze(-1) + nm.sq_norm(v)).sqrt() for v in (x, y))
     return x @ y.mT - x_t.unsqueeze(-1) * y_t.unsqueeze(-2)
 
 

@@ -3,7 +3,8 @@
 A point is a vector with k|p| < 1, k = sqrt(c). Every function first pulls points outside back to k|p| = 1 - 4 eps,
 where their gradient is 0 along p; `check_point` reports them. fp32 reaches k*dist0 = 15.2.
 
-All functions: `c` is a float or a one-element tensor > 0, by keyword, 1.0 by default. Leading dimensions broadcast.
+All functions: `c` is a float or a tensor > 0, by keyword, 1.0 by default: one element, or one for each
+leading index (in functions of matrices `(*b n d)`, for each index of `*b`). Leading dimensions broadcast.
 They compute and return fp64 if any input is fp64, else fp32, also under autocast. They raise ValueError for c <= 0 or
 non-finite, for shapes that do not fit and for tensors on two devices; TypeError for a dtype that is not floating.
 
@@ -17,13 +18,16 @@ from hyper_geom.poincare._maps import (
     clip_tangent0,
     exp_map,
     exp_map0,
+    exp_map_frame,
     geodesic,
     log_map,
     log_map0,
+    log_map_frame,
     midpoint,
     parallel_transport,
     parallel_transport0,
     parallel_transport0_back,
+    soft_clip_tangent0,
 )
 from hyper_geom.poincare._metric import (
     check_point,
@@ -49,6 +53,7 @@ __all__ = [
     "egrad2rgrad",
     "exp_map",
     "exp_map0",
+    "exp_map_frame",
     "exterior_angle",
     "geodesic",
     "gyration",
@@ -56,6 +61,7 @@ __all__ = [
     "inner",
     "log_map",
     "log_map0",
+    "log_map_frame",
     "midpoint",
     "mobius_add",
     "mobius_scalar_mul",
@@ -66,6 +72,7 @@ __all__ = [
     "parallel_transport0",
     "parallel_transport0_back",
     "project",
+    "soft_clip_tangent0",
     "sq_dist",
     "tangent0_dist",
     "tangent0_sq_dist",

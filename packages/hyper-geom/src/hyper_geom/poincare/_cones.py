@@ -85,4 +85,4 @@ def pairwise_exterior_angle(
         Angles `(*batch n m)` in [0, pi]. They rest on the angle between the directions of x and y, which is rounding
         noise below about sqrt(eps) = 3e-4 (fp32); take `exterior_angle` for such pairs.
     """
-    return matmul_angle(from_ball(x, c), from_ball(y, c), c)
+    return matmul_angle(from_ball(x, c.unsqueeze(-1)), from_ball(y, c.unsqueeze(-1)), c)

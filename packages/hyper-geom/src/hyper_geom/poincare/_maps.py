@@ -4,6 +4,7 @@ References: Ganea, Becigneul and Hofmann, "Hyperbolic neural networks", NeurIPS 
 Ungar, "Analytic Hyperbolic Geometry", 2008, section 6.21. The forms in q - p, which do not cancel, are ours.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -95,6 +96,48 @@ def log_map(
     factor = nm.asinh_sq_slope(half_chord_sq(x, y, c)) / shrinkage(y, c)
     toward, inward = factor * shrinkage(x, c), factor * (c * nm.sq_norm(delta))
     return toward.unsqueeze(-1) * delta - inward.unsqueeze(-1) * x
+
+
+@nm.geometry(2)
+def exp_map_frame(
+    x: Float[Tensor, "*#batch dim"], u: Float[Tensor, "*#batch dim"], *, c: float | Tensor = 1.0
+) -> Float[Tensor, "*#batch dim"]:
+    """Exponential map at x of a tangent vector given in the frame carried from the origin, in units of length.
+
+    x (+) tanh(k|u|/2) u/(k|u|)
+
+    Args:
+        x: ball points.
+        u: vectors whose Euclidean norm is the distance to go.
+        c: curvature parameter.
+
+    Returns:
+        Ball points `(*batch dim)` at distance |u| from x.
+    """
+    half = nm.tame(u) / 2
+    return add(nm.into_ball(x, c), nm.tanhc(c * nm.sq_norm(half)).unsqueeze(-1) * half, c)
+
+
+@nm.geometry(2)
+def log_map_frame(
+    x: Float[Tensor, "*#batch dim"], y: Float[Tensor, "*#batch dim"], *, c: float | Tensor = 1.0
+) -> Float[Tensor, "*#batch dim"]:
+    """Logarithmic map at x in the frame carried from the origin, the inverse of `exp_map_frame`.
+
+    log_x(y) times lambda_x: Euclidean norms are lengths
+
+    Args:
+        x: ball points.
+        y: ball points.
+        c: curvature parameter.
+
+    Returns:
+        Vectors `(*batch dim)` of Euclidean norm d(x, y); 0 where x = y.
+    """
+    x, y = nm.into_ball(x, c), nm.into_ball(y, c)
+    delta = y - x
+    factor = 2 * nm.asinh_sq_slope(half_chord_sq(x, y, c)) / shrinkage(y, c)
+    return factor.unsqueeze(-1) * (delta - (c * nm.sq_norm(delta) / shrinkage(x, c)).unsqueeze(-1) * x)
 
 
 @nm.geometry(3)
@@ -196,18 +239,18 @@ def midpoint(
 
     Args:
         x: ball points `(*batch n dim)`.
-        weights: non-negative weights `(*batch n)`, equal by default; all zero gives the origin.
+        weights: non-negative weights that expand to `(*batch n)`, equal by default; all zero gives the origin.
         c: curvature parameter.
 
     Returns:
         Ball points `(*batch dim)`.
 
     Raises:
-        ValueError: x has fewer than two dimensions, or weights is not `(*batch n)`.
+        ValueError: x has fewer than two dimensions, or weights do not expand to `(*batch n)`.
     """
     weights = check_weights(x, weights)
     k = c.sqrt()
-    p = k * nm.into_ball(x, c)
+    p = k[..., None, None] * nm.into_ball(x, c.unsqueeze(-1))
     size = nm.sq_norm(p)
     S, T, root = centroid_parts(2 * p / (1 - size).unsqueeze(-1), (1 + size) / (1 - size), weights)
     return nm.into_ball(nm.safe_div(S, (k * (T + root)).unsqueeze(-1)), c)
@@ -233,3 +276,28 @@ def clip_tangent0(
         ValueError: max_radius is not finite and > 0.
     """
     return nm.into_ball(nm.tame(v), c, nm.check_positive("max_radius", max_radius) / 2)
+
+
+@nm.geometry(1)
+def soft_clip_tangent0(
+    v: Float[Tensor, "*batch dim"], max_radius: float, *, c: float | Tensor = 1.0
+) -> Float[Tensor, "*batch dim"]:
+    """`clip_tangent0` without a corner: the length keeps a gradient beyond the bound.
+
+    v / (1 + (2k|v|/R)^4)^(1/4): shorter by 1.5% at R/2 and by 16% at R; the slope of the length is
+    (1 + (2k|v|/R)^4)^(-5/4).
+
+    Args:
+        v: tangent vectors at the origin.
+        max_radius: R, the bound on 2k|v| that is approached, > 0.
+        c: curvature parameter.
+
+    Returns:
+        Tangent vectors `(*batch dim)` of the same direction.
+
+    Raises:
+        ValueError: max_radius is not finite and > 0.
+    """
+    v = nm.tame(v)
+    ratio = c * nm.sq_norm(v / (nm.check_positive("max_radius", max_radius) / 2))
+    return torch.hypot(torch.ones_like(ratio), ratio).rsqrt().unsqueeze(-1) * v

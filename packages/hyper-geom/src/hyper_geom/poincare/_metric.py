@@ -126,7 +126,8 @@ def pairwise_dist(
         ValueError: precision is unknown.
     """
     nm.check_choice("precision", precision, ("default", "high"))
-    return _pairwise.poincare_pairwise_dist(nm.into_ball(x, c), nm.into_ball(y, c), c, precision)
+    x, y = nm.into_ball(x, c.unsqueeze(-1)), nm.into_ball(y, c.unsqueeze(-1))
+    return _pairwise.poincare_pairwise_dist(x, y, c, precision)
 
 
 @nm.geometry(2)
@@ -143,7 +144,7 @@ def tangent0_sq_dist(
         c: curvature parameter.
 
     Returns:
-        Squared distances `(*batch)`; differentiable once.
+        Squared distances `(*batch)`.
     """
     return 4 * tangent0_half_angle_sq(u, v, 4 * c) / c
 
@@ -162,7 +163,7 @@ def tangent0_dist(
         c: curvature parameter.
 
     Returns:
-        Distances `(*batch)`; differentiable once.
+        Distances `(*batch)`.
     """
     return 2 * nm.safe_sqrt(tangent0_half_angle_sq(u, v, 4 * c)) / c.sqrt()
 
