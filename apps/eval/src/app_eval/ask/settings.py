@@ -18,8 +18,8 @@ class Predict:
     """A run folder, or a saved adapter."""
     pictures: Pictures
     """Picture files."""
-    decoder: Literal["joint_path", "bottom_up", "top_down", "level_argmax", "crm", "threshold"] = "joint_path"
-    """How scores become a path."""
+    decoder: Literal["joint_path", "bottom_up", "top_down", "level_argmax", "crm", "threshold"] | None = None
+    """How scores become a path; as the run chose if not given."""
 
 
 @dataclass(frozen=True)

@@ -50,25 +50,36 @@ def tower_features(
     cache_dir: Path | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Features of the picture tower before the projection, (n, d), from the cache if they are there.
+    """Features of the picture tower, (n, d), from the cache if they are there: before the projection if it stands apart.
 
     Args:
-        base: a dual encoder with a tower `vision`.
+        base: a dual encoder; without a tower `vision` its embeddings are the features.
         data: the pictures.
         label: shown with the progress.
         cache_dir: where features are kept; the user's cache folder if None.
         check: called after every batch; it may raise to stop.
     """
     base.eval()
-    device = next(base.vision.parameters()).device
+    tower = getattr(base, "vision", base)
+    forward = base.vision if tower is not base else base.encode_image
+    device = next(tower.parameters()).device
 
     def compute(start: int, end: int) -> Tensor:
         part = data.select(range(start, end))
-        return run_batches(part, lambda x: base.vision(prepare(base, x).to(device)), label, check)
+        return run_batches(part, lambda x: forward(prepare(base, x).to(device)), label, check)
 
-    key = f"tower {weights_digest(base.vision)} {device.type} {data.fingerprint}"
+    key = f"tower {weights_digest(tower)} {device.type} {data.fingerprint}"
     # 512 rows are eight whole batches: pieces change no number.
     return cached_features(key, compute, len(data), cache_dir, piece=8 * BATCH)
+
+
+def embedding(base: nn.Module) -> Callable[[Tensor], Tensor]:
+    """From centred features of `tower_features` to unit vectors in the space of the words."""
+    projection = getattr(base, "projection", None) if hasattr(base, "vision") else None
+    if projection is None:
+        return lambda x: F.normalize(x, dim=-1)
+    weight = projection.weight.detach().cpu()
+    return lambda x: F.normalize(x @ weight.T, dim=-1)
 
 
 def node_logits(

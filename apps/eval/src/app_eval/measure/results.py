@@ -83,19 +83,20 @@ def text_table(rows: dict[str, dict], decoders: tuple[str, ...] = tuple(DECODERS
 
 
 def short_table(rows: dict[str, dict]) -> str:
-    """Leaf accuracy and average hierarchical distance of every row, on all test pictures together and one at a time."""
+    """Leaf accuracy and average hierarchical distance of every row; of test pictures together and alone where they differ."""
     width = max(map(len, rows)) + 2
-    lines = [
-        "leaf: share of right leaves; AHD: mean height of the lowest common ancestor of answer and truth, 0 if right.",
-        "together: the test pictures are centred on their own mean; alone: on the mean of the training pictures.\n",
-        f"{'':<{width}}{'leaf, together':>16}{'AHD, together':>16}{'leaf, alone':>14}{'AHD, alone':>13}",
-    ]
+    lines = ["leaf: share of right leaves. AHD: mean height of the lowest common ancestor of answer and truth, 0 if right."]
+    heads = ["leaf", "AHD"]
+    if any("single" in result for result in rows.values()):
+        lines.append("Together: all test pictures are centred on their own mean. Alone: each on the mean of the training pictures.")
+        heads = ["leaf, together", "AHD, together", "leaf, alone", "AHD, alone"]
+    lines.append(f"\n{'':<{width}}" + "".join(f"{head:>16}" for head in heads))
     for name, result in rows.items():
         cells = []
         for scores in (result["scores"], result.get("single")):
             best = None if scores is None else scores.get("chosen", scores["bottom_up"])
             cells += ["" if best is None else f"{best[score][0]:.3f}" for score in ("leaf", "ahd")]
-        lines.append(f"{name:<{width}}{cells[0]:>16}{cells[1]:>16}{cells[2]:>14}{cells[3]:>13}")
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells[: len(heads)]).rstrip())
     return "\n".join(lines)
 
 

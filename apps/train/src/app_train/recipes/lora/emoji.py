@@ -10,8 +10,7 @@ TreeLDA on the features of a LoRA tower. What the product is made of is chosen o
 """
 
 import copy
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +19,20 @@ from torch import Tensor
 
 from app_data.read.pictures import PictureSet
 from app_data.sets.emoji import CREDITS, load_emoji, validation_split
-from app_data.store.atomic import write_json
+from app_data.store.atomic import new_folder, write_json
 from app_eval.measure.embed import tower_features
-from app_eval.measure.results import load_outcome, paired
 from app_train.core.errors import RunError
-from app_train.core.run_folder import Run, finished, read_json
+from app_train.core.run_folder import Run, finished
 from app_train.recipes.lora.classifiers import TREES, Classifiers, Features, centred
 from app_train.recipes.lora.compare import Line, Story, compare, read_back, trained_lines, zero_shot_line
+from app_train.recipes.lora.frozen import HEADLINE, ON, FrozenRows, Loaded, headline, named, node_scores
 from app_train.recipes.lora.losses import ROWS
 from app_train.recipes.lora.settings import LITE0, TRIALS, EmojiConfig, FitConfig
 from app_train.recipes.lora.task import Task, cuts_for, load_base, prompts_of, store_row, train_row
-from hier_lora import HierLoraCLIP
-from hier_losses.probabilities import leaf_to_node_logits
+from hier_lora import HierLoraCLIP, PoolSettings
 
 TEMPLATE = "a picture of {}."
 TEST_ARTIST = "twemoji"
-HEADLINE = "product"
-CONTROLS = ("neighbour", "logistic", "lda")
-ON = {"tree": "", "shuffled": ", shuffled tree", "star": ", no tree"}
 # The LoRA row whose tower feeds TreeLDA.
 LORA_FEATURES = "leaf_ce"
 
@@ -59,8 +54,8 @@ def run(config: EmojiConfig) -> dict:
         if (known := read_back(run)) is not None:
             return known
         task = _task(config, run, train, test)
-        frozen = Frozen(config, task)
-        lines = [zero_shot_line(task), *frozen.lines()]
+        rows = FrozenRows(task, lambda: _load(config, task), _keep)
+        lines = [zero_shot_line(task), *rows.lines()]
         lines += trained_lines(task, config.rows, partial(_fit_config, config), prefix=f"LoRA at {config.size} px + ")
         if LORA_FEATURES in config.rows:
             lines += [_lora_line(task, tree) for tree in TREES]
@@ -75,7 +70,7 @@ def run(config: EmojiConfig) -> dict:
             compared=("neighbour", HEADLINE),
             credits=CREDITS,
         )
-        return compare(task, lines, config.seeds, story, lambda: {"headline": _headline(task)})
+        return compare(task, lines, config.seeds, story, lambda: {"headline": headline(task)})
 
 
 def _pictures(config: EmojiConfig, artists: tuple[str, ...], size: int) -> PictureSet:
@@ -100,111 +95,36 @@ def _fit_config(config: EmojiConfig, row: str, lr: tuple[float, float] | None = 
     return fit.model_copy(update=stages)
 
 
-@dataclass
-class Frozen:
-    """The rows on frozen features: nothing is computed before a row asks for it."""
-
-    config: EmojiConfig
-    task: Task
-
-    @cached_property
-    def _parts(self) -> tuple[Tensor, PictureSet, Tensor]:
-        """Features of the training pictures, the pictures, and features of the test pictures."""
-        parts = [
-            _pictures(self.config, artists, self.config.feature_size)
-            for artists in (self.config.artists, (TEST_ARTIST,))
-        ]
-        run = self.task.run
-        base = self.task.base.to(run.device, memory_format=torch.channels_last)
-        label = f"frozen features at {self.config.feature_size} px"
-        train, test = (tower_features(base, part, label, self.config.cache_dir, run.check).cpu() for part in parts)
-        return train, parts[0], test
-
-    @cached_property
-    def test(self) -> tuple[Tensor, Tensor]:
-        """Features of the test pictures, centred on their own mean and on that of the training pictures."""
-        train, _, test = self._parts
-        return test - test.mean(0), test - train.mean(0)
-
-    @cached_property
-    def classifiers(self) -> Classifiers:
-        """All classifiers; the product is chosen on the first training artist, from the others."""
-        features, pictures, _ = self._parts
-        return classifiers(features, pictures, self.config, self.task)
-
-    def lines(self) -> list[Line]:
-        """Controls, then heads, TreeLDA and products, each on every tree."""
-        lines = [
-            self._line("neighbour", "nearest neighbour", "neighbours", "tree"),
-            self._line("logistic", "logistic regression", "logistic", "tree"),
-            self._line("lda", "linear discriminant analysis (LDA)", "lda", "star"),
-        ]
-        for name, title in (("head", "free head + HXE"), ("tree_lda", "TreeLDA")):
-            for tree in TREES:
-                label = "free head + leaf CE" if (name, tree) == ("head", "star") else title + ON[tree]
-                lines.append(self._line(_named(name, tree), label, name, tree))
-        return [
-            *lines,
-            *(Line(_named(HEADLINE, t), f"product of experts{ON[t]}", partial(self._product, t), False) for t in TREES),
-        ]
-
-    def _line(self, name: str, title: str, expert: str, tree: str) -> Line:
-        return Line(name, title, partial(self._make, name, expert, tree), everywhere=False)
-
-    def _make(self, name: str, expert: str, tree: str, folder: Path, seed: int) -> dict:
-        facts = self.task.run.facts(name, seed)
-        known = finished(folder, facts)
-        if known is not None:
-            return known
-        on = self.classifiers.on(tree)
-        together, alone = (node_scores(on.log_prob(expert, x, seed), self.task) for x in self.test)
-        return store_row(self.task, together, folder, facts, single=alone)
-
-    def _product(self, tree: str, folder: Path, seed: int) -> dict:
-        facts = self.task.run.facts(_named(HEADLINE, tree), seed)
-        known = finished(folder, facts)
-        if known is not None:
-            return known
-        settings = self.classifiers.chosen(tree, seed)
-        together, alone = (
-            node_scores(self.classifiers.log_prob(tree, settings, x, seed), self.task) for x in self.test
-        )
-        if tree == "tree":
-            with self.task.run.new_folder(folder / "model") as target:
-                if target is not None:
-                    self.classifiers.product(settings, seed).save_pretrained(target)
-        return store_row(
-            self.task, together, folder, facts, single=alone, chosen=settings.decoder, product=vars(settings)
-        )
-
-
-def classifiers(features: Tensor, pictures: PictureSet, config: EmojiConfig, task: Task) -> Classifiers:
-    """All classifiers on these features, with a fold that leaves the first artist out."""
+def _load(config: EmojiConfig, task: Task) -> Loaded:
+    """Features at their own size; the product is chosen on the first training artist, from the others."""
+    pictures, test = (_pictures(config, artists, config.feature_size) for artists in (config.artists, (TEST_ARTIST,)))
+    base = task.base.to(task.run.device, memory_format=torch.channels_last)
+    label = f"frozen features at {config.feature_size} px"
+    features, new = (
+        tower_features(base, part, label, config.cache_dir, task.run.check).cpu() for part in (pictures, test)
+    )
     styles, target = np.array(pictures.styles), torch.from_numpy(pictures.targets)
     out = styles == config.artists[0]
     parts = [torch.from_numpy(np.flatnonzero(rows)) for rows in (~out, out)]
     fold = tuple(Features(centred(features[rows], styles[rows.numpy()]), target[rows]) for rows in parts)
     everything = Features(centred(features, styles), target)
-    return Classifiers(pictures.taxonomy, everything, [fold], config.heads, prompts_of(task))
+    classifiers = Classifiers(pictures.taxonomy, everything, [fold], config.heads, prompts_of(task))
+    return Loaded(classifiers, new - new.mean(0), new - features.mean(0))
 
 
-def node_scores(log_prob: Tensor, task: Task) -> Tensor:
-    """Scores of all nodes from log-probabilities of the leaves; a leaf that is ruled out is hopeless, not -inf."""
-    return leaf_to_node_logits(log_prob.clamp(min=-1e4), task.test.taxonomy)
-
-
-def _named(name: str, tree: str) -> str:
-    return name if tree == "tree" else f"{name}_{tree}"
+def _keep(loaded: Loaded, settings: PoolSettings, seed: int, folder: Path) -> None:
+    with new_folder(folder) as target:
+        loaded.classifiers.product(settings, seed).save_pretrained(target)
 
 
 def _lora_line(task: Task, tree: str) -> Line:
     """TreeLDA on the features of the tower that the row `LORA_FEATURES` has tuned."""
     title = "TreeLDA on LoRA features" + ON[tree]
-    return Line(_named("lora_lda", tree), title, partial(_lora_lda, task, tree), everywhere=False)
+    return Line(named("lora_lda", tree), title, partial(_lora_lda, task, tree), everywhere=False)
 
 
 def _lora_lda(task: Task, tree: str, folder: Path, seed: int) -> dict:
-    facts = task.run.facts(_named("lora_lda", tree), seed)
+    facts = task.run.facts(named("lora_lda", tree), seed)
     known = finished(folder, facts)
     if known is not None:
         return known
@@ -225,19 +145,6 @@ def _lora_features(task: Task, row: Path) -> tuple[Tensor, Tensor]:
     return tuple(
         tower_features(base, part, label, task.run.config.cache_dir, task.run.check) for part in (task.train, task.test)
     )
-
-
-def _headline(task: Task) -> dict:
-    """What the README says: the product against every control, on the pictures of the artist never seen."""
-    folder, tax = task.run.out / "seed-0", task.test.taxonomy
-    ours = load_outcome(folder / HEADLINE)
-    against = {name: paired(ours, load_outcome(folder / name), tax) for name in CONTROLS}
-    scores = _scores(folder / HEADLINE)
-    return {"row": HEADLINE, "leaf": scores["leaf"][0], "ahd": scores["ahd"][0], "against": against}
-
-
-def _scores(folder: Path) -> dict:
-    return read_json(folder / "result.json")["scores"]["chosen"]
 
 
 def _tune(config: EmojiConfig, run: Run, train: PictureSet) -> dict:

@@ -110,7 +110,7 @@ class EmojiConfig(RowsConfig):
 
 
 class FolderConfig(RunConfig):
-    """Fine-tune on your own folder of pictures with your own taxonomy."""
+    """The best classifier that can be had from your own folder of pictures and your own taxonomy."""
 
     out: Path = Path("runs/folder")
     data: Path | None = None
@@ -127,8 +127,14 @@ class FolderConfig(RunConfig):
     """Locator of the base model."""
     template: str = "a picture of {}."
     """Prompt for each node."""
+    heads: HeadsConfig = HeadsConfig()
+    """Heads and closed forms on frozen features."""
+    lora: bool = False
+    """Fine-tune with LoRA as well: minutes to hours, where the rest takes less than a minute after the features."""
     loss: LossConfig = LossConfig(level=1)
+    """Of the LoRA row."""
     fit: FitConfig = FitConfig()
+    """Stages of the LoRA row."""
     seed: int = Field(0, ge=0)
     """Seed of the split, the order of the data and the LoRA layers."""
 

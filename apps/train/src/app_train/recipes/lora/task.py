@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from app_data.read.pictures import PictureSet
-from app_eval.measure.embed import node_logits, tower_features
+from app_eval.measure.embed import embedding, node_logits, tower_features
 from app_eval.measure.paths import outcome
 from app_eval.measure.results import save_outcome, save_row, summarise
 from app_train.core.checkpoint import remove_checkpoints
@@ -149,16 +148,13 @@ def build_model(task: Task, config: FitConfig | None, seed: int) -> HierLoraCLIP
     return model.to(task.run.device, memory_format=torch.channels_last)
 
 
-def prompts_of(task: Task) -> Prompts | None:
-    """The prompts of the task as an expert on frozen features; None for a model without a head apart from its tower."""
-    if not has_head(task.base):
-        return None
-    base, tax = task.base, task.train.taxonomy
+def prompts_of(task: Task) -> Prompts:
+    """The prompts of the task as an expert on frozen features."""
+    base, tax = copy.deepcopy(task.base).cpu(), task.train.taxonomy
     prompts = PromptSet(tax, templates=(task.template,), names=task.train.node_text or None)
-    model = HierLoraCLIP(copy.deepcopy(base).cpu(), tax, prompts=prompts, center_text=True)
-    weight = model.dual_encoder.projection.weight.detach()
-    head = LinearHead.from_prompts(tax, model.node_features.detach(), float(model.dual_encoder.logit_scale.exp()))
-    return Prompts(head.eval(), lambda x: F.normalize(x @ weight.T, dim=-1))
+    model = HierLoraCLIP(base, tax, prompts=prompts, center_text=has_head(base))
+    head = LinearHead.from_prompts(tax, model.node_features.detach(), float(base.logit_scale.detach().exp()))
+    return Prompts(head.eval(), embedding(base))
 
 
 def zero_shot_row(task: Task, folder: Path, seed: int, facts: dict) -> dict:

@@ -1,0 +1,66 @@
+"""A classifier on the frozen features of a pretrained tower: what the recipe `folder` saves and `hier predict` uses."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from app_data.store.errors import DataError
+from app_eval.measure.embed import embedding, prepare
+from hier_lora import Prediction, ProductOfExperts, load_dual_encoder
+
+BACKBONE, MEAN = "backbone.json", "mean.safetensors"
+
+
+class FrozenClassifier:
+    """Pictures to paths.
+
+    Args:
+        base: the pretrained dual encoder.
+        locator: where it comes from.
+        size: height and width of the pictures it was fitted on.
+        mean: of the training features, (d,).
+        product: of experts on centred features.
+    """
+
+    def __init__(self, base: nn.Module, locator: str, size: int, mean: Tensor, product: ProductOfExperts) -> None:
+        self.base, self.locator, self.size, self.mean, self.product = base.eval(), locator, size, mean, product
+
+    def save(self, folder: Path) -> None:
+        """Write everything but the pretrained weights."""
+        self.product.save_pretrained(folder)
+        save_file({"mean": self.mean.contiguous()}, folder / MEAN)
+        (folder / BACKBONE).write_text(json.dumps({"format": 1, "model": self.locator, "size": self.size}) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "FrozenClassifier":
+        """Read it back.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        try:
+            backbone = json.loads((folder / BACKBONE).read_text(encoding="utf-8"))
+            mean, product = load_file(folder / MEAN)["mean"], ProductOfExperts.from_pretrained(folder)
+            locator, size = str(backbone["model"]), int(backbone["size"])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise DataError(f"{folder} holds no whole classifier ({error}): train again") from error
+        return cls(load_dual_encoder(locator), locator, size, mean, product)
+
+    @torch.inference_mode()
+    def predict(
+        self, pictures: Sequence[np.ndarray], decoder: str | None = None, **options: object
+    ) -> list[Prediction]:
+        """Paths of pictures, uint8 arrays (size, size, 3), by the chosen decoder if None is named."""
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        forward = getattr(self.base, "vision", self.base.encode_image)
+        x = forward(prepare(self.base, pixels)).float() - self.mean
+        features: dict[str, Tensor] = dict.fromkeys(self.product.experts, x)
+        if "prompts" in features:
+            features["prompts"] = embedding(self.base)(x)
+        return self.product.predict(features, decoder, **options)
