@@ -173,8 +173,16 @@ def joint_path_scores(logits: Float[Tensor, "batch nodes"], tax: Taxonomy) -> Fl
 
 def _path_sums(logits: Tensor, tax: Taxonomy) -> Tensor:
     """Sum of the logits along the extended path of every leaf, (B, K): the joint score but for a constant of the row."""
+    # Row by row down the levels: parents stand in order, so that each step reads memory in order.
+    levels, parents = list(logits.split(tax.level_sizes, 1)), tax.parent.split(tax.level_sizes)
+    first = 0
+    for level in range(1, tax.num_levels):
+        levels[level] = levels[level] + levels[level - 1].index_select(1, parents[level] - first)
+        first += tax.level_sizes[level - 1]
+    if tax.num_leaves == tax.level_sizes[-1]:
+        return levels[-1]  # no leaf above the last level
     repeats = tax.num_levels - tax.depth[tax.leaf]
-    along_path = ancestor_sum(logits, tax).index_select(1, tax.leaf)
+    along_path = torch.cat(levels, 1).index_select(1, tax.leaf)
     # Where nothing is repeated 0 * -inf would turn a masked leaf into NaN.
     again = torch.where(repeats > 0, repeats * logits.index_select(1, tax.leaf), 0.0)
     return along_path + again

@@ -223,11 +223,13 @@ class _LogSumExpAndRuns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_lse: Tensor, grad_sums: Tensor) -> tuple[Tensor, None, None]:
         logits, runs, order, lse = ctx.saved_tensors
-        softmax = (logits - finite(lse)[:, None]).exp()
         spread = _spread_runs(grad_sums, runs, logits.shape[1])
         if order is not None:
             spread = spread.index_select(1, order.argsort())
-        return torch.addcmul(spread, softmax, grad_lse[:, None]), None, None
+        shift, scale = finite(lse)[:, None], grad_lse[:, None]
+        if not torch.is_grad_enabled() and can_look(logits, grad_lse, grad_sums):
+            return (logits - shift).exp_().mul_(scale).add_(spread), None, None
+        return torch.addcmul(spread, (logits - shift).exp(), scale), None, None
 
 
 class _RingLogSumExp(torch.autograd.Function):
