@@ -10,7 +10,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ def geometry(num_vectors: int, *, first: int = 0, matrices: bool = False) -> Cal
         parameters = inspect.signature(function).parameters.values()
         names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         vector_names = names[first : first + num_vectors]
+        counts = {p.name for p in parameters if p.annotation is int}
 
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -66,7 +67,9 @@ def geometry(num_vectors: int, *, first: int = 0, matrices: bool = False) -> Cal
             if len(kwargs) > num_vectors or isinstance(c, Tensor):
                 # A mask stays what it is; weights and fractions take part in the promotion.
                 tensors = vectors | {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()}
-                kwargs.update({name: float(value) for name, value in kwargs.items() if type(value) is int})
+                kwargs.update(
+                    {name: float(value) for name, value in kwargs.items() if type(value) is int and name not in counts}
+                )
             dtype = compute_dtype(tensors | {"c": c} if isinstance(c, Tensor) else tensors)
             for name, tensor in tensors.items():
                 if tensor.dtype != dtype:
@@ -141,7 +144,7 @@ def compute_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
 
 
 def curvature_tensor(
-    c: float | int | Tensor,
+    c: Any,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -177,7 +180,7 @@ def _known_negative(value: Tensor) -> bool:
         return False
 
 
-def check_positive(name: str, value: float | int) -> float:
+def check_positive(name: str, value: Any) -> float:
     """Return a Python or NumPy number that is finite and > 0; else ValueError (TypeError when it is no number)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

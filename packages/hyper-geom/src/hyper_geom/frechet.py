@@ -53,7 +53,7 @@ def frechet_mean(
         x = from_ball(x, c.unsqueeze(-1))
     with torch.no_grad():
         mean = lorentz.midpoint(x, weights, c=c)
-        for _ in range(int(num_steps) - 1):
+        for _ in range(num_steps - 1):
             mean = _step(mean, x, share, c)
     mean = _step(mean.detach(), x, share, c)
     return mean if model == "lorentz" else to_ball(mean, c)

@@ -29,8 +29,8 @@ def _check_classes(name: str, value: Tensor, x: Tensor) -> Tensor:
 @nm.geometry(1)
 def hyperplane_logits(
     x: Float[Tensor, "*batch dim"],
-    weight: Float[Tensor, "classes dim"],
-    offset: Float[Tensor, " classes"],
+    weight: Tensor,
+    offset: Tensor,
     *,
     c: float | Tensor = 1.0,
     model: str = "lorentz",
@@ -42,8 +42,8 @@ def hyperplane_logits(
 
     Args:
         x: points of the model.
-        weight: normals w.
-        offset: signed distances b; cosh(k b) must not overflow.
+        weight: normals w `(classes dim)`.
+        offset: signed distances b `(classes)`; cosh(k b) must not overflow.
         c: curvature parameter.
         model: "lorentz" or "poincare"; the same point has the same logits.
 
@@ -71,7 +71,7 @@ def hyperplane_logits(
 @nm.geometry(1)
 def busemann_logits(
     x: Float[Tensor, "*batch dim"],
-    prototypes: Float[Tensor, "classes dim"],
+    prototypes: Tensor,
     *,
     c: float | Tensor = 1.0,
     model: str = "lorentz",
@@ -83,7 +83,7 @@ def busemann_logits(
 
     Args:
         x: points of the model.
-        prototypes: directions, made unit vectors e.
+        prototypes: directions `(classes dim)`, made unit vectors e.
         c: curvature parameter.
         model: "lorentz" or "poincare".
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hyper_geom import _numerics as nm
@@ -53,8 +53,8 @@ class Layout(NamedTuple):
 
 
 def layout(
-    x: Float[Tensor, "n dim"],
-    edges: Int[Tensor, "e 2"] | None = None,
+    x: Tensor,
+    edges: Tensor | None = None,
     *,
     c: float | Tensor = 1.0,
     model: str = "lorentz",
@@ -67,8 +67,8 @@ def layout(
     sectors of a tree, whichever ends lower.
 
     Args:
-        x: points.
-        edges: (parent, child) of a tree on the points, for a start without crossings.
+        x: points `(n dim)`.
+        edges: int64 `(e 2)`, (parent, child) of a tree on the points, for a start without crossings.
         c: curvature parameter.
         model: "lorentz" or "poincare".
         num_steps: steps from each start.
@@ -175,7 +175,7 @@ def _fidelity(points: Tensor, radius: Tensor, wanted: Tensor) -> tuple[float, fl
 
 def to_svg(
     picture: Layout | Tensor,
-    edges: Int[Tensor, "e 2"] | None = None,
+    edges: Tensor | None = None,
     *,
     labels: Sequence[str] | None = None,
     groups: Sequence[int] | None = None,
@@ -236,7 +236,7 @@ def to_svg(
     return "\n".join([*lines, "</svg>"])
 
 
-def to_html(picture: Layout, edges: Int[Tensor, "e 2"] | None = None, *, title: str = "Layout", **options) -> str:
+def to_html(picture: Layout, edges: Tensor | None = None, *, title: str = "Layout", **options) -> str:
     """A page of its own: the SVG of `to_svg` and the picture's fidelity beneath it.
 
     Args:

@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hyper_geom import _numerics as nm
@@ -84,11 +84,11 @@ def _order(parent: list[int]) -> list[int]:
     return order
 
 
-def graph_distances(edges: Int[Tensor, "e 2"], num_nodes: int) -> Float[Tensor, "n n"]:
+def graph_distances(edges: Tensor, num_nodes: int) -> Float[Tensor, "n n"]:
     """Numbers of edges between all nodes of a tree.
 
     Args:
-        edges: (parent, child).
+        edges: int64 `(e 2)`, (parent, child).
         num_nodes: number of nodes.
 
     Returns:
@@ -135,7 +135,7 @@ def _carry(vectors: Tensor, start: Tensor, end: Tensor) -> Tensor:
 
 
 def embed_tree(
-    edges: Int[Tensor, "e 2"],
+    edges: Tensor,
     num_nodes: int,
     dim: int = 2,
     *,
@@ -152,7 +152,7 @@ def embed_tree(
     the distortion. Then Adam lowers the mean of (d/(edge_length d_tree) - 1)^2 in tangent coordinates.
 
     Args:
-        edges: (parent, child).
+        edges: int64 `(e 2)`, (parent, child).
         num_nodes: number of nodes.
         dim: dimension of the space, at least 2.
         c: curvature parameter.
@@ -238,12 +238,12 @@ def distortion(distances: Float[Tensor, "n n"], target: Float[Tensor, "n n"]) ->
     return (scale * ratio - 1).abs().mean().item(), (ratio.max() / ratio.min()).item()
 
 
-def reconstruction_map(distances: Float[Tensor, "n n"], edges: Int[Tensor, "e 2"]) -> float:
+def reconstruction_map(distances: Float[Tensor, "n n"], edges: Tensor) -> float:
     """Mean average precision of each node's neighbours in the tree among all nodes sorted by distance.
 
     Args:
         distances: of the embedding.
-        edges: (parent, child).
+        edges: int64 `(e 2)`, (parent, child).
 
     Returns:
         In (0, 1]; 1 where every neighbour is nearer than every other node.
@@ -287,7 +287,7 @@ def _ancestors(edges: Tensor, num: int) -> Tensor:
 
 def cone_scores(
     points: Float[Tensor, "n dim"],
-    edges: Int[Tensor, "e 2"],
+    edges: Tensor,
     *,
     c: float | Tensor = 1.0,
     model: str = "lorentz",
@@ -298,7 +298,7 @@ def cone_scores(
 
     Args:
         points: of the nodes.
-        edges: (parent, child).
+        edges: int64 `(e 2)`, (parent, child).
         c: curvature parameter.
         model: "lorentz" or "poincare".
         min_radius: K of the half aperture.
@@ -318,7 +318,7 @@ def cone_scores(
 
 def tree_fit(
     points: Float[Tensor, "n dim"],
-    edges: Int[Tensor, "e 2"],
+    edges: Tensor,
     *,
     c: float | Tensor = 1.0,
     model: str = "lorentz",
@@ -328,7 +328,7 @@ def tree_fit(
 
     Args:
         points: of the nodes.
-        edges: (parent, child).
+        edges: int64 `(e 2)`, (parent, child).
         c: curvature parameter.
         model: "lorentz" or "poincare".
         min_radius: K of the half aperture.
