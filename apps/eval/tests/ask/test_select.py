@@ -12,6 +12,7 @@ from PIL import Image
 from app_data.store.errors import DataError
 from app_eval.ask.harness import with_demos
 from app_eval.ask.pool import DemoPool, PoolItem, _codes, fit_bank, read_items, train_lift
+from app_eval.cli import main
 from app_eval.measure.selection_study import Study, score, study_rows
 from app_eval.show.stories.icl import COMPARED
 from hyper_icl import TopKClipSelector

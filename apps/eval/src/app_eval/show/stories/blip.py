@@ -35,11 +35,12 @@ DIAGNOSTICS = {
 # Steps over which the matching loss is averaged; the loss of a head that always says "one in three".
 LAST_STEPS, CONSTANT_LOSS = 20, math.log(3) - 2 / 3 * math.log(2)
 TEXT, PICTURE, GROUP = "retrieval/itc/txt_r1", "retrieval/itc/img_r1", "retrieval/levels/group/txt_r1"
+KINDS = (("text", "txt"), ("picture", "img"))
 LENGTH, ERROR = "radius/caption_length/spearman", "radius/scores/radius/error_auroc"
 # Title of a table, what it needs, its note, and (title, where) of its columns; "answers" are those after re-ranking, if there was any.
 TABLES = (
-    ("Retrieval", "retrieval", "Texts are found for pictures, and pictures for texts, in percent; of the subgroup and the group any text counts.",
-     [*((f"{what} in the first {k}", f"retrieval/answers/{name}_r{k}") for what, name in (("text", "txt"), ("picture", "img")) for k in (1, 5, 10)),
+    ("Retrieval", "retrieval", "In percent; of the subgroup and the group any text counts.",
+     [*((f"{what} in the first {k}", f"retrieval/answers/{name}_r{k}") for what, name in KINDS for k in (1, 5, 10)),
       ("subgroup of the first text", "retrieval/levels/subgroup/txt_r1"), ("group of the first text", GROUP),
       ("first text, contrastive alone", TEXT), ("first picture, contrastive alone", PICTURE)]),
     ("Ranked by the cosine of the same features", "retrieval",
@@ -48,17 +49,18 @@ TABLES = (
      [("first text", TEXT), ("by cosine", "retrieval/cosine/txt_r1"), ("first picture", PICTURE), ("by cosine", "retrieval/cosine/img_r1"),
       ("commonest first answer, share", "retrieval/commonest_answer")]),
     ("Photographs of COCO, never seen in training", "coco_mini", "In percent.",
-     [(f"{what} in the first {k}", f"coco_mini/answers/{name}_r{k}") for what, name in (("text", "txt"), ("picture", "img")) for k in (1, 5)]),
+     [(f"{what} in the first {k}", f"coco_mini/answers/{name}_r{k}") for what, name in KINDS for k in (1, 5)]),
     ("Captions", "captions", "Each caption is also scored as that of another picture, the control for what common words earn.",
-     [("BLEU-4", "captions/bleu_4"), ("ROUGE-L", "captions/rouge_l"), ("CIDEr", "captions/cider"), ("CIDEr, other picture", "captions/cider_other"),
-      ("exactly right, share", "captions/exact"), ("different captions, share", "captions/distinct")]),
+     [("BLEU-4", "captions/bleu_4"), ("ROUGE-L", "captions/rouge_l"), ("CIDEr", "captions/cider"),
+      ("CIDEr, other picture", "captions/cider_other"), ("exactly right, share", "captions/exact"), ("different captions, share", "captions/distinct")]),
     ("The radius", "radius",
-     "Rank correlations of the radius (of texts with their length, of pictures with how much of them is cut off or blurred); how well a small "
+     "Rank correlations of the radius (of texts with their length, of pictures with a crop or blur); how well a small "
      "radius tells wrong first answers (0.5 is noise); area under risk against coverage (lower is better); straightness of recall over ten "
      "bins of the radius (1 is a rising line); shares of texts nearer to the origin than their picture, and of group words nearer than "
      "their text. In the Euclidean row the radius is a monotone function of the Euclidean norm: it is the control.",
-     [("with caption length", LENGTH), ("with crop", "radius/crop/spearman"), ("with blur", "radius/blur/spearman"), ("tells errors", ERROR),
-      ("risk", "radius/scores/radius/aurc"), ("risk, random", "radius/scores/random/aurc"), ("risk, largest softmax", "radius/scores/largest softmax/aurc"),
+     [("with caption length", LENGTH), ("with crop", "radius/crop/spearman"), ("with blur", "radius/blur/spearman"),
+      ("tells errors", ERROR), ("risk", "radius/scores/radius/aurc"), ("risk, random", "radius/scores/random/aurc"),
+      ("risk, largest softmax", "radius/scores/largest softmax/aurc"),
       ("straightness", "radius/scores/radius/minus_s_r2"), ("straightness, largest softmax", "radius/scores/largest softmax/minus_s_r2"),
       ("text below picture", "radius/text_below_image"), ("group word below text", "radius/group_word_below_caption")]),
     ("At the last step", "diagnostics", "", [(title, f"diagnostics/{key}") for key, title in DIAGNOSTICS.items()]),
@@ -127,18 +129,19 @@ def tell(content: Mapping[str, dict]) -> Page:
     right = {
         row: f"{statistics.fmean(_numbers(runs, row, TEXT)):.1f} %" if row in rows else "(not run)" for row in FIRST
     }
+    values = {r: tuple(over_seeds(_numbers(runs, r, where)) for _, where in shown) for r in rows}
     return Page(
         title="hyper-blip: a small BLIP-2 on emoji",
-        outcome=f"Given a picture by an artist never seen, Euclidean BLIP-2 finds its text among {num} for {right['euclidean']} of the pictures, "
-        f"the paper's hyperbolic cosine for {right['cosine']}, and the Lorentz distance alone for {right['lorentz_plain']}.",
+        outcome=f"Given a picture by an artist never seen, Euclidean BLIP-2 finds its text among {num} for {right['euclidean']} of the "
+        f"pictures, the paper's hyperbolic cosine for {right['cosine']}, and the Lorentz distance alone for {right['lorentz_plain']}.",
         figure=Figure(
             f"first answers that are right, {_title(studies[0])}",
-            tuple((title, {ROWS[r]: over_seeds(_numbers(runs, r, where)) for r in rows}) for title, where in shown),
+            tuple((title, {ROWS[r]: values[r][i] for r in rows}) for i, (title, _) in enumerate(shown)),
         ),
         table=Table(
             tuple(Column(title, 1) for title, _ in shown),
             (
-                *(Row(ROWS[r], tuple(over_seeds(_numbers(runs, r, w)) for _, w in shown) if r in rows else (), _command(studies[0])) for r in FIRST),
+                *(Row(ROWS[r], values.get(r, ()), _command(studies[0], [r])) for r in FIRST),
                 Row(GUESS, (100 / num, 100 / num, None)),
             ),
             first=_title(studies[0]),
@@ -197,10 +200,12 @@ def _setting(config: Mapping) -> Section:
             f"The model is trained on emoji by {', '.join(config['artists'])} and tested on pictures by an artist never seen (Twemoji). "
             "EfficientNet-Lite0 and SmolLM2-135M are frozen; a Q-Former that starts from MiniLM is trained "
             f"({config['num_layers']} layers, {config['num_queries']} queries, captions of at most {config['max_tokens']} tokens).",
-            "A cosine after the exponential map at the origin is the Euclidean cosine, because the map keeps directions. So the row with the "
+            "A cosine after the exponential map at the origin is the Euclidean cosine, because the map keeps directions. So the row with "
+            "the "
             "paper's cosine differs from Euclidean BLIP-2 by RQS and RTP alone, and no contrastive loss trains its radius. The Lorentz "
             "row with RQS and RTP differs by three things at once.",
-            "A claim is better or worse where its interval over seeds excludes 0; nothing was kept picture by picture, and nothing corrects for the "
+            "A claim is better or worse where its interval over seeds excludes 0; nothing was kept picture by picture, and nothing "
+            "corrects for the "
             "number of claims. First texts are judged by the contrastive similarity, before any re-ranking.",
         ),
     )
@@ -232,8 +237,10 @@ def _judged(study: Mapping) -> Section:
 def _warnings(runs: Sequence[Mapping]) -> list[str]:
     """What makes the numbers of a study mean less than they seem to."""
     said, rows = [], list(runs[0])
-    losses = [seed[row].get("diagnostics", {}).get("loss/itm", math.nan) for seed in runs for row in rows]
-    if any("itm" in seed[row]["retrieval"] for seed in runs for row in rows) and not all(map(math.isnan, losses)):
+    found = [
+        seed[row] for seed in runs for row in rows if "itm" in seed[row]["retrieval"] and "diagnostics" in seed[row]
+    ]
+    if losses := [one["diagnostics"]["loss/itm"] for one in found]:
         said.append(
             f"The matching head saw few steps: its loss over the last {LAST_STEPS} is {statistics.fmean(losses):.3f}, and a constant has "
             f"{CONSTANT_LOSS:.3f}."
@@ -241,7 +248,8 @@ def _warnings(runs: Sequence[Mapping]) -> list[str]:
     clipped = [ROWS[row] for row in rows if min(_numbers(runs, row, "diagnostics/clipped_text")) > 0.5]
     if clipped:
         said.append(
-            f"In training, more than half of the texts sit at the largest radius in: {'; '.join(clipped)}. There the radius was not trained, and "
+            f"In training, more than half of the texts sit at the largest radius in: {'; '.join(clipped)}. There the radius was not "
+            f"trained, and "
             "distances are distances to one sphere."
         )
     same = [ROWS[row] for row in rows if statistics.fmean(_numbers(runs, row, "captions/distinct")) < 0.5]

@@ -12,7 +12,12 @@ from app_eval.measure.interval import Interval, mean_over_seeds, over_seeds, res
 from app_eval.show.commands import read_json
 from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table, tally
 
-__all__ = ["OURS", "collect", "tell"]  # the recipe icl-distill takes the name of the selector from here
+__all__ = [
+    "OURS",
+    "collect",
+    "distilled_section",
+    "tell",
+]  # the recipe icl-distill takes the name of the selector from here
 
 EUCLIDEAN, KS = "anchors, Euclidean", 4
 TITLES = {"random": "random demonstrations", OURS: "hyperbolic anchors", EUCLIDEAN: "Euclidean anchors"}
@@ -96,7 +101,7 @@ def tell(content: Mapping[str, dict]) -> Page:
             columns, rows, note="Brackets are 95 % bootstrap intervals over the queries, seeds averaged first."
         ),
         control=VOTE,
-        body=(_setting(model), *map(_judged, tasks), _distilled(distilled), _selection(chosen), _not_run(tasks)),
+        body=(_setting(model), *map(_judged, tasks), distilled_section(distilled), _selection(chosen), _not_run(tasks)),
         tables=(*map(_task_tables, tasks), *map(_study_tables, chosen["studies"])),
         commands=(
             "python apps/eval selection-study --json docs/results/hyper-icl.json",
@@ -152,9 +157,11 @@ def _setting(model: Mapping) -> Section:
     )
     chosen = ", ".join(f"{strength[kind]['lambda']:g} ({kind})" for kind in ("lorentz", "euclidean"))
     said = (
-        f"One model was trained (EfficientNet-Lite0 and SmolLM2-135M frozen; a connector and LoRA of rank {card['rank']}, {steps}), so nothing "
+        f"One model was trained (EfficientNet-Lite0 and SmolLM2-135M frozen; a connector and LoRA of rank {card['rank']}, {steps}), so "
+        f"nothing "
         "here says how another training would come out. A seed draws random demonstrations and trains the anchors; "
-        f"{len(model['seeds'])} were planned. Anchors train on the answers of the pool, so their choice is a classifier already: compare it "
+        f"{len(model['seeds'])} were planned. Anchors train on the answers of the pool, so their choice is a classifier already: compare "
+        f"it "
         "with the vote. Answers are scored by likelihood over the closed set. Calibration weighs demonstrations by their distance in the "
         f"attention; its strength, {chosen}, was chosen on {strength['n']} held-out training questions with {strength['k']} random "
         "demonstrations.",
@@ -191,7 +198,8 @@ def _judged(task: Mapping) -> Section:
     )
 
 
-def _distilled(result: Mapping | None) -> Section:
+def distilled_section(result: Mapping | None) -> Section:
+    """A student against the calibrated model that it learned from."""
     title = "Distilled against calibrated attention"
     if result is None:
         return Section(title, (Table((Column(""),), (Row("distilled", command="python apps/train icl-distill"),)),))

@@ -20,7 +20,8 @@ COMPARED = {"neighbour": ROWS["neighbour"], **TRAINED}
 DATA = {"emoji": "emoji", "cifar100": "few-shot CIFAR-100"}
 TESTED = {"emoji": "the unseen artist's emoji", "cifar100": "the test pictures of few-shot CIFAR-100"}
 SCORES = {
-    "leaf": "leaf right, %", "fpa": "whole path right, %", "tice": "path broken, %", "level_1": "top level right, %", "ahd": "distance to the truth",
+    "leaf": "leaf right, %", "fpa": "whole path right, %", "tice": "path broken, %", "level_1": "top level right, %", "ahd": "distance "
+    "to the truth",
     "severity": "height of a mistake", "hca": "every choice right, %", "mta": "right over tree cuts, %",
 }  # fmt: skip
 DECODERS = {"level_argmax": "level by level", "bottom_up": "bottom-up", "joint_path": "by best path"}
@@ -60,7 +61,8 @@ EXPERIMENTS = {
 TOWERS = {"head": "no LoRA", "vision": "LoRA on pictures", "text": "LoRA on text", "both": "LoRA on both"}
 # {experiment/data/row/score/part/pictures} stands for a value.
 SEEN = (
-    "Leaf cross-entropy never trains the upper nodes: on CIFAR-100, read level by level, {main/cifar100/leaf_ce/tice@level_argmax} of its paths "
+    "Leaf cross-entropy never trains the upper nodes: on CIFAR-100, read level by level, {main/cifar100/leaf_ce/tice@level_argmax} of "
+    "its paths "
     "break, and {main/cifar100/both/tice@level_argmax} with TP-KL + HiSCE.",
     "With the penalty on children without their parent at weight 10, {consistency/cifar100/10/tice@level_argmax} of the paths break, "
     "with permuted parents {consistency/cifar100/10-permuted/tice@level_argmax}.",
@@ -114,7 +116,7 @@ def tell(content: Mapping[str, dict]) -> Page:
         table=Table(
             tuple(Column(f"{DATA[n]}: {column_title(c)}", 1) for n in names for c in FIRST),
             tuple(_row(ROWS[r], [(entries[n][r], c) for n in names for c in FIRST]) for r in FIRST_ROWS),
-            note="Means over seeds; brackets are 95 % bootstrap intervals over the test pictures. A path is broken where a predicted node is "
+            note="Means over seeds; brackets are 95 % bootstrap intervals over test pictures. A path is broken where a predicted node is "
             "not the child of the one above it. Level by level, each level names its likeliest node; bottom-up, the likeliest leaf gives "
             "the path; by best path, the path with the largest sum wins.",
         ),
@@ -224,13 +226,15 @@ def _setting(study: Mapping, names: Sequence[str]) -> Section:
     return Section(
         "What was held fixed",
         (
-            "EfficientNet-Lite0 sees the pictures, MiniLM reads the names, and a projection in closed form joins them; no weights of CLIP can "
+            "EfficientNet-Lite0 sees the pictures, MiniLM reads the names, and a projection in closed form joins them; no weights of "
+            "CLIP can "
             "be had here. Only the projection and the scale of the cosines are trained, on frozen features, unless a row says LoRA. Emoji "
             "are trained on two artists (three styles) and tested on an artist never seen, whose pictures are centred on their own mean. "
             "CIFAR-100 has 20 pictures a class, five of them for validation, under the WordNet tree and the 25 cuts of ProTeCt. Every "
             "row tries the same learning rates and takes the one with the smallest distance to the truth on validation pictures.",
             tuple(lines),
-            "Leaf cross-entropy trains nothing above the leaves, so comparisons read it bottom-up, where no path can break. Scores whose values "
+            "Leaf cross-entropy trains nothing above the leaves, so comparisons read it bottom-up, where no path can break. Scores whose "
+            "values "
             f"seed by seed were not kept have an interval over items alone. All runs took {study['seconds'] / 60:.0f} CPU minutes.",
         ),
     )
@@ -299,7 +303,8 @@ def _update(study: Mapping, name: str) -> Section:
         rows.append(_row(title, [(e, c) for c in columns for e in (old, new)], (len(old["seeds"]),)))
     note = (
         "Some classes are hidden in training and added afterwards; then a third of the epochs at a third of the rate follows, on so many "
-        "pictures of every class. All nodes are candidates. Hidden classes differ from seed to seed, so the pictures of all seeds are joined."
+        "pictures of every class. All nodes are candidates. Hidden classes differ from seed to seed, so the pictures of all seeds are "
+        "joined."
     )
     table = Table(
         (Column("seeds"), *columns_of(columns, ("old: ", "new: "))), tuple(rows) or (Row("update", command=COMMAND),)

@@ -83,18 +83,24 @@ def tell(content: Mapping) -> Page:
     told = {name: f"{_percent(rows[name], 'hca').value:.1f} %" if name in rows else "(not run)" for name in FIRST}
     table = Table(
         tuple(Column(f"{TITLES[s]} ({ABBREVIATED[s]}), %", 1) for s in SCORES),
-        tuple(Row(n, tuple(_percent(rows[n], s) for s in SCORES) if n in rows else (), _command(shown)) for n in FIRST),
+        tuple(
+            Row(
+                n, tuple(_percent(rows[n], s) for s in SCORES) if n in rows else (), _absent(shown, found[shown], FIRST)
+            )
+            for n in FIRST
+        ),
         first=_name(shown),
         note="Means over seeds; brackets are 95 % bootstrap intervals over the test pictures. The choice is among siblings, on every step "
         "from the top to the leaf; a cut is a set of nodes that covers every leaf once. Always naming the majority member of each cut is "
         f"right over {100 * found[shown]['mta_majority']:.1f} %.",
     )
+    panels = {f"{TITLES[s]}, %": {n: _percent(rows[n], s) for n in FIRST if n in rows} for s in SCORES}
     return Page(
         title="Modality Alignment across Trees on towers that are reachable",
         outcome=f"On {_name(shown)}, tree losses alone (PROTECT) get every choice down the tree right for {told['PROTECT']} of the test "
         f"pictures, the whole method (HETEROGENEOUS) for {told['HETEROGENEOUS']}, and the nearest training picture for "
         f"{told['nearest picture']}.",
-        figure=Figure(f"scores of the rows on {_name(shown)}", tuple((f"{TITLES[s]}, %", {n: _percent(rows[n], s) for n in FIRST if n in rows}) for s in SCORES)),
+        figure=Figure(f"scores of the rows on {_name(shown)}", tuple(panels.items())),
         table=table,
         control="nearest picture",
         body=(
@@ -161,7 +167,8 @@ def _setting() -> Section:
     return Section(
         "What was held fixed",
         (
-            "These are not the paper's experiments: the paper tunes the prompts of CLIP, and no CLIP weights can be had here. The towers are "
+            "These are not the paper's experiments: the paper tunes the prompts of CLIP, and no CLIP weights can be had here. The towers "
+            "are "
             "frozen. Trained are one linear map for each depth, one of the text, the attention, the curvatures and the scale of the "
             "cosines. VANILLA (cross-entropy of leaves) and PROTECT (VANILLA with losses over tree cuts) train the map of the last depth "
             "alone; EUCLIDEAN adds tokens of several depths, SHARED, SEPARATE and HETEROGENEOUS add entailment cones. So rows with several "
@@ -246,6 +253,11 @@ def _command(key: Key, entry: Mapping | None = None) -> str:
     return "python apps/train mat " + " ".join([*start, "--size", str(entry["size"]), "--tower", tower, *words])
 
 
+def _absent(key: Key, entry: Mapping, names: Sequence[str]) -> str:
+    """The command that runs what a run lacks of these rows."""
+    return _command(key, {**entry, "rows": dict.fromkeys(n for n in names if n not in entry["rows"])})
+
+
 def _run(found: Mapping, key: Key) -> Section:
     entry = found.get(key)
     heads = (
@@ -267,7 +279,8 @@ def _run(found: Mapping, key: Key) -> Section:
         f"{fit['c_txt']:g}. The majority member of each cut is right over {100 * entry['mta_majority']:.1f} %."
     )
     claims = [_claim(entry, a, b, s, f"{what}, {TITLES[s]}") for what, a, b in _compared(entry) for s in SCORES]
-    rows += [Row(name, command=_command(key)) for name in VARIANTS if key[3] == "main" and name not in entry["rows"]]
+    absent = [name for name in VARIANTS if key[3] == "main" and name not in entry["rows"]]
+    rows += [Row(name, command=_absent(key, entry, absent)) for name in absent]
     tables = (Table(heads, tuple(rows)), _block(found, key, claims), *_geometry(entry), *_second(entry))
     return Section(_name(key), (note, *tables), _command(key, entry))
 
@@ -333,7 +346,7 @@ def _published(stored: Mapping | None) -> list[Section]:
     rows.append(Row("MTA of the majority", tuple(f"{x:.1f}" for x in stored["majority MTA"])))
     title = next(name for name in stored if name.startswith("HCA"))
     ablation = tuple(Row(name, tuple(values)) for name, values in stored[title].items())
-    note = f"LA/HCA/MTA in percent. Source: {stored['published']}; {stored['models']}. Other models on other test sets: compare nothing across."
+    note = f"LA/HCA/MTA in percent. Source: {stored['published']}; {stored['models']}. Other models, other test sets: compare nothing across."
     places = title.rpartition(" on ")[2].split(", ")
     first, second = (tuple(Column(name, 2) for name in names) for names in (stored["data"], places))
     return [
