@@ -85,10 +85,14 @@ def text_table(rows: dict[str, dict], decoders: tuple[str, ...] = tuple(DECODERS
 def short_table(rows: dict[str, dict]) -> str:
     """Leaf accuracy and average hierarchical distance of every row; of test pictures together and alone where they differ."""
     width = max(map(len, rows)) + 2
-    lines = ["leaf: share of right leaves. AHD: mean height of the lowest common ancestor of answer and truth, 0 if right."]
+    lines = [
+        "leaf: share of right leaves. AHD: mean height of the lowest common ancestor of answer and truth, 0 if right."
+    ]
     heads = ["leaf", "AHD"]
     if any("single" in result for result in rows.values()):
-        lines.append("Together: all test pictures are centred on their own mean. Alone: each on the mean of the training pictures.")
+        lines.append(
+            "Together: all test pictures are centred on their own mean. Alone: each on the mean of the training pictures."
+        )
         heads = ["leaf, together", "AHD, together", "leaf, alone", "AHD, alone"]
     lines.append(f"\n{'':<{width}}" + "".join(f"{head:>16}" for head in heads))
     for name, result in rows.items():

@@ -139,7 +139,8 @@ def tell(content: Mapping[str, dict]) -> Page:
             tuple(Row(titles[r], tuple(cells[r].values())) for r in FIRST),
             note=(
                 f"Means over {run['seeds']} seed(s); brackets are 95 % bootstrap intervals over {run['n']} test pictures. "
-                "The distance is the mean height of the lowest common ancestor of answer and truth: 0 is right, 1 the subgroup, 2 the group, 3 the root."
+                "The distance is the mean height of the lowest common ancestor of answer and truth: 0 is right, 1 the subgroup, "
+                "2 the group, 3 the root."
             ),
         ),
         control=titles[STRONGEST],
