@@ -52,7 +52,8 @@ TABLES = (
      [(f"{what} in the first {k}", f"coco_mini/answers/{name}_r{k}") for what, name in KINDS for k in (1, 5)]),
     ("Captions", "captions", "Each caption is also scored as that of another picture, the control for what common words earn.",
      [("BLEU-4", "captions/bleu_4"), ("ROUGE-L", "captions/rouge_l"), ("CIDEr", "captions/cider"),
-      ("CIDEr, other picture", "captions/cider_other"), ("exactly right, share", "captions/exact"), ("different captions, share", "captions/distinct")]),
+      ("CIDEr, other picture", "captions/cider_other"), ("exactly right, share", "captions/exact"),
+      ("different captions, share", "captions/distinct")]),
     ("The radius", "radius",
      "Rank correlations of the radius (of texts with their length, of pictures with a crop or blur); how well a small "
      "radius tells wrong first answers (0.5 is noise); area under risk against coverage (lower is better); straightness of recall over ten "
