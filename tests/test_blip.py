@@ -142,7 +142,7 @@ def test_caption_and_search(finished, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_page(finished, tmp_path, capsys):
-    from app_eval.cli import main
+    from app_train.cli import hier as main
 
     page = tmp_path / "page.md"
     assert main(["page", "blip", str(finished), str(page)]) == 0

@@ -346,10 +346,7 @@ def _published(stored: Mapping | None) -> list[Section]:
     rows.append(Row("MTA of the majority", tuple(f"{x:.1f}" for x in stored["majority MTA"])))
     title = next(name for name in stored if name.startswith("HCA"))
     ablation = tuple(Row(name, tuple(values)) for name, values in stored[title].items())
-    note = (
-        f"LA/HCA/MTA in percent. Source: {stored['published']}; {stored['models']}. "
-        "Other models, other test sets: compare nothing across."
-    )
+    note = f"LA/HCA/MTA in percent, from {stored['published']}; {stored['models']}. Other models and test sets: compare nothing across."
     places = title.rpartition(" on ")[2].split(", ")
     first, second = (tuple(Column(name, 2) for name in names) for names in (stored["data"], places))
     return [
