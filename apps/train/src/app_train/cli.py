@@ -1,4 +1,4 @@
-"""The command line: `hier COMMAND ...`, and `python apps/train RECIPE ...` for its command `train`."""
+"""The command line: `hier COMMAND ...`, and `hier train RECIPE ...` for its command `train`."""
 
 import os
 import sys

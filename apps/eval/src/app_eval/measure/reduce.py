@@ -45,7 +45,7 @@ def reduce_study(study: Path) -> dict:
     """
     runs = sorted(study.glob("*/*/*/seed-*/run.json"))
     if not runs:
-        raise DataError(f"{study} holds no finished run: run `python apps/train lora-study` first")
+        raise DataError(f"{study} holds no finished run: run `hier train lora-study` first")
     found = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in runs]
     data = {}
     for path in sorted(study.glob("*/data.json")):

@@ -151,7 +151,7 @@ def tell(content: Mapping[str, dict]) -> Page:
         control=ROWS["euclidean"],
         body=(_setting(config), *(_judged(study) for study in studies), _not_run(studies)),
         tables=tuple(section for number, study in enumerate(studies) for section in _tables(study, number + 1)),
-        commands=(_command(studies[0]), "python apps/eval page blip RUN... docs/results/hyper-blip.md"),
+        commands=(_command(studies[0]), "hier page blip RUN... docs/results/hyper-blip.md"),
         terms=TERMS,
         credits=(EMOJI_CREDIT,),
     )  # fmt: skip
@@ -191,7 +191,7 @@ def _command(study: Mapping, rows: Sequence[str] = ()) -> str:
     words |= {f"{s}.{key}": config[s][key] for s in ("stage1", "stage2") for key in ("epochs", "batch_size", "lr")}
     words |= {key: config[key] for key in ("num_layers", "num_queries", "max_tokens", "num_captions", "k_test")}
     words |= {"coco_mini": "FILE"} if "coco_mini" in next(iter(result["runs"][0].values())) else {}
-    return "python apps/train blip-mini " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in words.items())
+    return "hier train blip-mini " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in words.items())
 
 
 def _setting(config: Mapping) -> Section:

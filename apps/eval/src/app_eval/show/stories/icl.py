@@ -40,7 +40,7 @@ ABLATION = (
     ("anchors, calibration with Euclidean anchors", OURS, "euclidean"), ("Euclidean throughout", EUCLIDEAN, "euclidean"),
 )  # fmt: skip
 LEVELS = {"easy-vqa": ("kind of answer", "answer"), "emoji": ("group", "subgroup", "leaf")}
-STUDY = "python apps/eval icl-study runs/icl-mini --json docs/results/hyper-icl-model.json"
+STUDY = "hier eval icl runs/icl-mini --out docs/results/hyper-icl-model.json"
 TERMS = {
     "RICES": "the pictures nearest to the query's",
     "MMICES": "nearest pictures, then nearest questions",
@@ -104,11 +104,11 @@ def tell(content: Mapping[str, dict]) -> Page:
         body=(_setting(model), *map(_judged, tasks), distilled_section(distilled), _selection(chosen), _not_run(tasks)),
         tables=(*map(_task_tables, tasks), *map(_study_tables, chosen["studies"])),
         commands=(
-            "python apps/eval selection-study --json docs/results/hyper-icl.json",
-            f"python apps/train icl-mini {model['model'].get('options', '')}".strip(),
+            "hier eval selection --out docs/results/hyper-icl.json",
+            f"hier train icl-mini {model['model'].get('options', '')}".strip(),
             STUDY,
-            "python apps/train icl-distill",
-            "python apps/eval page icl docs/results/hyper-icl.json --model docs/results/hyper-icl-model.json --distilled "
+            "hier train icl-distill",
+            "hier page icl docs/results/hyper-icl.json --model docs/results/hyper-icl-model.json --distilled "
             "docs/results/hyper-icl-distilled.json docs/results/hyper-icl.md",
         ),
         terms=TERMS,
@@ -202,7 +202,7 @@ def distilled_section(result: Mapping | None) -> Section:
     """A student against the calibrated model that it learned from."""
     title = "Distilled against calibrated attention"
     if result is None:
-        return Section(title, (Table((Column(""),), (Row("distilled", command="python apps/train icl-distill"),)),))
+        return Section(title, (Table((Column(""),), (Row("distilled", command="hier train icl-distill"),)),))
     options, masses, claims = result["options"], result["masses"], []
     for selector in dict.fromkeys(cell["selector"] for cell in result["cells"]):
         task = {"cells": [{**cell, "k": 0} for cell in result["cells"] if cell["selector"] == selector]}

@@ -30,7 +30,7 @@ FIRST = ("leaf@bottom_up", "fpa@joint_path", "tice@level_argmax")
 SHORT = ("leaf@bottom_up", "fpa@joint_path", "fpa@level_argmax", "tice@level_argmax", "ahd@bottom_up")
 ALL = tuple(f"{s}@{d}" for s, d in SHOWN)
 JUDGED = tuple(c for c in ALL if not c.startswith("tice") and c != "level_1@bottom_up")
-COMMAND = "python apps/train lora-study --data DIR"
+COMMAND = "hier train lora-study --data DIR"
 # What was varied besides the loss: title, note, data.
 EXPERIMENTS = {
     "alpha": ("The weight of TP-KL (alpha)", "The row TP-KL + HiSCE has alpha 1.", ("emoji",)),
@@ -135,7 +135,7 @@ def tell(content: Mapping[str, dict]) -> Page:
             *(_update(study, n) for n in names),
             *(_varied(study, experiment) for experiment in EXPERIMENTS),
         ),
-        commands=(COMMAND, "python apps/eval page lora runs/lora-study docs/results/hier-lora.md"),
+        commands=(COMMAND, "hier page lora runs/lora-study docs/results/hier-lora.md"),
         terms=TERMS,
         credits=(EMOJI_CREDIT, "CIFAR-100: Krizhevsky, 2009; its tree and cuts: ProTeCt, Wu et al., 2024."),
     )

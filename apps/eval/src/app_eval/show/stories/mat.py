@@ -45,7 +45,7 @@ PARTS = (
     ("two manifolds in place of one", "HETEROGENEOUS", "SHARED"),
     ("the whole method over tree losses", "HETEROGENEOUS", "PROTECT"),
 )
-PAGE = "python apps/eval page mat docs/results/mat-align.json docs/results/mat-align-published.json runs/mat/* docs/results/mat-align.md"
+PAGE = "hier page mat docs/results/mat-align.json docs/results/mat-align-published.json runs/mat/* docs/results/mat-align.md"
 TERMS = {"c_mid": "the curvature between that of pictures and that of texts"}
 TITLES = {"la": "leaf right", "hca": "every choice right", "mta": "right over tree cuts"}
 ABBREVIATED = {"la": "LA", "hca": "HCA", "mta": "MTA"}
@@ -59,7 +59,7 @@ def collect(sources: Sequence[Path]) -> dict[str, object]:
     for source in sources:
         files = sorted(source.glob("result-*.json")) if source.is_dir() else [source]
         if not files:
-            raise DataError(f"{source} holds no finished result: finish the run first with python apps/train mat")
+            raise DataError(f"{source} holds no finished result: finish the run first with hier train mat")
         for file in files:
             stored = read_json(file)
             if isinstance(stored, dict) and "published" in stored:
@@ -75,7 +75,7 @@ def tell(content: Mapping) -> Page:
     found = {(e["data"], e["shots"], e["tower"], e["study"]): e for e in content[""]}
     main = {key: found[key] for key in PLANNED if key in found and key[3] == "main"}
     if not main:
-        raise DataError("no run of the variants is at hand: run python apps/train mat first")
+        raise DataError("no run of the variants is at hand: run hier train mat first")
     shown = next((key for key in [("cifar100-fewshot", 16, "lite0", "main")] if key in main), next(iter(main)))
     judged = [key for key in main if _block(found, key, ()).premise.word() == "better"]
     silent = [_name(key) for key in main if key not in judged]
@@ -245,12 +245,12 @@ def _command(key: Key, entry: Mapping | None = None) -> str:
             f"{fit['lr']:g}",
         ]
         words += [] if fit["method"] == "maple" else ["--out", f"runs/mat/emoji-{tower}"]
-        return "python apps/train mini-clip && python apps/train mat-mini " + " ".join(words)
+        return "hier train mini-clip && hier train mat-mini " + " ".join(words)
     start = ["--data", data, *([] if data == "emoji" else ["--source", "DIR", "--shots", str(shots)])]
     # Without a tree the data are others, so the folder is another; the other studies share their rows.
     out = f"runs/mat/{data}-{shots}-{tower}" + ("-flat" if study == "flat" else "")
     words += ["--fit.epochs", str(fit["epochs"]), "--fit.lr", f"{fit['lr']:g}", "--out", out]
-    return "python apps/train mat " + " ".join([*start, "--size", str(entry["size"]), "--tower", tower, *words])
+    return "hier train mat " + " ".join([*start, "--size", str(entry["size"]), "--tower", tower, *words])
 
 
 def _absent(key: Key, entry: Mapping, names: Sequence[str]) -> str:

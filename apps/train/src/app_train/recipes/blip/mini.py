@@ -1,10 +1,10 @@
 """Recipe `blip-mini`: a small hyperbolic BLIP-2 on emoji by two artists, tested on an artist never seen.
 
-    python apps/train blip-mini                      the Lorentz row, one seed
-    python apps/train blip-mini --seeds 3 --rows euclidean cosine lorentz poincare mix lorentz_max lorentz_whole lorentz_plain
-    python apps/eval caption runs/blip-mini/seed-0/lorentz PICTURE...
-    python apps/eval search runs/blip-mini/seed-0/lorentz "a red car" --images DIR
-    python apps/eval blip-page runs/blip-mini docs/results/hyper-blip.md
+    hier train blip-mini                      the Lorentz row, one seed
+    hier train blip-mini --seeds 3 --rows euclidean cosine lorentz poincare mix lorentz_max lorentz_whole lorentz_plain
+    hier caption runs/blip-mini/seed-0/lorentz PICTURE...
+    hier search runs/blip-mini/seed-0/lorentz "a red car" --images DIR
+    hier page blip runs/blip-mini docs/results/hyper-blip.md
 
 The defaults are those of the results page: seven minutes a row and seed on one core. A larger one: --num-layers 6
 --num-queries 16 --stage1.epochs 10 --stage2.epochs 3 (some hours).

@@ -1,6 +1,6 @@
 """Recipe `blip2-opt-2.7b`: the real model, frozen ViT-g and OPT-2.7B, on COCO with the Karpathy splits, on several cards.
 
-    python apps/train blip2-opt-2.7b --plan-only                      print the memory table, load nothing
+    hier train blip2-opt-2.7b --plan-only                      print the memory table, load nothing
     accelerate launch --num_processes 8 apps/train blip2-opt-2.7b --annotations dataset_coco.json --pictures coco/ --stage 1
     accelerate launch --num_processes 8 apps/train blip2-opt-2.7b --annotations dataset_coco.json --pictures coco/ --stage 2
 

@@ -1,7 +1,7 @@
 """Recipe `icl-distill`: calibrated attention distilled into LoRA weights of a finished `icl-mini`.
 
-    python apps/train icl-distill --model runs/icl-mini
-    python apps/eval selection-page docs/results/hyper-icl.json docs/results/hyper-icl.md \\
+    hier train icl-distill --model runs/icl-mini
+    hier page icl docs/results/hyper-icl.json docs/results/hyper-icl.md \\
         --model docs/results/hyper-icl-model.json --distilled runs/icl-distill/result.json
 
 Teacher: the model whose attention to its demonstrations is calibrated by their hyperbolic distance to the query. Student: the same

@@ -1,7 +1,7 @@
 """Recipe `icl-mini`: a small LLaVA that reads demonstrations, trained on interleaved episodes of easy-VQA and emoji naming.
 
-    python apps/train icl-mini
-    python apps/eval icl-study runs/icl-mini --json docs/results/hyper-icl-model.json
+    hier train icl-mini
+    hier eval icl runs/icl-mini --out docs/results/hyper-icl-model.json
 
 Frozen EfficientNet-Lite0 and frozen SmolLM2-135M; trained are the connector and LoRA on the language model's attention. First the
 connector alone maps pictures to the embeddings of their words, which costs no language model. Then episodes: 0, 2 or 4

@@ -1,6 +1,6 @@
 """Recipe `chest`: ChestX-ray14 with CLIP, several findings a picture, coherent in a tree (Giunchiglia and Lukasiewicz, 2020).
 
-    python apps/train chest --data CXR14
+    hier train chest --data CXR14
 
 Estimated, not measured: 78,000 training radiographs, LoRA of rank 16 on both towers of ViT-B/32, 23 nodes: 6 GB of GPU memory
 and half an hour for three epochs on one 24 GB GPU at 150 radiographs a second (decoding them once takes an hour of 8 cores).

@@ -1,7 +1,7 @@
 """Recipe `cifar100-fewshot`: 20 pictures per class of CIFAR-100 under the WordNet tree of ProTeCt; runs offline.
 
-    python apps/train cifar100-fewshot --data DIR                  (cifar100_fewshot.tar.gz and trees/cifar100.json)
-    python apps/train cifar100-fewshot --data DIR --shots 5 --seeds 3
+    hier train cifar100-fewshot --data DIR                  (cifar100_fewshot.tar.gz and trees/cifar100.json)
+    hier train cifar100-fewshot --data DIR --shots 5 --seeds 3
 
 Two pictures per class calibrate the probabilities of the saved models and are not trained on.
 """

@@ -1,9 +1,9 @@
 """Recipes on the data sets of the papers, with real CLIP weights: `cub`, `aircraft`, `butterfly`, `inaturalist`.
 
-    python apps/train cub --data CUB_200_2011 --hierarchy cub_hierarchy.csv
-    python apps/train aircraft --data fgvc-aircraft-2013b/data
-    python apps/train butterfly --data Butterfly200
-    python apps/train inaturalist --data inat2021 --text sampled
+    hier train cub --data CUB_200_2011 --hierarchy cub_hierarchy.csv
+    hier train aircraft --data fgvc-aircraft-2013b/data
+    hier train butterfly --data Butterfly200
+    hier train inaturalist --data inat2021 --text sampled
 
 The weights come through a locator (`--model`), by default OpenAI's CLIP ViT-B/32 from the Hugging Face hub; nothing here
 downloads the data. The costs below are estimates from counts of pictures and weights, not measurements: LoRA on both towers

@@ -1,9 +1,9 @@
 """Recipe `lora-study`: the experiments behind docs/results/hier-lora.md, on emoji and on few-shot CIFAR-100.
 
-    python apps/train lora-study --data DIR               all of it; the same command goes on from what is there
-    python apps/train lora-study --data DIR --minutes 9   stop after nine minutes
-    python apps/train lora-study --estimate               print the plan and its cost, run nothing
-    python apps/eval lora-page runs/lora-study docs/results/hier-lora.md
+    hier train lora-study --data DIR               all of it; the same command goes on from what is there
+    hier train lora-study --data DIR --minutes 9   stop after nine minutes
+    hier train lora-study --estimate               print the plan and its cost, run nothing
+    hier page lora runs/lora-study docs/results/hier-lora.md
 
 Most runs train the image head alone on cached features (seconds each); the `towers` runs train LoRA layers too.
 Learning rates are chosen on validation pictures before anything reads the test pictures.

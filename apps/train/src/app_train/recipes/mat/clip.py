@@ -1,6 +1,6 @@
 """Recipe `mat-clip`: Modality Alignment across Trees on CLIP weights, as published or with one part exchanged.
 
-    python apps/train mat-clip --published cifar100-16-maple --images DIR --tree trees/cifar100.json --weights FILE
+    hier train mat-clip --published cifar100-16-maple --images DIR --tree trees/cifar100.json --weights FILE
 
 DIR holds train/<leaf>/ and test/<leaf>/. Without --weights open_clip downloads its own. One card trains CIFAR-100, 16
 shots, in hours: not measured here, where such weights cannot be had; the path runs in tests on small random models.

@@ -1,7 +1,7 @@
 """Recipe `mat-mini`: prompts of Modality Alignment across Trees on a small CLIP, scored on emoji by an unseen artist.
 
-    python apps/train mini-clip                     first: trains the model
-    python apps/train mat-mini --variant VANILLA PROTECT EUCLIDEAN HETEROGENEOUS --seeds 3
+    hier train mini-clip                     first: trains the model
+    hier train mat-mini --variant VANILLA PROTECT EUCLIDEAN HETEROGENEOUS --seeds 3
 
 The path of the paper, at small size: class tokens of three of the six blocks, MaPLe or PromptSRC prompts in both towers,
 the rest frozen. Differences from the published configurations: AdamW, few epochs, prompts no deeper than the text tower.
@@ -37,7 +37,7 @@ from mat_align import VANILLA, MATModel, MATObjective
 def run(config: MATMiniConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
     if not config.clip.is_dir():
-        raise RunError(f"--clip: {config.clip} is no folder; make it with python apps/train mini-clip")
+        raise RunError(f"--clip: {config.clip} is no folder; make it with hier train mini-clip")
     clip = load_clip(config.settings(0), None)
     size = clip.visual.image_size[0]
     train, test = (load_emoji(a, size=size, cache_dir=config.cache_dir) for a in (TRAIN_ARTISTS, (TEST_ARTIST,)))

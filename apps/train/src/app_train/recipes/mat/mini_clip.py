@@ -1,7 +1,7 @@
 """Recipe `mini-clip`: a small open_clip model for the places where no CLIP weights can be had, trained on emoji.
 
-    python apps/train mini-clip                     about 4 minutes on one core
-    python apps/train mat-mini                      the variants' prompts on it, scored on an artist it has never seen
+    hier train mini-clip                     about 4 minutes on one core
+    hier train mat-mini                      the variants' prompts on it, scored on an artist it has never seen
 
 A ViT of 6 blocks (96 px, patches of 16, width 128) and a text transformer of 3 blocks, 4.5 M numbers, from random weights.
 It sees pictures and captions of the training artists alone. Loss: open_clip's contrastive loss, plus distillation: the
@@ -227,7 +227,7 @@ license: apache-2.0
 ---
 # mini-clip
 
-A small CLIP (ViT, 96 px) for tests and small studies where no CLIP weights can be had. Made by `python apps/train mini-clip`
+A small CLIP (ViT, 96 px) for tests and small studies where no CLIP weights can be had. Made by `hier train mini-clip`
 from random weights on emoji ({groups}) drawn by OpenMoji (CC BY-SA 4.0) and Noto Emoji (OFL 1.1), distilled from
 EfficientNet-Lite0 and MiniLM (both Apache-2.0). It knows 853 emoji and nothing else; do not use it for anything but studies.
 """

@@ -1,10 +1,10 @@
 """Recipe `mat`: which parts of Modality Alignment across Trees earn their keep on towers that are reachable.
 
-    python apps/train mat --data emoji                       the six variants on emoji, tower Lite0 + MiniLM
-    python apps/train mat --data cifar100-fewshot --source DIR --shots 16 --tower vit
-    python apps/train mat --variant HETEROGENEOUS            one variant
-    python apps/train mat --study intermediate               a question the paper leaves open
-    python apps/train mat --tune                             learning rates on pictures cut out of the training set
+    hier train mat --data emoji                       the six variants on emoji, tower Lite0 + MiniLM
+    hier train mat --data cifar100-fewshot --source DIR --shots 16 --tower vit
+    hier train mat --variant HETEROGENEOUS            one variant
+    hier train mat --study intermediate               a question the paper leaves open
+    hier train mat --tune                             learning rates on pictures cut out of the training set
 
 The towers are frozen and their outputs kept in the cache, so a row takes seconds. Trained are the linear map of each
 depth, one linear map of the text, the attention, the curvatures and the logit scale; a variant of the last token trains
