@@ -161,6 +161,7 @@ def test_empty_and_single(num):
         assert torch.autograd.grad(loss, x)[0].eq(0).all()
     assert distance_info_nce(x, draw(num, DIM), logit_scale=SCALE, reduction="none").shape == (num,)
     assert info_nce(torch.zeros(num, num), torch.eye(num)) == 0
+    assert distance_logits(x, draw(num, DIM), labels=torch.arange(num)).shape == (num, num)
 
 
 def test_positives_are_exact_in_fp32():

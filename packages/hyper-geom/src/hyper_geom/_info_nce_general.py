@@ -47,11 +47,12 @@ def distances(x: Tensor, y: Tensor, c: Tensor, labels: Tensor | None, setting: S
     factors = c.ndim == 1
     lead, rest = (x.shape[:1], x.shape[1:]) if factors else (x.shape[:0], x.shape)
     num, dim = rest[0], rest[-1]
-    x = x.reshape(*lead, num, -1, dim)  # every row has queries, one if no more
+    num_queries = rest[1] if len(rest) == 3 else 1
+    x = x.reshape(*lead, num, num_queries, dim)
     k = c.sqrt().unsqueeze(-1)
     polar = POLAR[setting.model, setting.inputs]
     found = polar_dist(polar(x.flatten(-3, -2), k), polar(y, k)) / k.unsqueeze(-1)
-    found = found.unflatten(-2, (num, -1))  # (*k n q m)
+    found = found.unflatten(-2, (num, num_queries))  # (*k n q m)
     if labels is not None and found.numel():
         index = torch.where(labels < 0, labels[:, :1], labels).clamp(min=0)
         curvature = c[:, None, None, None] if factors else c
