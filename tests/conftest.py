@@ -21,9 +21,12 @@ def colours(tmp_path_factory) -> Path:
     return colour_folders(tmp_path_factory.mktemp("colours"))
 
 
-def start(*args: str, cwd: Path = ROOT, program: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
-    """Start a command of this repository; warnings of other libraries do not matter here."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+def start(
+    *args: str, cwd: Path = ROOT, program: tuple[str, ...] = (sys.executable,), **variables: str
+) -> subprocess.Popen:
+    """Start a command of this checkout, with these environment variables; warnings of other libraries do not matter here."""
+    sources = os.pathsep.join(str(path) for path in sorted(ROOT.glob("*/*/src")))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": sources, **variables}
     return subprocess.Popen(
         [*program, *args], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -49,7 +52,7 @@ def started():
 
 @pytest.fixture(scope="session")
 def quick() -> list[str]:
-    """Options that make the recipe `lora` take seconds."""
+    """Options that make the recipe `folder` take seconds."""
     return list(QUICK)
 
 
@@ -58,7 +61,7 @@ def trained(colours, command, tmp_path_factory) -> Path:
     """A finished run on the colours."""
     out = tmp_path_factory.mktemp("run") / "colours"
     cache = out.parent / "cache"
-    args = ["--data.images", str(colours), "--data.cache-dir", str(cache), "--out", str(out)]
-    status, _, err = command("apps/train", "lora", *args, *QUICK)
+    args = ["--data", str(colours), "--cache-dir", str(cache), "--out", str(out)]
+    status, _, err = command("apps/train", "folder", *args, *QUICK)
     assert status == 0, err
     return out

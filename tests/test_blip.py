@@ -95,33 +95,17 @@ def test_run_is_complete(finished, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [3, 7])
-def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, steps):
+@pytest.mark.parametrize("step", [3, 7])
+def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, step):
     """Stopped in the middle of stage 1 (between two checkpoints) and of stage 2."""
     from safetensors.torch import load_file
 
-    from app_train.core.interrupt import StopFlag
-    from app_train.recipes.blip import mini as blip_mini
-
-    class Stopped(StopFlag):
-        """Acts as if a signal had come during a step."""
-
-        reads = 0
-
-        @property
-        def exit_status(self):
-            self.reads += 1
-            return 143 if self.reads > steps else None
-
-        @exit_status.setter
-        def exit_status(self, value):
-            pass
+    from helpers.stops import terminated_in_step
 
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(blip_mini, "StopFlag", Stopped)
+    with terminated_in_step(step):
         assert train(out, "--num-captions", "0") == 143
-    stage = "train-1" if steps < 6 else "train-2"
+    stage = "train-1" if step <= 6 else "train-2"
     assert list((out / "seed-0" / "lorentz" / stage).glob("checkpoint-*/COMPLETE"))
     assert train(out, "--num-captions", "0") == 0
     for stage in ("stage1", "stage2"):
@@ -131,29 +115,35 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, monkeypatch, s
 
 
 @pytest.mark.slow
-def test_caption_search_and_page(finished, tmp_path, capsys, monkeypatch):
-    from app_eval.cli import main
-
+def test_caption_and_search(finished, tmp_path, capsys, monkeypatch):
     from app_data.weights.blip2 import PROMPT
-    from app_eval.ask import describe as blip_cli
+    from app_eval.ask import describe
+    from app_train.cli import hier
 
-    asked, describe = {}, blip_cli.generate_captions
-    monkeypatch.setattr(blip_cli, "generate_captions", lambda *a, **k: asked.update(k) or describe(*a, **k))
+    asked, generate = {}, describe.generate_captions
+    monkeypatch.setattr(describe, "generate_captions", lambda *a, **k: asked.update(k) or generate(*a, **k))
 
     for name, colour in (("red", (220, 30, 30)), ("blue", (30, 60, 220))):
         Image.fromarray(np.full((40, 40, 3), colour, np.uint8)).save(tmp_path / f"{name}.png")
     (tmp_path / "bad.png").write_text("no picture")
-    assert main(["caption", str(finished), str(tmp_path / "red.png"), str(tmp_path / "bad.png")]) == 1
+    assert hier(["caption", str(finished), str(tmp_path / "red.png"), str(tmp_path / "bad.png")]) == 1
     out, err = capsys.readouterr()
     assert f"red.png: {PROMPT} " in out
     assert "radius" in out
     assert asked["prompt"] == PROMPT  # the model describes after what it was trained after
     assert "bad.png" in err
-    assert main(["search", str(finished), "a red apple", "--images", str(tmp_path), "--top", "2"]) == 1
+    assert hier(["search", str(finished), "a red apple", "--data", str(tmp_path), "--top", "2"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2
-    assert main(["search", str(tmp_path / "nothing"), "a cat", "--images", str(tmp_path)]) == 2
+    assert hier(["search", str(tmp_path / "nothing"), "a cat", "--data", str(tmp_path)]) == 2
     assert "holds no trained stage1" in capsys.readouterr().err
-    assert main(["search", str(finished), " ", "--images", str(tmp_path)]) == 2
+    assert hier(["search", str(finished), " ", "--data", str(tmp_path)]) == 2
+    assert "the text to search for is empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_page(finished, tmp_path, capsys):
+    from app_eval.cli import main
+
     page = tmp_path / "page.md"
     assert main(["blip-page", str(finished), str(page)]) == 0
     text = page.read_text()
@@ -455,28 +445,31 @@ from pathlib import Path
 import numpy as np, torch
 sys.path.insert(0, sys.argv[1])
 from conftest import tiny_config
-from app_train.recipes.blip.loop import blip_accelerator, fit_blip
-from app_train.core.config import StageConfig
-from app_train.core.interrupt import StopFlag
+from app_train.core.config import RunConfig, StageConfig
+from app_train.core.fit import fit
+from app_train.core.run_folder import Run
+from app_train.recipes.blip.stage import blip_stage
 from hyper_blip import HyperBlip2ForPretraining, HyperbolicConfig
 
 generator = torch.Generator().manual_seed(0)
 pixels, ids = torch.randn(16, 3, 28, 28, generator=generator), torch.randint(10, 90, (16, 6), generator=generator)
 ids[:, 0], ids[:, -1] = 1, 2
+def forward(wrapped, step, rows):
+    return wrapped(pixels[rows], ids[rows], torch.ones_like(ids[rows]), step=step.number).loss, {}
+
 for name in ("whole", "spread"):
-    accelerator = blip_accelerator()
+    folder = Path(sys.argv[2]) / name
     torch.manual_seed(0)
     model = HyperBlip2ForPretraining(tiny_config(HyperbolicConfig.distance()))
     if name == "spread":
         model.shard_frozen()
-    forward = lambda m, rows, epoch, number, done: (
-        m(pixels[rows], ids[rows], torch.ones_like(ids[rows]), step=number).loss, {})
-    with StopFlag() as stop:
-        fit_blip(model, forward, 16, StageConfig(epochs=2, lr=1e-3, batch_size=8, weight_decay=0.0), Path(sys.argv[2]) / name,
-                 seed=0, stop=stop, accelerator=accelerator, label="x", save_every=2)
-    if name == "spread" or accelerator.is_main_process:
-        model.save_pretrained(Path(sys.argv[2]) / f"{name}-model")
-    accelerator.wait_for_everyone()
+    settings = StageConfig(epochs=2, lr=1e-3, batch_size=8)
+    with Run("blip", RunConfig(out=folder), unused_parameters=True) as run:
+        stage = blip_stage(model, "first", settings, 16, forward, seed=0, save_every=2)
+        fit(model, [stage], folder, seed=0, stop=run.stop, accelerator=run.accelerator)
+        if name == "spread" or run.main:
+            model.save_pretrained(Path(sys.argv[2]) / f"{name}-model")
+        run.wait()
 """
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -32,17 +33,21 @@ from app_eval.measure.answers import AnswerReader
 from app_eval.measure.demonstration_study import read_cell, run_icl_study, summary
 from app_eval.measure.demonstration_task import Task
 from app_eval.show.stories.icl import distilled_section
+from app_train.cli import hier
 from app_train.cli import main as train
 from app_train.core.errors import RunError
-from app_train.core.interrupt import StopFlag
 from app_train.recipes.icl import distill as icl_distill
 from app_train.recipes.icl import mini as icl_mini
+from app_train.recipes.icl.lift import train_lift
+from app_train.recipes.icl.settings import IclMiniConfig
+from helpers.stops import terminated_in_step
 from hyper_icl import CalibrationPlan, RandomSelector, SegmentMap, calibrate
 
 pytestmark = pytest.mark.filterwarnings("default")
 WIDTH = 8
 COLOURS = ("red", "green", "gray")
 ANSWERS = (*COLOURS, "yes", "no")
+LIFT = partial(train_lift, steps=5)
 
 
 def tiny_language(seed=0):
@@ -246,15 +251,15 @@ def tasks(model):
     pool, query = items(), items(seed=1).select(range(9))
     images = [x.item_features - x.item_features.mean(0) for x in (pool, query)]
     texts = [torch.eye(4)[[len(q) % 4 for q in x.questions]] for x in (pool, query)]
-    made = Task("easy-vqa", pool, query, ANSWERS, *images, *texts, steps=5)
-    bare = Task("emoji", pool, query, ANSWERS, *images, steps=5)
+    made = Task("easy-vqa", pool, query, ANSWERS, *images, *texts, LIFT)
+    bare = Task("emoji", pool, query, ANSWERS, *images, train_lift=LIFT)
     return [made, bare], made
 
 
 def test_run_study_and_go_on(patched, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     assert train(["icl-mini", "--out", str(out), *QUICK]) == 0
-    assert "icl-study" in capsys.readouterr().out
+    assert f"hier eval icl {out} --out " in capsys.readouterr().out
     result = json.loads((out / "result.json").read_text())
     assert result["steps"] == 4
     assert math.isfinite(result["loss_of_last_tenth"])
@@ -277,7 +282,7 @@ def test_run_study_and_go_on(patched, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(icl_study, "CALIBRATED_K", 2)
     settings = {"quick": True, "make_tasks": tasks, "language": tiny_language(), "log": lines.append}
     path = tmp_path / "study.json"
-    found = run_icl_study(out, path, **settings)
+    found = run_icl_study(out, path, LIFT, **settings)
     assert found["complete"]
     # Two tasks: two rows without demonstrations each, six and five selectors.
     assert len(lines) == 1 + 8 + 7
@@ -298,14 +303,14 @@ def test_run_study_and_go_on(patched, tmp_path, capsys, monkeypatch):
     other = tmp_path / "cut.json"
     other.write_text(json.dumps(cut))
     lines.clear()
-    again = run_icl_study(out, other, **settings)
+    again = run_icl_study(out, other, LIFT, **settings)
     assert len(lines) == 5 + 7
     assert again["tasks"] == found["tasks"]
     with pytest.raises(DataError, match="another study"):
-        run_icl_study(out, other, **{**settings, "quick": False})
+        run_icl_study(out, other, LIFT, **{**settings, "quick": False})
     other.write_text("{")
     with pytest.raises(DataError, match="no JSON"):
-        run_icl_study(out, other, **settings)
+        run_icl_study(out, other, LIFT, **settings)
 
 
 DISTIL = ["--shots", "2", "--num-questions", "12", "--num-queries", "6", "--eval-seeds", "1", "--rank", "2"]
@@ -323,7 +328,9 @@ def test_distil(patched, tmp_path, monkeypatch, capsys):
         training = items(seed=2).select(range(12))
         images = training.item_features - task.pool.item_features.mean(0)
         texts = torch.eye(4)[[len(q) % 4 for q in training.questions]]
-        return task, Task("easy-vqa", task.pool, training, ANSWERS, task.pool_images, images, task.pool_texts, texts, 5)
+        return task, Task(
+            "easy-vqa", task.pool, training, ANSWERS, task.pool_images, images, task.pool_texts, texts, LIFT
+        )
 
     monkeypatch.setattr(icl_distill, "load_tasks", both)
     run = ["icl-distill", "--model", str(base), "--out", str(out), *DISTIL]
@@ -350,31 +357,16 @@ def test_distil(patched, tmp_path, monkeypatch, capsys):
     assert "holds no trained icl-mini" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("steps", [2, 5])
-def test_stopped_and_resumed_is_bit_identical(patched, tmp_path, monkeypatch, steps):
+@pytest.mark.parametrize("step", [3, 6])
+def test_stopped_and_resumed_is_bit_identical(patched, tmp_path, step):
     """Stopped with the connector alone, and in an episode between two checkpoints."""
     from safetensors.torch import load_file
 
-    class Stopped(StopFlag):
-        """Acts as if a signal had come during a step."""
-
-        reads = 0
-
-        @property
-        def exit_status(self):
-            self.reads += 1
-            return 143 if self.reads > steps else None
-
-        @exit_status.setter
-        def exit_status(self, value):
-            pass
-
     whole, out = tmp_path / "whole", tmp_path / "cut"
     assert train(["icl-mini", "--out", str(whole), *QUICK]) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(icl_mini, "StopFlag", Stopped)
+    with terminated_in_step(step):
         assert train(["icl-mini", "--out", str(out), *QUICK]) == 143
-    assert (out / "aligned").exists() == (steps == 5)
+    assert (out / "aligned").exists() == (step == 6)
     assert list(out.glob("train-*/checkpoint-*/COMPLETE"))
     assert train(["icl-mini", "--out", str(out), *QUICK]) == 0
     a, b = (load_file(run / "model" / "icl_mini.safetensors") for run in (whole, out))
@@ -385,15 +377,13 @@ def test_stopped_and_resumed_is_bit_identical(patched, tmp_path, monkeypatch, st
 
 def test_bad_input(patched, tmp_path, capsys, monkeypatch):
     with pytest.raises(RunError, match="smaller than the 22 pictures"):
-        icl_mini.run(icl_mini.IclMiniConfig(out=tmp_path / "x", shots=(0, 22)))
+        icl_mini.run(IclMiniConfig(out=tmp_path / "x", shots=(0, 22)))
     assert not (tmp_path / "x").exists()
-    from app_eval.cli import main
-
     target = str(tmp_path / "out.json")
     (tmp_path / "empty").mkdir()
-    assert main(["icl-study", str(tmp_path / "empty"), "--json", target]) == 2
+    assert hier(["eval", "icl", str(tmp_path / "empty"), "--out", target]) == 2
     assert "holds no trained icl-mini" in capsys.readouterr().err
-    assert main(["icl-study", str(tmp_path / "empty"), "--json", target, "--queries", "1"]) == 2
+    assert hier(["eval", "icl", str(tmp_path / "empty"), "--out", target, "--queries", "1"]) == 2
     task = tasks(None)[0][0]
     for name in task.selectors():
         with pytest.raises(DataError, match="at most 44"):

@@ -6,11 +6,13 @@ import time
 
 import pytest
 
+TRAINED = "seed-0/trained"
+
 
 def digest(run):
     """The numbers of a finished run: results, weights, and the log of every step."""
-    names = ["result.json", "trained/result.json", "trained/metrics.jsonl", "trained/outcome.safetensors"]
-    names += ["trained/adapter/adapter_model.safetensors", "trained/adapter/hier_lora.safetensors"]
+    names = ["result.json", *(f"{TRAINED}/{name}" for name in ("result.json", "metrics.jsonl", "outcome.safetensors"))]
+    names += [f"{TRAINED}/adapter/{name}.safetensors" for name in ("adapter_model", "hier_lora")]
     return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
 
 
@@ -23,9 +25,8 @@ def wait_for(condition, process, seconds=300):
 
 
 def arguments(colours, trained, out, quick):
-    return [
-        "apps/train", "lora", "--data.images", str(colours), "--data.cache-dir", str(trained.parent / "cache"), "--out", str(out), *quick,
-    ]  # fmt: skip
+    cache = trained.parent / "cache"
+    return ["apps/train", "folder", "--data", str(colours), "--cache-dir", str(cache), "--out", str(out), *quick]
 
 
 @pytest.mark.parametrize("where", ["early", "second stage", "at the end"])
@@ -35,8 +36,8 @@ def test_killed_runs_end_in_the_same_numbers(where, colours, trained, started, c
     # 32 training pictures: 2 head steps an epoch, then 4 LoRA steps an epoch, so steps 5 to 12 belong to the second stage.
     reached = {
         "early": lambda: (out / "config.resolved.yaml").exists(),
-        "second stage": lambda: bool(list((out / "trained").glob("checkpoint-*0[68]/COMPLETE"))),
-        "at the end": lambda: (out / "trained" / "adapter" / "adapter_config.json").exists(),
+        "second stage": lambda: bool(list((out / TRAINED).glob("checkpoint-*0[68]/COMPLETE"))),
+        "at the end": lambda: (out / TRAINED / "adapter" / "adapter_config.json").exists(),
     }[where]
     process = started(*args)
     wait_for(reached, process)
@@ -51,7 +52,7 @@ def test_sigterm_saves_and_says_so(colours, trained, started, command, quick, tm
     out = tmp_path / "run"
     args = arguments(colours, trained, out, quick)
     process = started(*args)
-    wait_for(lambda: bool(list((out / "trained").glob("checkpoint-*"))), process)
+    wait_for(lambda: bool(list((out / TRAINED).glob("checkpoint-*"))), process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 143, err
@@ -66,10 +67,10 @@ def test_a_damaged_checkpoint_is_named(colours, trained, started, command, quick
     out = tmp_path / "run"
     args = arguments(colours, trained, out, quick)
     process = started(*args)
-    wait_for(lambda: bool(list((out / "trained").glob("checkpoint-*/COMPLETE"))), process)
+    wait_for(lambda: bool(list((out / TRAINED).glob("checkpoint-*/COMPLETE"))), process)
     process.kill()
     process.communicate()
-    newest = sorted((out / "trained").glob("checkpoint-*"))[-1]
+    newest = sorted((out / TRAINED).glob("checkpoint-*"))[-1]
     weights = newest / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:50])
     status, _, err = command(*args)
@@ -89,8 +90,8 @@ def test_two_processes_train_the_same_model(colours, trained, command, quick, tm
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541")
     status, _, err = command(*arguments(colours, trained, out, [*quick]), program=torchrun)
     assert status == 0, err
-    one = load_file(trained / "trained" / "adapter" / "adapter_model.safetensors")
-    two = load_file(out / "trained" / "adapter" / "adapter_model.safetensors")
+    one = load_file(trained / TRAINED / "adapter" / "adapter_model.safetensors")
+    two = load_file(out / TRAINED / "adapter" / "adapter_model.safetensors")
     assert one.keys() == two.keys()
     # Dropout draws differ between one process and two; weights move by far less than the learning rate allows.
     assert all(torch.isfinite(v).all() for v in two.values())

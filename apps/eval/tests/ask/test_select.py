@@ -6,14 +6,15 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from app_eval.cli import main
 from PIL import Image
 
 from app_data.store.errors import DataError
 from app_eval.ask.harness import with_demos
-from app_eval.ask.pool import DemoPool, PoolItem, _codes, fit_bank, read_items, train_lift
+from app_eval.ask.pool import DemoPool, PoolItem, codes, fit_bank, read_items
 from app_eval.measure.selection_study import Study, score, study_rows
 from app_eval.show.stories.selection import write_page
+from app_train.cli import hier
+from app_train.recipes.icl.lift import train_lift
 from hyper_icl import TopKClipSelector
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (30, 60, 220)}
@@ -43,7 +44,7 @@ def pool(tmp_path_factory):
 
 
 def run(capsys, *args):
-    status = main(["select-demos", *map(str, args)])
+    status = hier(["select", *map(str, args)])
     out = capsys.readouterr()
     return status, out.out, out.err
 
@@ -52,7 +53,7 @@ def run(capsys, *args):
 def test_command(need_models, pool, capsys, tmp_path, source):
     query = pool / "pictures" / "red" / "0.png"
     out = tmp_path / "demos.json"
-    status, text, err = run(capsys, "--pool", pool / source, "--query", query, "-k", 4, "--json", out)
+    status, text, err = run(capsys, "--data", pool / source, "--query", query, "--k", 4, "--out", out)
     assert status == 0, err
     found = json.loads(out.read_text())
     assert found["num_items"] == 15
@@ -78,16 +79,16 @@ def test_methods_and_plain_folder(need_models, pool, capsys, tmp_path):
     chosen = {}
     for method in ("hyperbolic", "rices", "topk", "random"):
         status, text, err = run(
-            capsys, "--pool", flat, "--query", query, "-k", 2, "--method", method, "--json", "-", "--mu", 0
+            capsys, "--data", flat, "--query", query, "--k", 2, "--method", method, "--out", "-", "--mu", 0
         )
         assert status == 0, err
         found = json.loads(text)
         chosen[method] = [demo["path"] for demo in found["queries"][0]["demos"]]
     assert chosen["rices"] == chosen["topk"][::-1]
     assert sorted(map(str, chosen["topk"])) == sorted(str(flat / f"blue{i}.png") for i in range(2))
-    again = json.loads(run(capsys, "--pool", flat, "--query", query, "-k", 2, "--method", "random", "--json", "-")[1])
+    again = json.loads(run(capsys, "--data", flat, "--query", query, "--k", 2, "--method", "random", "--out", "-")[1])
     assert [demo["path"] for demo in again["queries"][0]["demos"]] == chosen["random"]
-    found = json.loads(run(capsys, "--pool", flat, "--query", query, "-k", 2, "--json", "-")[1])
+    found = json.loads(run(capsys, "--data", flat, "--query", query, "--k", 2, "--out", "-")[1])
     assert found["lift"].startswith("untrained")
 
 
@@ -100,12 +101,12 @@ def test_mmices_ranks_by_question(need_models, pool, capsys, tmp_path):
     source = pool / "asked.jsonl"
     source.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     query = pool / "pictures" / "red" / "0.png"
-    args = ("--pool", source, "--query", query, "-k", 3, "--method", "mmices", "--json", "-")
+    args = ("--data", source, "--query", query, "--k", 3, "--method", "mmices", "--out", "-")
     status, text, err = run(capsys, *args, "--question", "How many legs does a dog have?")
     assert status == 0, err
     assert {demo["question"] for demo in json.loads(text)["queries"][0]["demos"]} == {"How many legs has a horse?"}
     assert run(capsys, *args)[0] == 2
-    status, _, err = run(capsys, "--pool", pool / "pictures", *args[2:], "--question", "x")
+    status, _, err = run(capsys, "--data", pool / "pictures", *args[2:], "--question", "x")
     assert status == 2
     assert "needs a question" in err
 
@@ -120,15 +121,15 @@ def test_bad_pools(need_models, pool, capsys, tmp_path):
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"question": "x"}', encoding="utf-8")
     for args, word in (
-        (("--pool", tmp_path / "empty", "--query", query), "holds no picture"),
-        (("--pool", tmp_path / "nowhere", "--query", query), "does not exist"),
-        (("--pool", bad, "--query", query), "2 of 2 pictures"),
-        (("--pool", lines, "--query", query), "field image"),
-        (("--pool", pool / "pictures", "--query", bad / "0.png"), "cannot be used"),
-        (("--pool", pool / "pictures", "--query", tmp_path / "none.png"), "does not exist"),
-        (("--pool", pool / "pictures", "--query", query, "-k", 15), "at most 14"),
-        (("--pool", pool / "pictures", "--query", query, "-k", 0), "at least 1"),
-        (("--pool", pool / "pictures", "--query", query, "--diversity", 2), "diversity"),
+        (("--data", tmp_path / "empty", "--query", query), "holds no picture"),
+        (("--data", tmp_path / "nowhere", "--query", query), "does not exist"),
+        (("--data", bad, "--query", query), "2 of 2 pictures"),
+        (("--data", lines, "--query", query), "field image"),
+        (("--data", pool / "pictures", "--query", bad / "0.png"), "cannot be used"),
+        (("--data", pool / "pictures", "--query", tmp_path / "none.png"), "does not exist"),
+        (("--data", pool / "pictures", "--query", query, "--k", 15), "at most 14"),
+        (("--data", pool / "pictures", "--query", query, "--k", 0), "at least 1"),
+        (("--data", pool / "pictures", "--query", query, "--diversity", 2), "diversity"),
     ):
         status, _, err = run(capsys, *args)
         assert status == 2, word
@@ -139,7 +140,7 @@ def test_bad_pools(need_models, pool, capsys, tmp_path):
     for i in range(3):
         (mixed / f"{i}.png").write_bytes((pool / "pictures" / "red" / f"{i}.png").read_bytes())
     (mixed / "9.png").write_bytes(b"no picture")
-    status, _, err = run(capsys, "--pool", mixed, "--query", query, "-k", 2)
+    status, _, err = run(capsys, "--data", mixed, "--query", query, "--k", 2)
     assert status == 0
     assert "skipped" in err
     assert "9.png" in err
@@ -160,24 +161,24 @@ def _pool(answers, seed=0):
 
 
 def test_lift_is_trained_only_on_shared_answers():
-    _, lift, _, _ = fit_bank(_pool(["a", "a", "b", ""]))
+    _, lift, _, _ = fit_bank(_pool(["a", "a", "b", ""]), train_lift)
     assert lift is not None
     for answers in (["", "", ""], ["a", "b", "c"], ["a", "a", "a"]):
-        bank, lift, mean, scale = fit_bank(_pool(answers))
+        bank, lift, mean, scale = fit_bank(_pool(answers), train_lift)
         assert lift is None
         assert float(bank.depth.max()) == pytest.approx(3.0)
         torch.testing.assert_close(bank.tangent, scale * (_pool(answers).features - mean))
-    assert _codes(["b", "", "a", "b", ""]).tolist() == [1, 3, 0, 1, 6]
+    assert codes(["b", "", "a", "b", ""]).tolist() == [1, 3, 0, 1, 6]
     with pytest.raises(DataError, match="share an answer"):
         train_lift(torch.randn(3, 4), torch.arange(3))
 
 
 def test_training_is_a_function_of_its_seed():
-    features, codes = torch.randn(40, 6), torch.arange(40) // 2
+    features, classes = torch.randn(40, 6), torch.arange(40) // 2
     before = torch.random.get_rng_state()
-    first, second = (train_lift(features, codes, steps=5, batch=8, seed=3) for _ in range(2))
+    first, second = (train_lift(features, classes, steps=5, batch=8, seed=3) for _ in range(2))
     assert torch.equal(first.weight, second.weight)
-    assert not torch.equal(first.weight, train_lift(features, codes, steps=5, batch=8, seed=4).weight)
+    assert not torch.equal(first.weight, train_lift(features, classes, steps=5, batch=8, seed=4).weight)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

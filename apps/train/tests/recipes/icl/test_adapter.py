@@ -11,9 +11,10 @@ import torch
 from app_data.sets.demonstration_tasks import IclTask
 from app_data.store.errors import DataError
 from app_train.core.errors import NonFiniteGradient
-from app_train.recipes.icl.adapter import PRESETS, AdapterConfig, Example, encode_task, train_adapter
+from app_train.recipes.icl.adapter import Example, encode_task, train_adapter
+from app_train.recipes.icl.settings import PRESETS, AdapterConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[5]
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,16 @@
 """The recipes on the papers' data run end to end on tiny files in the released formats, with a tiny CLIP of random weights."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
 
-from app_train.cli import RECIPES, main, parse
+from app_train.cli import main, parse
 from app_train.core.errors import RunError
-from app_train.recipes.lora.papers import InaturalistConfig, run_inaturalist
+from app_train.recipes import RECIPES
+from app_train.recipes.lora.papers import run_inaturalist, three_parts
+from app_train.recipes.lora.settings import InaturalistConfig
 from helpers import releases, weights
 from hier_lora import HierLoraCLIP
 from hier_losses import LabelGraph
@@ -93,15 +96,12 @@ def test_what_is_missing_is_named(release, tmp_path, capsys):
 
 def test_every_recipe_states_its_command():
     for name, recipe in RECIPES.items():
-        kind, run = recipe.load()
-        text = __import__("sys").modules[run.__module__].__doc__
-        assert f"python apps/train {name}" in text or name == "emoji", name
+        kind, text = recipe.kind(), sys.modules[recipe.function().__module__].__doc__
+        assert f"train {name}" in text or name == "emoji", name
         assert kind.__doc__
         assert isinstance(parse(name, kind, []), kind)
 
 
 def test_parts():
-    from app_train.recipes.lora.papers import three_parts
-
     with pytest.raises(RunError, match="pictures to train and to test on, got nothing|got "):
         three_parts({"train": []})

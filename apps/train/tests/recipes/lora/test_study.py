@@ -6,19 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from app_train.recipes.lora.rows import cuts_for
 
 from app_data.read.pictures import PictureSet
 from app_train.core.errors import RunError
-from app_train.core.interrupt import StopFlag
+from app_train.core.run_folder import Run
 from app_train.recipes.lora import study as lora_study
 from app_train.recipes.lora.heads import HeadFit, TreeLoss
-from app_train.recipes.lora.objective import loss_parts
+from app_train.recipes.lora.losses import loss_parts
 from app_train.recipes.lora.retree import permute_parents, rewire, with_parents
-from app_train.recipes.lora.study import StudyConfig
+from app_train.recipes.lora.settings import StudyConfig
 from app_train.recipes.lora.study_data import Split, StudyData
 from app_train.recipes.lora.study_plan import ROWS, estimate, plan, tuning_plan
 from app_train.recipes.lora.study_runs import Bank, carry_out, hidden_nodes
+from app_train.recipes.lora.task import cuts_for
 from hier_losses import Taxonomy
 
 LEAVES = 12
@@ -56,9 +56,9 @@ def data():
 
 
 @pytest.fixture
-def bank(base, data):
-    with StopFlag() as stop:
-        yield Bank(base, {"cifar100": data}, HeadFit(2, 32), stop)
+def bank(base, data, tmp_path):
+    with Run("lora-study", StudyConfig(out=tmp_path / "bank"), processes=False) as run:
+        yield Bank(base, {"cifar100": data}, HeadFit(2, 32), run)
 
 
 RUNS = {run.experiment + ("-" + run.options["unit"] if "unit" in run.options else ""): run for run in plan(["cifar100"], 1, 1)}  # fmt: skip
@@ -111,7 +111,8 @@ def test_towers_train_lora_layers(bank, data, tmp_path):
 def test_a_study_goes_on_and_tunes_before_it_tests(bank, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lora_study, "load_base", lambda locator: bank.base)
     monkeypatch.setattr(lora_study, "load_study_data", lambda *args: data)
-    config = StudyConfig(out=tmp_path, data=tmp_path, only=("cifar100",), experiments=("main",), seeds=1, epochs=1)
+    out = tmp_path / "run"
+    config = StudyConfig(out=out, data=tmp_path, only=("cifar100",), experiments=("main",), seeds=1, epochs=1)
     monkeypatch.setattr(lora_study, "tuning_plan", lambda names: [])
     with pytest.raises(RunError, match="run the experiment tuning first"):
         lora_study.run(config)
@@ -120,13 +121,13 @@ def test_a_study_goes_on_and_tunes_before_it_tests(bank, data, tmp_path, monkeyp
     monkeypatch.setattr(StudyData, "validation", lambda self: replace(self, test=self.train))
     assert lora_study.run(config.model_copy(update={"estimate": True}))["missing"] == 2 * len(ROWS) + 5
     assert lora_study.run(config)["missing"] == 0
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("run.json")}
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("run.json")}
     assert len(before) == 2 * len(ROWS) + 7
-    out = capsys.readouterr().out
-    assert out.index("tuning/cifar100") < out.index("main/cifar100")
+    said = capsys.readouterr().out
+    assert said.index("tuning/cifar100") < said.index("main/cifar100")
     assert lora_study.run(config)["missing"] == 0
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("run.json")} == before
-    with pytest.raises(RunError, match="epochs differ"):
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("run.json")} == before
+    with pytest.raises(RunError, match="epochs: 1 -> 2"):
         lora_study.run(config.model_copy(update={"epochs": 2, "experiments": ("tail",)}))
     with pytest.raises(RunError, match="names 'soup'"):
         lora_study.run(config.model_copy(update={"experiments": ("soup",)}))

@@ -1,7 +1,5 @@
 """The small CLIP: its data order, its pictures, resuming, the folder that open_clip loads, and prompts tuned on it."""
 
-import json
-
 import numpy as np
 import open_clip
 import pytest
@@ -9,10 +7,14 @@ import torch
 
 from app_data.read.pictures import PictureSet
 from app_train.core.errors import Interrupted, RunError
+from app_train.core.fit import fit
 from app_train.core.interrupt import StopFlag
+from app_train.core.records import read_records
 from app_train.recipes.mat import mini as mat_mini
 from app_train.recipes.mat import mini_clip
 from app_train.recipes.mat.clip import load_clip
+from app_train.recipes.mat.settings import MATMiniConfig, MiniClipConfig
+from helpers.stops import terminated_in_step
 from hier_losses import Taxonomy
 
 TREE = Taxonomy.from_paths([("food", "red apple"), ("food", "leek"), ("animal", "ox"), ("animal", "fox")])
@@ -40,18 +42,6 @@ def pictures(styles=("a", "b"), size=40, seed=0):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(mini_clip, "MODEL", TINY)
-
-
-class StopAt(StopFlag):
-    """Stops after so many steps."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    @property
-    def exit_status(self):
-        self.left -= 1
-        return 143 if self.left < 0 else None
 
 
 def test_every_epoch_shows_each_leaf_once():
@@ -93,7 +83,7 @@ def test_captions_name_the_leaf_and_nothing_broader():
     assert len(texts) == 2 + tax.num_nodes - tax.num_leaves  # the broader nodes are read, but name no picture
 
 
-def fit(folder, stop, tiny_seed=0):
+def trained(folder):
     part = pictures()
     texts = [f"a photo of a {name}." for name in TREE.names]
     own = {leaf: [leaf] for leaf in TREE.leaf.tolist()}
@@ -102,23 +92,24 @@ def fit(folder, stop, tiny_seed=0):
         torch.nn.functional.normalize(torch.randn(n, d, generator=draw), dim=-1)
         for n, d in ((len(part), 1280), (len(texts), 12))
     )
-    model = mini_clip.student(tiny_seed)
-    config = mini_clip.MiniClipConfig(out=folder, epochs=12, batch_size=2, lr=0.01, cache_dir=folder)
-    last = mini_clip.fit(model, part, teacher, texts, own, words, config, stop)
-    return model, last
+    model = mini_clip.student(0)
+    config = MiniClipConfig(epochs=12, batch_size=2, lr=0.01)
+    stage = mini_clip.distil_stage(model, part, teacher, texts, own, words, config)
+    with StopFlag() as stop:
+        fit(model, [stage], folder, seed=0, stop=stop)
+    return model, read_records(folder / "metrics.jsonl")
 
 
 def test_a_stopped_training_goes_on_bit_for_bit_and_learns(tiny, tmp_path):
-    whole, last = fit(tmp_path / "whole", StopAt(999))
-    assert last["step"] == 24
-    with pytest.raises(Interrupted):
-        fit(tmp_path / "parted", StopAt(9))
+    whole, lines = trained(tmp_path / "whole")
+    assert lines[-1]["step"] == 24
+    with terminated_in_step(9), pytest.raises(Interrupted):
+        trained(tmp_path / "parted")
     assert list((tmp_path / "parted").glob("checkpoint-*"))
-    parted, again = fit(tmp_path / "parted", StopAt(999))
+    parted, again = trained(tmp_path / "parted")
     for (name, a), b in zip(whole.state_dict().items(), parted.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    assert again == last
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert again == lines
     assert np.mean([x["text"] for x in lines[-6:]]) < np.mean([x["text"] for x in lines[:6]])
 
 
@@ -130,7 +121,7 @@ def test_open_clip_loads_the_folder(tiny, tmp_path):
     assert torch.equal(loaded.encode_image(images), clip.encode_image(images))
     assert torch.equal(loaded.encode_text(ids), clip.encode_text(ids))
     assert loaded.visual.image_mean == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
-    settings = mat_mini.MATMiniConfig(clip=tmp_path / "model").settings(0)
+    settings = MATMiniConfig(clip=tmp_path / "model").settings(0)
     again = load_clip(settings, None)
     assert torch.equal(again.encode_image(images), clip.encode_image(images))
 
@@ -146,7 +137,7 @@ def test_prompts_on_the_small_model(method, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(mat_mini, "load_emoji", load)
 
     def config(**changes):
-        return mat_mini.MATMiniConfig(
+        return MATMiniConfig(
             clip=tmp_path / "model", out=tmp_path / "run", method=method, epochs=1, batch_size=4, seeds=2, **changes
         )
 
@@ -168,4 +159,4 @@ def test_prompts_on_the_small_model(method, tiny, tmp_path, monkeypatch):
 
 def test_the_model_must_be_there(tmp_path):
     with pytest.raises(RunError, match="mini-clip"):
-        mat_mini.run(mat_mini.MATMiniConfig(clip=tmp_path / "none", out=tmp_path / "run"))
+        mat_mini.run(MATMiniConfig(clip=tmp_path / "none", out=tmp_path / "run"))

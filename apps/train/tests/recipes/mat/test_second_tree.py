@@ -1,4 +1,4 @@
-"""Label sets other than one tree, training on several trees, and resuming of a cached row."""
+"""Label sets other than one tree, training on several trees, and going on with a row on cached features."""
 
 import json
 import os
@@ -10,10 +10,13 @@ import torch
 
 from app_data.read.pictures import PictureSet
 from app_train.core.errors import Interrupted, RunError
+from app_train.core.fit import fit
 from app_train.core.interrupt import StopFlag
 from app_train.recipes.mat.data import Pictures
-from app_train.recipes.mat.fit import MATFitConfig, fit_row
+from app_train.recipes.mat.fit import feature_stage
 from app_train.recipes.mat.second_tree import second_tree, without_tree
+from app_train.recipes.mat.settings import MATConfig, MATFitConfig
+from helpers.stops import terminated_in_step
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts
 from mat_align import HETEROGENEOUS, FeatureMATModel, MATObjective, StageTokens
@@ -58,36 +61,24 @@ def small_model(seed=0):
         return FeatureMATModel(StageTokens((3, 4), 6), text, HETEROGENEOUS, dropout=0.2)
 
 
-class StopAt(StopFlag):
-    """Stops after so many steps."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    @property
-    def exit_status(self):
-        self.left -= 1
-        return 143 if self.left < 0 else None
-
-
-def run(folder: Path, stop, objectives=1):
+def run(folder: Path, objectives=1):
     model = small_model()
     names = [str(node) for node in range(5)]
     features = torch.randn(10, 7, generator=torch.Generator().manual_seed(1))
     target = TREE.leaf[torch.arange(10) % 3]
     config = MATFitConfig(epochs=7, batch_size=4, lr=0.05)
-    fit_row(
-        model, (MATObjective(TREE, names=names),) * objectives, features, (target,) * objectives, config, folder,
-        seed=0, stop=stop, label="test",
-    )  # fmt: skip
+    trees = (MATObjective(TREE, names=names),) * objectives
+    stage = feature_stage(model, trees, features, (target,) * objectives, config, seed=0)
+    with StopFlag() as stop:
+        fit(model, [stage], folder, seed=0, stop=stop)
     return model
 
 
 def test_a_stopped_row_goes_on_bit_for_bit(tmp_path):
-    whole = run(tmp_path / "whole", StopAt(99))
-    with pytest.raises(Interrupted):
-        run(tmp_path / "parted", StopAt(8))
-    again = run(tmp_path / "parted", StopAt(99))
+    whole = run(tmp_path / "whole")
+    with terminated_in_step(8), pytest.raises(Interrupted):
+        run(tmp_path / "parted")
+    again = run(tmp_path / "parted")
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parted")]
@@ -99,7 +90,7 @@ def test_a_stopped_row_goes_on_bit_for_bit(tmp_path):
 
 
 def test_several_trees_are_averaged(tmp_path):
-    run(tmp_path / "two", StopAt(99), objectives=2)
+    run(tmp_path / "two", objectives=2)
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 21
     assert all(np.isfinite(json.loads(line)["total"]) for line in lines)
@@ -121,7 +112,7 @@ def test_the_recipe_on_a_few_pictures(few_shot, tmp_path):
 
     def config(study, out):
         fit = MATFitConfig(epochs=1)
-        return mat.MATConfig(
+        return MATConfig(
             out=tmp_path / out, data="cifar100-fewshot", source=few_shot, shots=1, limit=30, size=32, num_test=1, study=study,
             variant=("VANILLA", "HETEROGENEOUS"), fit=fit, cache_dir=tmp_path / "cache",
         )  # fmt: skip
@@ -131,7 +122,9 @@ def test_the_recipe_on_a_few_pictures(few_shot, tmp_path):
     before = (tmp_path / "run" / "VANILLA" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns
     assert mat.run(config("main", "run")) == first
     assert (tmp_path / "run" / "VANILLA" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == before
+    # As after a kill while scoring.
     (tmp_path / "run" / "VANILLA" / "seed-0" / "result.json").unlink()
+    (tmp_path / "run" / "manifest.json").unlink()
     assert mat.run(config("main", "run")) == first  # scored again from the saved model
     assert (tmp_path / "run" / "VANILLA" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == before
     # Unit features of one scale never meet a cone.

@@ -63,5 +63,6 @@ def train_lift(
         "lift", StageConfig(epochs=1, lr=5e-3, batch_size=1), steps, forward, clip_grad=None, rate=lambda step: 1.0,
         optimizer=lambda parameters: torch.optim.Adam(parameters.values(), 5e-3),
     )  # fmt: skip
-    fit(lift, [stage], seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        fit(lift, [stage], seed=seed)
     return lift

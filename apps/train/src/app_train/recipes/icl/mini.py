@@ -171,7 +171,7 @@ def run(config: IclMiniConfig) -> dict:
 def _show(result: dict, out: Path) -> dict:
     print(  # noqa: T201
         f"{result['steps']} steps, loss of the last tenth {result['loss_of_last_tenth']}\n"
-        f"study: hier eval icl {out} --json docs/results/hyper-icl-model.json"
+        f"study: hier eval icl {out} --out docs/results/hyper-icl-model.json"
     )
     return result
 
