@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from app_eval.cli import main
 
 import app_eval.show.stories as stories
 from app_eval.measure.interval import WORDS, verdict
 from app_eval.show.commands import STORIES
 from app_eval.show.page import Claims
+from app_train.cli import hier as main
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
 SOURCES = {

@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from app_eval.cli import main
 
 from app_eval.show.page import Claims, Table
 from app_eval.show.stories import blip, icl, mat
+from app_train.cli import hier as main
 
 SCORES = ("la", "hca", "mta")
 SETTINGS = {
