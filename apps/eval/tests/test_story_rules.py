@@ -90,7 +90,7 @@ def test_commands_of_mat_runs():
     mini = entry() | {"settings": {"epochs": 2, "batch_size": 128, "lr": 0.002, "method": "maple"}}
     run = [mat._command(key, one) for key, one in zip(keys, (entry(), entry() | {"size": 96}, mini), strict=True)]
     assert run[0] == (
-        "python apps/train mat --data emoji --size 128 --tower lite0 --variant VANILLA PROTECT HETEROGENEOUS --seeds 2 "
+        "hier train mat --data emoji --size 128 --tower lite0 --variant VANILLA PROTECT HETEROGENEOUS --seeds 2 "
         "--fit.epochs 7 --fit.lr 0.002 --out runs/mat/emoji-3-lite0"
     )
     assert (
@@ -103,7 +103,7 @@ def test_commands_of_mat_runs():
     assert flat.endswith(
         "--study flat --seeds 3 --fit.epochs 12 --fit.lr 0.002 --out runs/mat/cifar100-fewshot-16-lite0-flat"
     )
-    assert "python apps/train mat-mini --seeds 3 --method maple" in mat._command(("emoji", 3, "mini-maple", "main"))
+    assert "hier train mat-mini --seeds 3 --method maple" in mat._command(("emoji", 3, "mini-maple", "main"))
 
 
 def test_later_runs_of_mat_replace_earlier_ones(tmp_path):
@@ -219,7 +219,7 @@ def icl_page(tmp_path, model, distilled=None, selection=SELECTION):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     more = [] if distilled is None else ["--distilled", str(tmp_path / "c.json")]
     status = main(
-        ["page", "icl", str(tmp_path / "a.json"), "--model", str(tmp_path / "b.json"), *more, str(tmp_path / "page.md")]
+        ["page", "icl", str(tmp_path / "a.json"), str(tmp_path / "page.md"), "--model", str(tmp_path / "b.json"), *more]
     )
     return status, (tmp_path / "page.md").read_text() if status == 0 else ""
 
@@ -240,7 +240,7 @@ def test_the_page_of_icl_ranks_selectors_only_where_random_demonstrations_help(t
     assert said("hyperbolic anchors against random demonstrations", text) == ("+40.0", "+40.0", "undecided")
     assert said("hyperbolic anchors against their vote", text) == ("+30.0", "+30.0", "better")
     assert "| RICES (the pictures nearest to the query's) | not run |" in text
-    assert "python apps/eval icl-study runs/icl-mini" in text
+    assert "hier eval icl runs/icl-mini" in text
     assert "cut short" in text
     assert "| distilled | not run |" in text
 

@@ -86,9 +86,9 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path):
         rows["| whole path right, by best path"]
         == "| whole path right, by best path | not run | worse | undecided | better |"
     )
-    assert "What was not run:\n\n```\npython apps/train lora-study --data DIR\n```" in text
+    assert "What was not run:\n\n```\nhier train lora-study --data DIR\n```" in text
     assert "Learning rates: TP-KL + HiSCE 0.1." in text
-    assert "- lambda on emoji: python apps/train lora-study" in text
+    assert "- lambda on emoji: hier train lora-study" in text
     assert "- alpha on emoji" not in text
     assert "| 30% of the leaves, TP-KL + HiSCE, 0 pictures | 2 |" in tables
     assert "(page.svg)" in text

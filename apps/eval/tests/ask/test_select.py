@@ -1,5 +1,6 @@
 """Choosing demonstrations from a user's pool, the offline study's scores and page, and the harness wrapper."""
 
+import functools
 import json
 from importlib.util import find_spec
 
@@ -209,7 +210,7 @@ def test_scores_of_a_selection():
 
 
 def test_study_rows():
-    rows = study_rows(_study(), (0, 1), steps=20)
+    rows = study_rows(_study(), (0, 1), functools.partial(train_lift, steps=20))
     assert {row["k"] for row in rows} == {2, 4, 8}
     by = {(row["name"], row["k"]): row for row in rows}
     assert by["anchors, hyperbolic, mu 0", 4]["scores"]["vote"] > by["random", 4]["scores"]["vote"]

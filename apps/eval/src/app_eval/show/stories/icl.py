@@ -108,8 +108,8 @@ def tell(content: Mapping[str, dict]) -> Page:
             f"hier train icl-mini {model['model'].get('options', '')}".strip(),
             STUDY,
             "hier train icl-distill",
-            "hier page icl docs/results/hyper-icl.json --model docs/results/hyper-icl-model.json --distilled "
-            "docs/results/hyper-icl-distilled.json docs/results/hyper-icl.md",
+            "hier page icl docs/results/hyper-icl.json docs/results/hyper-icl.md --model docs/results/hyper-icl-model.json "
+            "--distilled docs/results/hyper-icl-distilled.json",
         ),
         terms=TERMS,
     )
