@@ -249,8 +249,13 @@ def _claims(block: Claims) -> list[str]:
 
 def svg(figure: Figure) -> str:
     """Dots with their intervals, one panel beside the other, as SVG: any script in a name is shown by the reader's own fonts."""
-    label, width, line, top = 250, 210, 22, 34
     names = list(dict.fromkeys(name for _, values in figure.panels for name in values))
+    # 12-pixel letters are about 7 pixels wide, those of other scripts twice that.
+    wide = [
+        max((sum(7 if c.isascii() else 14 for c in t) for t in texts), default=0)
+        for texts in (names, [t for t, _ in figure.panels])
+    ]
+    label, width, line, top = wide[0] + 24, max(210, wide[1]), 22, 34
     total = (label + (width + 20) * len(figure.panels) + 20, top + line * len(names) + 30)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total[0]} {total[1]}" font-family="sans-serif" font-size="12">',
