@@ -177,4 +177,4 @@ def test_a_corrupt_adapter_is_named(command, trained, colours, tmp_path):
     shutil.copytree(trained, copy)
     weights = copy / "seed-0" / "trained" / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    fails(command("apps/eval", "predict", str(copy), str(colours / "warm/red/0.png")), str(weights.parent))
+    fails(command("apps/eval", "predict", str(weights.parent), str(colours / "warm/red/0.png")), str(weights.parent))
