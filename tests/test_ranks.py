@@ -41,7 +41,7 @@ raise SystemExit(main())
 """
 # 32 training pictures: batches of 31 and 1, then of 9, 9, 9 and 5; two processes take unequal shares of all but none of them.
 QUICK = ["--size", "32", "--fit.head.epochs", "2", "--fit.head.batch-size", "31", "--fit.lora.epochs", "3"]
-QUICK += ["--fit.lora.batch-size", "9", "--save-every", "2", "--no-tensorboard"]
+QUICK += ["--fit.lora.batch-size", "9", "--save-every", "2", "--no-tensorboard", "--lora"]
 TRAINED = "seed-0/trained"
 # Single precision, sums in another order; measured: see the test.
 RTOL = 1e-4

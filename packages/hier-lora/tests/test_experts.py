@@ -39,7 +39,7 @@ def test_a_free_head_learns(case, over, loss):
     tax, features, target = case
     head = LinearHead(tax, 6, over, dropout=0.1)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
-    settings = {"alpha": 1.0} if over == "leaves" else {"levels": "extended"}
+    settings = {"discount": 1.0} if over == "leaves" else {"levels": "extended"}
     for _ in range(60):
         optimizer.zero_grad()
         loss(head(features), target, tax, **settings).backward()

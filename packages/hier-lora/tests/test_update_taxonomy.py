@@ -44,7 +44,8 @@ def test_old_nodes_keep_their_features(tiny, towers, center, pixels):
     kept = update.new_to_old >= 0
     if towers == "vision":
         assert torch.equal(after[kept], before[update.new_to_old[kept]])
-        assert torch.equal(logits[:, kept], old_logits[:, update.new_to_old[kept]])
+        # A product of another width may round otherwise.
+        torch.testing.assert_close(logits[:, kept], old_logits[:, update.new_to_old[kept]], atol=1e-5, rtol=1e-6)
     else:
         torch.testing.assert_close(after[kept], before[update.new_to_old[kept]], atol=1e-6, rtol=0)
     assert logits.shape == (4, old_tax.num_nodes + 3)

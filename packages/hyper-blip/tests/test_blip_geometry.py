@@ -112,7 +112,8 @@ def test_fp32_matrix_distance():
     exact = matched_similarity(a.float().double(), near.double(), "distance")
     assert exact.mean().item() == pytest.approx(-0.05, rel=0.02)
     matrix = pairwise_similarity(a.float(), near, "distance").diagonal()
-    assert (matrix - exact).abs().max() <= 0.03
+    # The product's terms reach cosh(4.6)^2 and cancel: some roundings of that size stay, how many depends on the CPU.
+    assert (matrix.double().cosh() - exact.cosh()).abs().max() <= 16 * 2**-24 * math.cosh(4.6) ** 2
     assert (matched_similarity(a.float(), near, "distance") - exact).abs().max() <= 1e-6
 
 

@@ -154,7 +154,7 @@ def test_inputs_agree(points, model, backend):
             pair = [MODELS[model].exp_map0(u, c=c) for u in pair]
         loss = distance_info_nce(*pair, c=c, logit_scale=logit_scale, model=model, inputs=inputs, backend=backend)
         results.append((loss.detach(), torch.autograd.grad(loss, leaves)))
-    assert_agree(*results)
+    assert_agree(*results, gradient_tolerance=3e-5)  # that of c is a difference of larger terms
 
 
 def test_models_agree(points):

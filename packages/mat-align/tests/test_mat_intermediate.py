@@ -181,7 +181,7 @@ def test_dtype_follows_the_curvatures():
 )
 def test_released_search_leaves_the_interval(c_img, c_txt, rho, expected):
     radii = [r.item() for r in released_radii(rho, 1.0, c_img, c_txt)]
-    assert solve((c_img, c_txt), radii, "released")[0] == pytest.approx(expected, rel=1e-4)
+    assert solve((c_img, c_txt), radii, "released")[0] == pytest.approx(expected, rel=5e-4)  # a flat minimum
 
 
 def test_released_backward_ignores_what_comes_in():

@@ -110,7 +110,7 @@ def distance_info_nce(
     factors = c.ndim
     if negatives is not None:
         _check_negatives(negatives, y)
-    labels = _check_labels(labels, x.shape[factors], y.shape[factors], x.device, symmetric)
+    labels = _check_labels(labels, x, y, factors, symmetric)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if backend == "triton":
@@ -185,7 +185,7 @@ def distance_logits(
         nm.check_choice(name, value, choices)
     x, y, c, logit_scale, dtype = _prepared(x, y, c, logit_scale)
     if labels is not None:
-        labels = _check_labels(labels, x.shape[c.ndim], y.shape[c.ndim], x.device, False)
+        labels = _check_labels(labels, x, y, c.ndim, False)
         labels = labels if labels.ndim == 2 else labels.unsqueeze(1)
     setting = general.Setting(model, inputs, queries, 0.0, 0)
     with nm.full_precision(x.device):
@@ -390,7 +390,8 @@ def _scale_tensor(logit_scale: float | Tensor, dtype: torch.dtype, device: torch
     return logit_scale.reshape(()).to(dtype)
 
 
-def _check_labels(labels: Tensor | None, num: int, num_targets: int, device: torch.device, symmetric: bool) -> Tensor:
+def _check_labels(labels: Tensor | None, x: Tensor, y: Tensor, rows: int, symmetric: bool) -> Tensor:
+    num, num_targets, device = x.shape[rows], y.shape[rows], x.device
     if symmetric and num != num_targets:
         raise ValueError(f"symmetric=True needs as many rows of x as of y, got {num} and {num_targets}")
     if labels is None:

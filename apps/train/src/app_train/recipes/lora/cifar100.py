@@ -37,7 +37,7 @@ def run(config: CifarConfig) -> dict:
         story = Story(
             title="Few-shot CIFAR-100",
             lead=f"{config.model}, {len(train)} training and {len(test)} test pictures, the WordNet tree and 25 cuts of ProTeCt. Seed 0.",
-            hint=f"adapters: {config.out}/seed-*/<row>/adapter",
+            hint="adapters: {run}/seed-*/<row>/adapter",
             facts={"base model": config.model, "calibrated on": f"{len(val)} held-out pictures"},
             compared=[row for row in ("zero_shot", *config.rows) if row in ("leaf_ce", config.rows[-1])],
         )

@@ -37,7 +37,7 @@ class Story:
 
     Attributes:
         title, lead: headline and first paragraph.
-        hint: what to do next, printed last.
+        hint: what to do next, printed last, where `{run}` stands for the folder of the run.
         facts: shown as a list.
         compared: names of the lines shown beside each sample picture.
         credits: attributions for the pictures.
@@ -119,7 +119,7 @@ def show(result: dict, run: Run) -> dict:
     """Print the table of a finished run, and return the result."""
     rows = {result["titles"][name]: row for name, row in result["runs"][0].items()}
     print(short_table(rows) if "headline" in result else text_table(rows))  # noqa: T201
-    print(f"\nreport: {run.out / 'report.html'}\n{result['hint']}")  # noqa: T201
+    print(f"\nreport: {run.out / 'report.html'}\n{result['hint'].replace('{run}', str(run.out))}")  # noqa: T201
     return result
 
 

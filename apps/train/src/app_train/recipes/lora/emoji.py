@@ -65,7 +65,7 @@ def run(config: EmojiConfig) -> dict:
                 f"Learnt from emoji by {', '.join(config.artists)}; tested on {len(test)} pictures by {TEST_ARTIST}, centred on their "
                 "own mean (no label is used). Seed 0 is shown."
             ),
-            hint=f"adapters: {config.out}/seed-*/<row>/adapter",
+            hint="adapters: {run}/seed-*/<row>/adapter",
             facts={"base model": LITE0, "size of the frozen features": f"{config.feature_size} px"},
             compared=("neighbour", HEADLINE),
             credits=CREDITS,

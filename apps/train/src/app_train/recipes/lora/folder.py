@@ -81,7 +81,7 @@ def run(config: FolderConfig) -> dict:
             lead=f"{config.model} at {config.size} px; scores on {len(test)} pictures that nothing was fitted to.",
             facts={"skipped files": str(len(train.skipped)), "the product is chosen on": chosen_on},
             compared=("neighbour", HEADLINE),
-            hint=f"predict: hier predict {config.out} PICTURE...",
+            hint="predict: hier predict {run} PICTURE...",
         )
         return compare(task, lines, 1, story, lambda: {"headline": headline(task)})
 

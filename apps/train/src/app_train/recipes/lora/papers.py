@@ -76,7 +76,7 @@ def _run(name: str, config: PaperConfig, load: Callable[[Path, Decoding], dict[s
         story = Story(
             title=f"{name}: {len(train)} training pictures",
             lead=f"{config.model}, {tax.num_leaves} leaves, {tax.num_nodes} nodes; scores on {len(test)} test pictures. Seed 0.",
-            hint=f"adapters: {config.out}/seed-*/<row>/adapter",
+            hint="adapters: {run}/seed-*/<row>/adapter",
             facts={"base model": config.model, "calibrated on": f"{len(val)} held-out pictures"},
             compared=[row for row in ("zero_shot", *config.rows) if row in ("leaf_ce", config.rows[-1])],
         )
