@@ -100,7 +100,7 @@ class EvalSelection:
 class Page:
     """Write a results page from stored results."""
 
-    story: Annotated[Literal["emoji", "lora", "mat", "blip", "icl"], tyro.conf.Positional]
+    story: Annotated[Literal["emoji", "lora", "tree", "mat", "blip", "icl"], tyro.conf.Positional]
     """Which page."""
     sources: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders or JSON files, and last the Markdown file to write."""

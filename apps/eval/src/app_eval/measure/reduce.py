@@ -104,7 +104,8 @@ class _Reducer:
             other = self._baseline(key, members, groups, pick)
             if other is not None:
                 seeds, theirs = other
-                entry["against leaf CE"] = self._differences([scores[i] for i in seeds], theirs, pool)
+                name = "against" if experiment == "tree" else "against leaf CE"
+                entry[name] = self._differences([scores[i] for i in seeds], theirs, pool)
                 entry["paired seeds"] = len(seeds)
             entries.append(entry)
         return entries
@@ -134,12 +135,14 @@ class _Reducer:
         return {key: (a[mask], b[mask]) for key, (a, b) in scores.items() if key[0] != "target"}
 
     def _baseline(self, key: tuple, members: list, groups: dict, pick) -> tuple[list[int], list[Scores]] | None:
-        """Leaf cross-entropy on the same pictures and seeds: that of the same experiment if it has one, else the main one."""
+        """The row that the run names, else leaf cross-entropy: on the same pictures and seeds, of the same experiment or the main one."""
         experiment, data, row, part = key
         prefix = row[: -len(row.split("-")[-1])] if "-" in row else ""
         candidates = [(experiment, data, f"{prefix}{BASELINE}", part), (experiment, data, BASELINE, part)]
-        if experiment not in ("update", "towers", "sizes", "tail"):
+        if experiment not in ("update", "towers", "sizes", "tail", "tree"):
             candidates.append(("main", data, BASELINE, ""))
+        if "against" in (options := members[0][1].get("options", {})):
+            candidates = [(experiment, data, options["against"], part)]
         chosen = next((c for c in candidates if c in groups), None)
         if chosen is None or chosen == key:
             return None

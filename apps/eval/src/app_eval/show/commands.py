@@ -17,7 +17,7 @@ from app_eval.show.page import write
 
 __all__ = ["STORIES", "read_json", "run", "write_page"]
 
-STORIES = ("emoji", "lora", "mat", "blip", "icl")
+STORIES = ("emoji", "lora", "tree", "mat", "blip", "icl")
 
 
 def run(config: Page) -> int:

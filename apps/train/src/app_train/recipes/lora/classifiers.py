@@ -101,6 +101,12 @@ def lda(tax: Taxonomy, data: Features, shrinkage: float) -> TreeLDA:
     return TreeLDA(tax, shrinkage=shrinkage, star=True, plug_in=True, v=[1e6]).fit(data.x, data.target)
 
 
+def nearest_mean(tax: Taxonomy, data: Features) -> TreeLDA:
+    """The class with the nearest mean of its pictures."""
+    eye = torch.eye(data.x.shape[1])
+    return TreeLDA(tax, star=True, plug_in=True, v=[1e6], covariance=eye).fit(data.x, data.target)
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The expert that knows the words alone.
@@ -151,6 +157,7 @@ class OnTree:
                 "prompts": lambda: self.prompts.head,
                 "logistic": lambda: logistic(tax, data, config.c),
                 "lda": lambda: lda(tax, data, self.shrinkage),
+                "mean": lambda: nearest_mean(tax, data),
             }
             self._fitted[key] = make[name]()
         return self._fitted[key]

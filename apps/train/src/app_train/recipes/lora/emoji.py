@@ -27,7 +27,15 @@ from app_train.recipes.lora.classifiers import TREES, Classifiers, Features, cen
 from app_train.recipes.lora.compare import Line, Story, compare, read_back, trained_lines, zero_shot_line
 from app_train.recipes.lora.frozen import HEADLINE, ON, FrozenRows, Loaded, headline, named, node_scores
 from app_train.recipes.lora.losses import ROWS
-from app_train.recipes.lora.settings import LITE0, TRIALS, EmojiConfig, FitConfig
+from app_train.recipes.lora.settings import (
+    FEATURE_SIZES,
+    HEAD_TRIALS,
+    LITE0,
+    TRIALS,
+    EmojiConfig,
+    FitConfig,
+    HeadsConfig,
+)
 from app_train.recipes.lora.task import Task, cuts_for, load_base, prompts_of, store_row, train_row
 from hier_lora import HierLoraCLIP, PoolSettings
 
@@ -96,20 +104,28 @@ def _fit_config(config: EmojiConfig, row: str, lr: tuple[float, float] | None = 
 
 
 def _load(config: EmojiConfig, task: Task) -> Loaded:
-    """Features at their own size; the product is chosen on the first training artist, from the others."""
-    pictures, test = (_pictures(config, artists, config.feature_size) for artists in (config.artists, (TEST_ARTIST,)))
-    base = task.base.to(task.run.device, memory_format=torch.channels_last)
-    label = f"frozen features at {config.feature_size} px"
-    features, new = (
-        tower_features(base, part, label, config.cache_dir, task.run.check).cpu() for part in (pictures, test)
-    )
+    size = config.feature_size
+    classifiers, features = _classifiers(config, task, config.heads, size)
+    new = _features(config, task, _pictures(config, (TEST_ARTIST,), size), size)
+    return Loaded(classifiers, new - new.mean(0), new - features.mean(0))
+
+
+def _classifiers(config: EmojiConfig, task: Task, heads: HeadsConfig, size: int) -> tuple[Classifiers, Tensor]:
+    """Classifiers on the training pictures at a size of their own, and the features; the first artist is left out to choose."""
+    pictures = _pictures(config, config.artists, size)
+    features = _features(config, task, pictures, size)
     styles, target = np.array(pictures.styles), torch.from_numpy(pictures.targets)
     out = styles == config.artists[0]
     parts = [torch.from_numpy(np.flatnonzero(rows)) for rows in (~out, out)]
     fold = tuple(Features(centred(features[rows], styles[rows.numpy()]), target[rows]) for rows in parts)
     everything = Features(centred(features, styles), target)
-    classifiers = Classifiers(pictures.taxonomy, everything, [fold], config.heads, prompts_of(task))
-    return Loaded(classifiers, new - new.mean(0), new - features.mean(0))
+    return Classifiers(pictures.taxonomy, everything, [fold], heads, prompts_of(task)), features
+
+
+def _features(config: EmojiConfig, task: Task, pictures: PictureSet, size: int) -> Tensor:
+    base = task.base.to(task.run.device, memory_format=torch.channels_last)
+    label = f"frozen features at {size} px"
+    return tower_features(base, pictures, label, config.cache_dir, task.run.check).cpu()
 
 
 def _keep(loaded: Loaded, settings: PoolSettings, seed: int, folder: Path) -> None:
@@ -132,7 +148,8 @@ def _lora_lda(task: Task, tree: str, folder: Path, seed: int) -> dict:
     data = Features(centred(train, np.array(task.train.styles)), torch.from_numpy(task.train.targets))
     every = Classifiers(task.train.taxonomy, data, [], task.run.config.heads).on(tree)
     together, alone = (
-        node_scores(every.log_prob("tree_lda", test - mean), task) for mean in (test.mean(0), train.mean(0))
+        node_scores(every.log_prob("tree_lda", test - mean), task.test.taxonomy)
+        for mean in (test.mean(0), train.mean(0))
     )
     return store_row(task, together, folder, facts, single=alone)
 
@@ -148,10 +165,11 @@ def _lora_features(task: Task, row: Path) -> tuple[Tensor, Tensor]:
 
 
 def _tune(config: EmojiConfig, run: Run, train: PictureSet) -> dict:
-    """All trials: rates of LoRA on withheld leaves, sizes and settings of heads on an artist left out."""
+    """All trials: size and settings of heads on the artist left out, rates of LoRA on withheld leaves."""
     known, withheld = validation_split(train, seed=0)
     run.claim(f"{train.fingerprint}-validation")
     task = _task(config, run, train.select(known), train.select(withheld))
+    frozen = [_frozen_trial(config, task, size, *settings) for size in FEATURE_SIZES for settings in HEAD_TRIALS]
     table: dict[str, list[dict]] = {}
     for row in config.rows:
         for head, lora in TRIALS:
@@ -162,7 +180,18 @@ def _tune(config: EmojiConfig, run: Run, train: PictureSet) -> dict:
             trial = {"head": head, "lora": lora, "ahd": scores["bottom_up"]["ahd"], "scores": scores}
             table.setdefault(row, []).append(trial)
     chosen = {row: min(trials, key=lambda t: t["ahd"]) for row, trials in table.items()}
-    content = run.finish({"trials": table, "chosen": {r: [t["head"], t["lora"]] for r, t in chosen.items()}})
+    rates = {r: [t["head"], t["lora"]] for r, t in chosen.items()}
+    best = min(frozen, key=lambda trial: trial["ahd"])
+    content = run.finish({"frozen": frozen, "trials": table, "chosen": rates, "chosen_frozen": best})
     write_json(run.out / "tuning.json", content)
-    print(content["chosen"])  # noqa: T201
+    print(rates, best, sep="\n")  # noqa: T201
     return content
+
+
+def _frozen_trial(config: EmojiConfig, task: Task, size: int, epochs: int, dropout: float) -> dict:
+    """Scores of the product on the artist left out, mean of three seeds."""
+    heads = config.heads.model_copy(update={"epochs": epochs, "dropout": dropout})
+    classifiers, _ = _classifiers(config, task, heads, size)
+    found = [classifiers.chosen("tree", seed) for seed in range(3)]
+    leaf, ahd = (float(np.mean([getattr(settings, name) for settings in found])) for name in ("leaf", "ahd"))
+    return {"size": size, "epochs": epochs, "dropout": dropout, "leaf": leaf, "ahd": ahd}

@@ -14,6 +14,7 @@ from app_train.recipes.lora.classifiers import TREES, Classifiers
 from app_train.recipes.lora.compare import Line
 from app_train.recipes.lora.task import Task, store_row
 from hier_lora import PoolSettings
+from hier_losses import Taxonomy
 from hier_losses.probabilities import leaf_to_node_logits
 
 HEADLINE = "product"
@@ -101,13 +102,14 @@ class FrozenRows:
 
     def _store(self, log_prob: Callable[[Tensor], Tensor], folder: Path, facts: dict, **more: object) -> dict:
         together, alone = self.loaded.together, self.loaded.alone
-        single = None if alone is None else node_scores(log_prob(alone), self.task)
-        return store_row(self.task, node_scores(log_prob(together), self.task), folder, facts, single=single, **more)
+        tax = self.task.test.taxonomy
+        single = None if alone is None else node_scores(log_prob(alone), tax)
+        return store_row(self.task, node_scores(log_prob(together), tax), folder, facts, single=single, **more)
 
 
-def node_scores(log_prob: Tensor, task: Task) -> Tensor:
+def node_scores(log_prob: Tensor, tax: Taxonomy) -> Tensor:
     """Scores of all nodes from log-probabilities of the leaves; a leaf that is ruled out is hopeless, not -inf."""
-    return leaf_to_node_logits(log_prob.clamp(min=-1e4), task.test.taxonomy)
+    return leaf_to_node_logits(log_prob.clamp(min=-1e4), tax)
 
 
 def named(name: str, tree: str) -> str:

@@ -16,9 +16,18 @@ REWIRED = (0.05, 0.1, 0.2)
 HIDDEN = (0.3, 0.1, 0.5)
 SHOTS = {"emoji": (1, 3), "cifar100": (1, 5, 16)}
 SIZES = (100, 300)
+# Classifiers on frozen features, in the experiment "tree": (what is fitted, over which tree, the row it is compared with).
+TREE_SHOTS = {"emoji": (1, 2, 3), "cifar100": (1, 3, 10, 20)}
+TREE_ROWS = {
+    "mean": ("mean", "star", "leaf_ce"), "lda": ("lda", "star", "leaf_ce"), "logistic": ("logistic", "tree", "leaf_ce"),
+    "leaf_ce": ("head", "star", ""), "hxe": ("head", "tree", "leaf_ce"), "hxe_shuffled": ("head", "shuffled", "leaf_ce"),
+    "hxe_10": ("head", "10", "leaf_ce"), "hxe_30": ("head", "30", "leaf_ce"), "tree_lda_star": ("tree_lda", "star", ""),
+    "tree_lda": ("tree_lda", "tree", "tree_lda_star"), "tree_lda_shuffled": ("tree_lda", "shuffled", "tree_lda_star"),
+    "tree_lda_10": ("tree_lda", "10", "tree_lda_star"), "tree_lda_30": ("tree_lda", "30", "tree_lda_star"),
+}  # fmt: skip
 TAIL_RATIO = 16
 # CPU seconds of one run on one thread, measured on one machine; for the estimate that is printed first.
-SECONDS = {"fixed": 3, "head": 6, "update": 12, "towers": 60}
+SECONDS = {"fixed": 3, "head": 6, "update": 12, "towers": 60, "frozen": 5}
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Trial:
 
     Attributes:
         experiment, data, row, seed: identify it.
-        kind: how it is carried out: "fixed", "head", "update" or "towers".
+        kind: how it is carried out: "fixed", "head", "update", "towers" or "frozen".
         loss: weights of the loss.
         rate_of: the row whose tuned learning rate it takes.
         options: what else varies.
@@ -56,7 +65,7 @@ def plan(data: Sequence[str], seeds: int, few: int) -> list[Trial]:
         seeds: of the main table.
         few: seeds of everything else.
     """
-    return [run for part in (_main, _grid, _update, _consistency, _rewired, _tail, _sizes, _towers)
+    return [run for part in (_main, _grid, _update, _consistency, _rewired, _tail, _sizes, _towers, _tree)
             for run in part(data, seeds, few)]  # fmt: skip
 
 
@@ -160,3 +169,21 @@ def _towers(data: Sequence[str], seeds: int, few: int) -> Iterator[Trial]:
         for row in ("both", "leaf_ce"):
             for towers in ("head", "vision", "both", "text"):
                 yield Trial("towers", "cifar100", f"{towers}-{row}", seed, "towers", ROWS[row], row, {"towers": towers})
+
+
+def _tree(data: Sequence[str], seeds: int, few: int) -> Iterator[Trial]:
+    for seed in range(seeds):
+        for name in data:
+            for shots in TREE_SHOTS[name]:
+                for row, (expert, tree, other) in TREE_ROWS.items():
+                    # One picture a class says nothing of the spread within classes; wrong edges are tried with all pictures.
+                    spread, wrong = expert in ("lda", "tree_lda"), tree.isdigit()
+                    if (spread and shots == 1) or (wrong and shots != TREE_SHOTS[name][-1]):
+                        continue
+                    options = {
+                        "shots": shots,
+                        "expert": expert,
+                        "tree": tree,
+                        "against": f"{shots}-{other}" if other else "",
+                    }
+                    yield Trial("tree", name, f"{shots}-{row}", seed, "frozen", options=options)

@@ -17,10 +17,12 @@ from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.config import StageConfig
 from app_train.core.fit import fit
 from app_train.core.run_folder import Run
+from app_train.recipes.lora.classifiers import Features, OnTree, centred
+from app_train.recipes.lora.frozen import node_scores
 from app_train.recipes.lora.heads import HeadFit, TreeLoss, head_logits, head_state, set_head, start_head, train_head
 from app_train.recipes.lora.objective import Objective, stages
 from app_train.recipes.lora.retree import permute_parents, rewire
-from app_train.recipes.lora.settings import FitConfig
+from app_train.recipes.lora.settings import FitConfig, HeadsConfig
 from app_train.recipes.lora.study_data import Split, StudyData
 from app_train.recipes.lora.study_plan import SHOTS, Trial
 from app_train.recipes.lora.task import Task, build_model, cuts_for
@@ -71,7 +73,7 @@ def carry_out(run: Trial, bank: Bank, rate: float) -> Outcomes:
     """Do a run with a learning rate that validation chose."""
     data = bank.data[run.data]
     kinds: dict[str, Callable[[Trial, Bank, StudyData, float], Outcomes]] = {
-        "fixed": _fixed, "head": _head, "update": _update, "towers": _towers,
+        "fixed": _fixed, "head": _head, "update": _update, "towers": _towers, "frozen": _frozen,
     }  # fmt: skip
     return kinds[run.kind](run, bank, data, rate)
 
@@ -89,6 +91,23 @@ def _fixed(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
         data.train.features, torch.from_numpy(data.train.targets), data.test.features, data.taxonomy
     )
     return {"": (outcome(logits, data.test.targets, data.taxonomy, data.cuts), {})}
+
+
+def _frozen(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
+    """A classifier on frozen features from so many pictures of each class, over the tree, a wrong one, or none."""
+    tax, tree = data.taxonomy, run.options["tree"]
+    train = data.train.select(take_shots(data.train.pictures, run.options["shots"], run.seed)[0])
+    styles = np.array(train.pictures.styles) if data.centred else np.zeros(len(train.targets))
+    known = Features(centred(train.features, styles), torch.from_numpy(train.targets))
+    edges, facts = None, {"pictures": len(train.targets)}
+    if tree not in ("tree", "star"):
+        edges = permute_parents(tax, run.seed) if tree == "shuffled" else rewire(tax, int(tree) / 100, run.seed)
+        facts["edges changed"] = edges.changed
+    config = HeadsConfig()
+    fitted = OnTree(tax, known, config, config.shrinkage, edges, star=tree == "star")
+    new = data.test.features - (data.test if data.centred else train).features.mean(0)
+    scores = node_scores(fitted.log_prob(run.options["expert"], new, run.seed), tax)
+    return {"": (outcome(scores, data.test.targets, tax, data.cuts), facts)}
 
 
 def _head(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
