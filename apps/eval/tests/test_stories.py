@@ -17,12 +17,16 @@ from app_train.cli import hier as main
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
 SOURCES = {
+    "emoji": ("first-light.json",),
+    "tree": ("tree.json",),
     "lora": ("hier-lora.json",),
     "mat": ("mat-align.json", "mat-align-published.json"),
     "blip": ("hyper-blip.json",),
     "icl": ("hyper-icl.json", "--model", "hyper-icl-model.json", "--distilled", "hyper-icl-distilled.json"),
 }
 CONTROLS = {
+    "emoji": "logistic regression",
+    "tree": "logistic regression",
     "lora": "nearest training picture",
     "mat": "nearest picture",
     "blip": "Euclidean BLIP-2",
@@ -61,7 +65,7 @@ def test_the_page_is_short_and_opens_with_a_sentence_a_figure_and_a_table(story,
     rows = table.splitlines()[2:]
     assert 1 < len(rows) <= 6
     assert any(row.startswith(f"| {CONTROLS[story]}") for row in rows)
-    assert (written / f"{NAMES[story]}-tables.md").stat().st_size > 5000
+    assert (written / f"{NAMES[story]}-tables.md").stat().st_size > 3000
 
 
 @pytest.mark.parametrize("story", SOURCES)
@@ -128,7 +132,7 @@ def test_a_truncated_or_thinned_json_ends_in_one_sentence(story, tmp_path, capsy
     for name in sources:
         shutil.copy(RESULTS / name, tmp_path)
     text = (RESULTS / sources[0]).read_text()
-    for damaged in (text[: len(text) // 2], text.replace('"scores"', '"points"').replace('"retrieval"', '"found"')):
+    for damaged in (text[: len(text) // 2], text.replace('"scores"', '"points"').replace('"retrieval"', '"found"').replace('"together"', '"apart"')):
         (tmp_path / sources[0]).write_text(damaged)
         assert main(["page", story, *(str(tmp_path / name) for name in sources), str(tmp_path / "page.md")]) == 2
         assert capsys.readouterr().err.count("\n") == 1

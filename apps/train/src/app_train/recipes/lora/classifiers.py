@@ -25,8 +25,10 @@ from hier_losses.discriminant import TreeLDA
 from hier_losses.metrics import average_hierarchical_distance
 from hier_losses.probabilities import leaf_to_node_logits
 
-# What a product is made of, in the tree of its name.
-EXPERTS = ("head", "tree_lda", "neighbours", "prompts")
+# What a product is made of: experts over its tree, those that know no tree, and the two that no tree can change.
+OVER_TREE = ("head", "tree_lda")
+EXPERTS = ("neighbours", "prompts")
+STAR = "_star"
 TREES = ("tree", "shuffled", "star")
 SHRINKAGES = (0.2, 0.4, 0.6, 0.8)
 
@@ -197,17 +199,22 @@ class Classifiers:
     prompts: Prompts | None = None
 
     def __post_init__(self) -> None:
-        self._on: dict[tuple[str, int], OnTree] = {}
+        self._made_on: dict[tuple[str, int], OnTree] = {}
         self._shrinkage: dict[str, float] = {}
 
     @cached_property
     def _shuffled(self) -> OtherEdges:
         return permute_parents(self.tax, 0)
 
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """What a product is made of."""
-        return EXPERTS if self.prompts is not None else EXPERTS[:-1]
+    def experts(self, tree: str) -> tuple[str, ...]:
+        """What a product over a tree is made of; held-out pictures decide how far it follows the tree."""
+        without = () if tree == "star" else tuple(name + STAR for name in OVER_TREE)
+        return (*OVER_TREE, *without, *(EXPERTS if self.prompts is not None else EXPERTS[:-1]))
+
+    def _on(self, tree: str, name: str, fold: int = -1) -> tuple[OnTree, str]:
+        """The experts over the tree that an expert's name stands for, and its name among them."""
+        star = name.endswith(STAR)
+        return self.on("star" if star else tree, fold), name.removesuffix(STAR)
 
     @property
     def judged(self) -> Tensor:
@@ -216,9 +223,9 @@ class Classifiers:
 
     def on(self, tree: str, fold: int = -1) -> OnTree:
         """The experts over one of `TREES`, fitted to the training pictures (-1) or to those of a fold."""
-        if (tree, fold) not in self._on:
-            self._on[tree, fold] = self._made(tree, fold, self.shrinkage(tree))
-        return self._on[tree, fold]
+        if (tree, fold) not in self._made_on:
+            self._made_on[tree, fold] = self._made(tree, fold, self.shrinkage(tree))
+        return self._made_on[tree, fold]
 
     def _made(self, tree: str, fold: int, shrinkage: float) -> OnTree:
         data = self.train if fold < 0 else self.folds[fold][0]
@@ -242,23 +249,27 @@ class Classifiers:
 
     def held_out(self, tree: str, seed: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Log-probabilities of experts on the pictures that the folds hold out."""
-        return {
-            name: torch.cat(
-                [self.on(tree, number).log_prob(name, judge.x, seed) for number, (_, judge) in enumerate(self.folds)]
-            )
-            for name in names
-        }
+        found = {}
+        for name in names:
+            fitted = [self._on(tree, name, fold) for fold in range(len(self.folds))]
+            parts = [on.log_prob(one, judge.x, seed) for (on, one), (_, judge) in zip(fitted, self.folds, strict=True)]
+            found[name] = torch.cat(parts)
+        return found
 
     def chosen(self, tree: str, seed: int, names: Sequence[str] | None = None) -> PoolSettings:
         """Weights, temperatures and decoder of the product, chosen by AHD on the pictures that the folds hold out."""
-        names = names or self.experts
+        names = names or self.experts(tree)
         if not self.folds:
             return PoolSettings(dict.fromkeys(names, 1.0), dict.fromkeys(names, 1.0))
         return choose(self.held_out(tree, seed, names), self.judged, self.tax, "ahd")
 
     def log_prob(self, tree: str, settings: PoolSettings, x: Tensor, seed: int) -> Tensor:
         """Log-probabilities of the product over one of the trees."""
-        return pool({name: self.on(tree).log_prob(name, x, seed) for name in settings.weights}, self.tax, settings)
+        parts = {}
+        for name in settings.weights:
+            on, one = self._on(tree, name)
+            parts[name] = on.log_prob(one, x, seed)
+        return pool(parts, self.tax, settings)
 
     def product(self, settings: PoolSettings, seed: int) -> ProductOfExperts:
         """The product over the true tree, to be saved: without the experts that have no weight."""
@@ -267,7 +278,8 @@ class Classifiers:
             {name: settings.weights[name] for name in used}, {name: settings.temperatures[name] for name in used},
             settings.decoder, settings.temperature, settings.leaf, settings.ahd,
         )  # fmt: skip
-        return ProductOfExperts({name: self.on("tree").expert(name, seed) for name in used}, kept)
+        fitted = {name: self._on("tree", name) for name in used}
+        return ProductOfExperts({name: on.expert(one, seed) for name, (on, one) in fitted.items()}, kept)
 
 
 def best_leaf_ahd(log_prob: Tensor, target: Tensor, tax: Taxonomy) -> float:

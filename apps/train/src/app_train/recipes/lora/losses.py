@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, create_model
 
@@ -43,6 +43,8 @@ class LossSettings(Frozen):
     """How fast HXE's weights fall from the leaves to the root."""
     beta: float = Field(10.0, gt=0)
     """How sharply soft labels fall with the distance in the tree."""
+    levels: Literal["ragged", "extended"] = "ragged"
+    """Whether level CE and HiSCE let a shallow leaf compete with the nodes below its level; decoders do."""
 
 
 def _of(name: str, *settings: str, leaves: bool = False) -> Callable[[Tensor, Tensor, Taxonomy, LossSettings], Tensor]:
@@ -71,9 +73,13 @@ def _consistency(logits: Tensor, target: Tensor, tax: Taxonomy, config: LossSett
 
 LOSSES: dict[str, Loss] = {
     "leaf": Loss("leaf CE", "Cross-entropy over the leaves alone: the plain baseline.", _leaf),
-    "level": Loss("level CE", "Cross-entropy on every level, summed over levels.", _of("level_cross_entropy")),
+    "level": Loss(
+        "level CE", "Cross-entropy on every level, summed over levels.", _of("level_cross_entropy", "levels")
+    ),
     "tp_kl": Loss("TP-KL", "Tree-Path KL divergence over all nodes.", _of("tp_kl")),
-    "hisce": Loss("HiSCE", "Hierarchy-Sibling Smoothed Cross-Entropy, summed over levels.", _of("hisce", "eps")),
+    "hisce": Loss(
+        "HiSCE", "Hierarchy-Sibling Smoothed Cross-Entropy, summed over levels.", _of("hisce", "eps", "levels")
+    ),
     "consistency": Loss(
         "consistency", "Jensen-Shannon divergence between each level and the one below it.", _consistency
     ),

@@ -74,7 +74,7 @@ class RowsConfig(RunConfig):
 # Chosen by `nox -s train -- --tune`: the lower AHD@1 on withheld leaves, which no row has seen; see
 # docs/results/first-light-tuning.json.
 CHOSEN_LR: dict[str, tuple[float, float]] = {
-    "leaf_ce": (4e-3, 5e-4),
+    "leaf_ce": (1e-3, 5e-4),
     "level_ce": (1e-3, 5e-4),
     "both": (1e-3, 5e-4),
     "both_consistency": (1e-3, 5e-4),
@@ -134,7 +134,7 @@ class FolderConfig(RunConfig):
     """Heads and closed forms on frozen features."""
     lora: bool = False
     """Fine-tune with LoRA as well: minutes to hours, where the rest takes less than a minute after the features."""
-    loss: LossConfig = LossConfig(level=1)
+    loss: LossConfig = LossConfig(level=1, levels="extended")
     """Of the LoRA row."""
     fit: FitConfig = FitConfig()
     """Stages of the LoRA row."""
