@@ -139,19 +139,20 @@ class _PathTerms(torch.autograd.Function):
         logits, path, node, share, alive, lse = ctx.saved_tensors
         shift = finite(lse)
         columns = list(zip(logits.split(ctx.sizes, 1), shift.split(1, 1), grad_lse.split(1, 1), strict=True))
+        each = torch.where(alive, grad_total[..., None] if share is None else share * grad_total[..., None], 0.0)
+        # Apart from zeros no entry is added to twice, so the order of the additions does not matter.
+        flat = node.shape[0], node.shape[1] * node.shape[2]
+        index = torch.cat([path, node.view(flat)], 1)
+        added = torch.cat([grad_score, each.view(flat)], 1)
         if not torch.is_grad_enabled() and can_look(logits, grad_lse):
             # One buffer: fresh memory costs more here than the exponentials.
             grad = torch.empty_like(logits)
             for (level, at, scale), rows in zip(columns, grad.split(ctx.sizes, 1), strict=True):
                 torch.sub(level, at, out=rows).exp_().mul_(scale)
-        else:
-            grad = torch.cat([(level - at).exp() * scale for level, at, scale in columns], 1)
-        each = torch.where(alive, grad_total[..., None] if share is None else share * grad_total[..., None], 0.0)
-        # Apart from zeros no entry is added to twice, so the order of the additions does not matter.
-        flat = node.shape[0], node.shape[1] * node.shape[2]
-        index = torch.cat([path, node.view(flat)], 1)
-        grad = grad.scatter_add_(1, index, torch.cat([grad_score, each.view(flat)], 1))
-        return grad, None, None, None, None, None
+            return grad.scatter_add_(1, index, added), None, None, None, None, None
+        grad = torch.cat([(level - at).exp() * scale for level, at, scale in columns], 1)
+        # Not in place: torch 2.6 has no rule for that under vmap.
+        return grad.scatter_add(1, index, added), None, None, None, None, None
 
 
 def shallow_logsumexp(logits: Tensor, tax: Tree) -> Tensor:
