@@ -179,7 +179,7 @@ def _path_sums(logits: Tensor, tax: Taxonomy) -> Tensor:
     for level in range(1, tax.num_levels):
         levels[level] = levels[level] + levels[level - 1].index_select(1, parents[level] - first)
         first += tax.level_sizes[level - 1]
-    if tax.num_leaves == tax.level_sizes[-1]:
+    if tax.leaves_on_one_level:
         return levels[-1]  # no leaf above the last level
     repeats = tax.num_levels - tax.depth[tax.leaf]
     along_path = torch.cat(levels, 1).index_select(1, tax.leaf)
@@ -272,7 +272,7 @@ def crm(
     marginals = node_probabilities(logits, tax, probabilities=probabilities)
     risk = _risk(marginals, tax, distance)
     if candidates == "leaves":
-        return tax.paths[tax.leaf[risk.index_select(1, tax.leaf).argmin(1)]]
+        return tax.paths[tax.leaf[leaf_columns(risk, tax).argmin(1)]]
     if distance == "height":
         root = torch.full_like(risk[:, :1], tax.root_height)
     else:

@@ -155,8 +155,17 @@ class _PathTerms(torch.autograd.Function):
         return grad.scatter_add(1, index, added), None, None, None, None, None
 
 
+def nll_over(values: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each row and its entry at the target, (B,) each, whose gradients are written as one."""
+    nothing = target[:, None, None][..., :0]
+    lse, score, _, _ = _PathTerms.apply(values, target[:, None], nothing, nothing.bool(), None, (values.shape[1],))
+    return lse[:, 0], score[:, 0]
+
+
 def shallow_logsumexp(logits: Tensor, tax: Tree) -> Tensor:
     """Log-sum-exp over the leaves above each level, (B, D); -inf where there are none, as on the top level."""
+    if tax.leaves_on_one_level:
+        return logits.new_full((logits.shape[0], tax.num_levels), -torch.inf)
     leaves = torch.where(tax.leaf_index >= 0, logits, -torch.inf).split(tax.level_sizes, 1)
     per_level = torch.stack([safe_logsumexp(level) for level in leaves], 1)
     above = torch.ones(tax.num_levels, tax.num_levels, dtype=torch.bool, device=logits.device).tril(-1)
