@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 
@@ -55,13 +56,14 @@ def prepare(name: str, out: Path, address: str) -> Path:
 
 
 def main() -> None:
+    """Read the command line and name the copy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="a package of this repository")
     parser.add_argument("folder", type=Path, help="where the copy goes")
     setting = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["project"]["address"]
     parser.add_argument("--address", default=setting, help="in place of the setting")
     args = parser.parse_args()
-    print(prepare(args.name, args.folder, args.address))
+    sys.stdout.write(f"{prepare(args.name, args.folder, args.address)}\n")
 
 
 if __name__ == "__main__":

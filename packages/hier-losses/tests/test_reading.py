@@ -118,14 +118,18 @@ def test_lines(write):
 
 def test_lines_of_a_product_list(write):
     """Comments, numbers in front and lines of one name, as in lists of product categories."""
-    found = read_taxonomy(write("list.txt", "# version 1\n1 - pet\n7 - pet > dog\n8 - pet > dog > pug\n9 - pet > cat\n"))
+    found = read_taxonomy(
+        write("list.txt", "# version 1\n1 - pet\n7 - pet > dog\n8 - pet > dog > pug\n9 - pet > cat\n")
+    )
     assert (found.format, found.taxonomy.to_paths()) == ("lines", [("pet", "dog", "pug"), ("pet", "cat")])
     assert any("begin with '#' are comments: 1 left out" in guess for guess in found.guesses)
     assert any("'1 - ' left out" in guess for guess in found.guesses)
 
 
 def test_flat_trees_are_noted_and_rdf_is_refused(write):
-    assert read_taxonomy(write("flat.txt", "x\ny\nz\n")).notes == ("the tree is flat: none of its 2 nodes has a parent",)
+    assert read_taxonomy(write("flat.txt", "x\ny\nz\n")).notes == (
+        "the tree is flat: none of its 2 nodes has a parent",
+    )
     text = "@prefix skos: <http://www.w3.org/2004/02/skos/core#> .\n<a> skos:broader <b> .\n"
     with pytest.raises(ValueError, match="looks like RDF or XML, which is not read"):
         read_taxonomy(write("tree.ttl", text))
