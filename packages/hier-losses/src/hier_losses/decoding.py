@@ -306,7 +306,7 @@ def threshold(
     tax = tax.to(logits.device)
     marginals = node_probabilities(logits, tax, probabilities=probabilities)
     # The top nodes hold all the mass by definition, but only up to rounding: tau = 1 above a lone top node needs 1.
-    marginals = marginals / marginals[:, : tax.level_sizes[0]].sum(1, keepdim=True)
+    total = marginals[:, : tax.level_sizes[0]].sum(1, keepdim=True)
     paths = _descend(marginals, tax)
-    reached = marginals.gather(1, paths.clamp(min=0)) >= tau
+    reached = marginals.gather(1, paths.clamp(min=0)) / total >= tau
     return torch.where(reached, paths, -1)

@@ -36,9 +36,7 @@ def cached_features(
         return known
     starts = range(0, num, piece)
     if len(starts) < 2:
-        features = compute(0, num).clone(
-            memory_format=torch.contiguous_format
-        )  # outside of inference mode, whatever `compute` runs in
+        features = compute(0, num).clone(memory_format=torch.contiguous_format)  # outside of inference mode, whatever `compute` runs in
     else:
         parts = [(start, min(start + piece, num)) for start in starts]
         features = torch.cat(
