@@ -151,9 +151,11 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build wheels and source archives of all packages into dist/."""
+    """Build wheels and source archives of all packages into dist/, with the project's address in links and metadata."""
     for name in session.posargs or PACKAGES:
-        session.run(_uv(), "build", "--quiet", f"packages/{name}", "--out-dir", "dist", external=True)
+        with tempfile.TemporaryDirectory() as folder:
+            session.run("python", "release.py", name, folder)
+            session.run(_uv(), "build", "--quiet", f"{folder}/{name}", "--out-dir", "dist", external=True)
 
 
 @nox.session(venv_backend="none")

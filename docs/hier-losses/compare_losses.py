@@ -41,8 +41,8 @@ def leaf_ce(z, y, tax):
 
 LOSSES = {
     "leaf CE": (leaf_ce, True),
-    "HXE (alpha .1)": (lambda z, y, tax: functional.hxe(z[:, tax.leaf], y, tax), True),
-    "HXE (alpha .5)": (lambda z, y, tax: functional.hxe(z[:, tax.leaf], y, tax, discount=0.5), True),
+    "HXE (discount .1)": (lambda z, y, tax: functional.hxe(z[:, tax.leaf], y, tax), True),
+    "HXE (discount .5)": (lambda z, y, tax: functional.hxe(z[:, tax.leaf], y, tax, discount=0.5), True),
     "soft labels (beta 10)": (lambda z, y, tax: functional.soft_label_ce(z[:, tax.leaf], y, tax), True),
     "level CE": (functional.level_cross_entropy, False),
     "TP-KL": (functional.tp_kl, False),

@@ -5,7 +5,9 @@ import torch
 
 from hier_losses import functional as F
 from hier_losses import losses as L
+from hier_losses import treecuts
 from hier_losses.graph import LabelGraph
+from hier_losses.taxonomy import Taxonomy
 
 pytestmark = pytest.mark.compile
 
@@ -35,6 +37,10 @@ NODE = {
     "hce": F.hce,
     "hrn": F.hrn_tree_loss,
     "jsd": lambda z, y, t: F.parent_child_consistency(z, t),
+    "kl": lambda z, y, t: F.parent_child_consistency(z, t, kind="kl"),
+    "hrn_identity": lambda z, y, t: F.hrn_tree_loss(z, y, t, activation="identity", ignore_index=3),
+    "headline": lambda z, y, t: F.hierarchy_aware_loss(z, y, t, ignore_index=3),
+    "node_classification": lambda z, y, t: treecuts.node_classification_loss(z, y, t, class_weights=torch.ones(11)),
     "hinge": lambda z, y, t: F.parent_child_consistency(z, t, kind="hinge", margin=0.1),
     "mc_loss": lambda z, y, t: F.mc_loss(z, closed(y, t), t, torch.arange(11) > 1),
     "parts": lambda z, y, t: sum(F.hierarchy_aware_parts(z, y, t, ce_weight=1.0, consistency_weight=1.0).values()),
@@ -72,6 +78,40 @@ def test_one_graph_for_changing_batch_sizes(name, t11):
         y = torch.tensor(targets)
         logits = torch.randn(len(y), width, generator=generator)
         same(lambda z, y=y: compiled(z, y), lambda z, y=y: function(z, y, t11), logits)
+
+
+def test_every_node_loss_is_there():
+    """A loss that is added later stands in NODE or LEAF too, which the test above goes through."""
+    named = {
+        "level_cross_entropy",
+        "tp_kl",
+        "hisce",
+        "semantic_softmax",
+        "conditional_softmax_nll",
+        "hce",
+        "hrn_tree_loss",
+    }
+    named |= {
+        "hierarchy_aware_loss",
+        "hierarchy_aware_parts",
+        "parent_child_consistency",
+        "mc_loss",
+        "hxe",
+        "soft_label_ce",
+    }
+    no_losses = {"mcm", "path_probs", "semantic_softmax_weights", "lca_depth", "lca_height", "leaves_to_nodes"}
+    no_losses |= {"path_lca_depth", "ancestor_sum", "subtree_sum", "subtree_max", "subtree_logsumexp"}
+    no_losses |= {"group_logsumexp", "conditional_log_softmax"}
+    assert set(F.__all__) - no_losses == named
+
+
+@pytest.mark.parametrize("name", ["hrn", "jsd", "kl", "conditional", "headline"])
+def test_leaves_on_one_level(name):
+    """These take shorter ways on such trees."""
+    tax = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b", "z")])
+    compiled = compile_full(lambda z, y: NODE[name](z, y, tax), dynamic=True)
+    for y in (torch.tensor([2, 3]), torch.tensor([4, 0, 2, 1])):
+        same(lambda z, y=y: compiled(z, y), lambda z, y=y: NODE[name](z, y, tax), torch.randn(len(y), 5))
 
 
 def test_graph_losses(t11):

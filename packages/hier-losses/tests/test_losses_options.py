@@ -276,6 +276,8 @@ def test_masked_classes_in_the_penalty(kind, masked, t11, close):
         close(loss, F.parent_child_consistency(z[:, columns], tax, kind=kind))
 
 
+# What gradcheck calls for batched gradients in torch 2.6.
+@pytest.mark.filterwarnings("ignore:Please use .torch.vmap:FutureWarning")
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_shared_pass_has_every_derivative(wide, t11):
     tax = flat(6) if wide else t11

@@ -43,6 +43,52 @@ def test_groups(random_tree, close):
     close(F.conditional_log_softmax(values, tax), values - expected[:, tax.parent + 1])
 
 
+@pytest.mark.parametrize("even", [False, True])
+@pytest.mark.parametrize("gap", [0.0, 60.0, 80.0, 5000.0])
+def test_groups_far_below_their_level(even, gap, t11, close):
+    """The short way shifts by the largest logit of a level; from e^-69 on each group has its own shift."""
+    tax = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b", "z"), ("b", "w"), ("c", "q")]) if even else t11
+    values = torch.randn(3, tax.num_nodes, dtype=torch.float64)
+    values[1, tax.parent == 0] -= gap
+    expected = torch.full((3, tax.num_nodes + 1), -torch.inf, dtype=torch.float64)
+    for up in set(tax.parent.tolist()):
+        expected[:, up + 1] = values[:, tax.parent == up].logsumexp(1)
+    close(F.group_logsumexp(values, tax), expected)
+    single = F.group_logsumexp(values.float(), tax)
+    close(single, expected, rtol=1e-5, atol=1e-5)
+    full = tax.group_size > 0
+    leaf = values.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: F.group_logsumexp(z, tax)[:, full], leaf, check_batched_grad=False)
+    assert torch.autograd.gradgradcheck(lambda z: F.group_logsumexp(z, tax)[:, full], leaf)
+    assert torch.autograd.gradgradcheck(lambda z: F.subtree_sum(F.ancestor_sum(z, tax).square(), tax), leaf)
+
+
+@pytest.mark.parametrize("target", [[2, 3, 4], [0, 1, 3]])
+def test_losses_with_short_ways_on_an_even_tree(target, close):
+    """The tree whose leaves end on one level, whole and beside a shallow leaf without mass."""
+    tax = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b", "z")])
+    ragged = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b", "z"), ("c",)])
+    columns = [0, 1, 3, 4, 5]
+    z = torch.randn(3, 5, dtype=torch.float64).requires_grad_()
+    wide = torch.full((3, 6), -torch.inf, dtype=torch.float64).index_copy(1, torch.tensor(columns), z)
+    y = torch.tensor(target)
+    moved = torch.tensor(columns)[y]
+    for kind in ("jsd", "kl"):
+        close(F.parent_child_consistency(z, tax, kind=kind), F.parent_child_consistency(wide, ragged, kind=kind))
+    close(F.hce(z, y, tax), F.hce(wide, moved, ragged))
+    close(
+        F.hrn_tree_loss(z, y, tax, activation="identity"), F.hrn_tree_loss(wide, moved, ragged, activation="identity")
+    )
+    losses = (
+        lambda z: F.parent_child_consistency(z, tax),
+        lambda z: F.hrn_tree_loss(z, y, tax),
+        lambda z: F.hce(z, y, tax),
+    )
+    for loss in losses:
+        assert torch.autograd.gradcheck(loss, z)
+        assert torch.autograd.gradgradcheck(loss, z)
+
+
 def test_leaves_to_nodes_and_leaf_mass(t11, close):
     leaf = torch.randn(2, 7, dtype=torch.float64)
     spread = F.leaves_to_nodes(leaf, t11, -torch.inf)

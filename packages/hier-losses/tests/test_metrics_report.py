@@ -187,3 +187,38 @@ def test_report_of_a_perfect_classifier():
     assert {found.scores[n] for n in ("leaf_accuracy", "full_path_accuracy", "hca", "top_5_accuracy")} == {1.0}
     assert all(row.f1 == 1.0 and row.ece < 1e-6 for row in found.levels)
     assert len(found.classes) == tax.num_nodes
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_logs_a_value_per_level(t11, tmp_path, close):
+    """`log_dict` takes the metric's values, and Lightning resets the metric after each epoch."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    logits, target = batch(t11)
+
+    class Model(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.accuracy = M.LevelAccuracy(t11, as_dict=True)
+            self.whole = M.FullPathAccuracy(t11)
+
+        def validation_step(self, rows, _):
+            scores, node = rows
+            paths = decoding.joint_path(scores, t11)
+            self.accuracy.update(paths, node)
+            self.whole.update(paths, node)
+            self.log("val/path", self.whole)
+
+        def on_validation_epoch_end(self):
+            self.log_dict(self.accuracy.compute())
+            self.accuracy.reset()
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(logits, target), batch_size=17)
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    (found,) = trainer.validate(Model(), data, verbose=False)
+    paths = decoding.joint_path(logits, t11)
+    expected = M.level_accuracy(paths, target, t11)
+    close([torch.tensor(found[f"level_accuracy_{i}"]).double() for i in (1, 2, 3)], expected, rtol=1e-6, atol=1e-6)
+    assert found["val/path"] == pytest.approx(float(M.full_path_accuracy(paths, target, t11)))

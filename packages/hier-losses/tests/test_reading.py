@@ -80,9 +80,9 @@ def test_look_alikes(write):
     file = write("tree.csv", "name\n" + "\n".join(f'"{name}"' for name in names) + "\n")
     found = read_taxonomy(file)
     assert found.taxonomy.names == tuple(names)
-    assert found.notes == (
+    assert found.notes[0] == (
         "names that look alike stay different nodes: 'Felidae' and 'Felidae ' and 'felidae'; "
-        r"'Caf\xe9' and 'Cafe\u0301'",
+        r"'Caf\xe9' and 'Cafe\u0301'"
     )
     with pytest.warns(UserWarning, match="look alike"):
         Taxonomy.from_csv(file)
@@ -114,6 +114,25 @@ def test_lines(write):
     assert found.taxonomy.to_paths() == SMALL
     with pytest.raises(ValueError, match="line 2 has an empty name: 'a > '"):
         read_taxonomy(write("tree.txt", "a > x\na > \n"), format="lines")
+
+
+def test_lines_of_a_product_list(write):
+    """Comments, numbers in front and lines of one name, as in lists of product categories."""
+    found = read_taxonomy(
+        write("list.txt", "# version 1\n1 - pet\n7 - pet > dog\n8 - pet > dog > pug\n9 - pet > cat\n")
+    )
+    assert (found.format, found.taxonomy.to_paths()) == ("lines", [("pet", "dog", "pug"), ("pet", "cat")])
+    assert any("begin with '#' are comments: 1 left out" in guess for guess in found.guesses)
+    assert any("'1 - ' left out" in guess for guess in found.guesses)
+
+
+def test_flat_trees_are_noted_and_rdf_is_refused(write):
+    assert read_taxonomy(write("flat.txt", "x\ny\nz\n")).notes == (
+        "the tree is flat: none of its 2 nodes has a parent",
+    )
+    text = "@prefix skos: <http://www.w3.org/2004/02/skos/core#> .\n<a> skos:broader <b> .\n"
+    with pytest.raises(ValueError, match="looks like RDF or XML, which is not read"):
+        read_taxonomy(write("tree.ttl", text))
 
 
 def test_codes(write):

@@ -208,6 +208,9 @@ def test_self_leaves_of_the_wrong_nodes():
     tax = Taxonomy.from_paths([("dog", "pug"), ("cat",)])
     with pytest.raises(ValueError, match=r"nodes must be inner nodes in \[0, 3\), got 1"):
         tax.with_self_leaves([tax.index("cat")])
+    for edit in (tax.with_self_leaves, tax.prune):
+        with pytest.raises(TypeError, match="nodes must be node ids, got 'hound'; indices of the taxonomy"):
+            edit(["hound"])
     with pytest.raises(ValueError, match=r"nodes must be inner nodes in \[0, 3\), got -1"):
         tax.with_self_leaves([-1])
     with pytest.raises(ValueError, match=r"node 0 \('dog'\) has a child named 'pug' already"):

@@ -322,6 +322,49 @@ def test_leaf_cut_is_leaf_cross_entropy(random_tree, close):
     close(loss, cross_entropy(logits[:, tax.leaf], torch.arange(tax.num_leaves)))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_and_ignored_samples(seed, random_tree, close):
+    """Each inner mean is torch's weighted cross-entropy over the samples that it sees."""
+    tax = random_tree(seed)
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(tax.num_nodes, (12,), generator=generator)
+    logits = torch.randn(12, tax.num_nodes, dtype=torch.float64, generator=generator)
+    weight = torch.rand(tax.num_nodes, dtype=torch.float64, generator=generator)
+    counts = torch.tensor([1, 2, 1, 3, 0, 1, 1, 2, 1, 1, 1, 1])
+    gaps = torch.where(torch.arange(12) % 5 == 3, -100, target)
+    again = torch.arange(12).repeat_interleave(torch.where(gaps == -100, 0, counts))
+    cut = sample_cut(tax, 0.3, generator)
+    member = {node: i for i, node in enumerate(cut.nodes.tolist())}
+    label = torch.tensor([next((member[v] for v in tax.paths[y].tolist() if v in member), -100) for y in target])[again]
+    expected = cross_entropy(logits[again][:, cut.nodes], label, weight[cut.nodes]) if (label >= 0).any() else 0.0
+    options = {"class_weights": weight, "sample_weight": counts.double()}
+    close(treecut_loss(logits, cut, gaps, **options), expected)
+    means = []
+    for up in range(-1, tax.num_nodes):
+        children = (tax.parent == up).nonzero()[:, 0].tolist()
+        rows = [(i, v) for i in again.tolist() for v in tax.paths[target[i]].tolist() if v in children]
+        if len(children) > 1 and rows:
+            scores = logits[[i for i, _ in rows]][:, children]
+            means.append(cross_entropy(scores, torch.tensor([children.index(v) for _, v in rows]), weight[children]))
+    expected = sum(means) / len(means) if means else 0.0
+    close(node_classification_loss(logits, gaps, tax, **options), expected)
+
+
+def test_classes_names_and_pixels(t11, close):
+    z = torch.randn(2, 11, 3, dtype=torch.float64)
+    target = torch.tensor([[7, 8, -1], [10, 2, 3]])
+    flat, cut = z.movedim(1, -1).reshape(6, 11), sample_cut(t11, 0.3, torch.Generator().manual_seed(0))
+    found = treecut_loss(z, cut, target, ignore_index=-1, reduction="none")
+    close(found.flatten(), treecut_loss(flat, cut, target.flatten(), ignore_index=-1, reduction="none"))
+    close(
+        node_classification_loss(z, target, t11, ignore_index=-1),
+        node_classification_loss(flat, target.flatten(), t11, ignore_index=-1),
+    )
+    by_id = node_classification_loss(flat[:2], torch.tensor([7, 10]), t11)
+    close(node_classification_loss(flat[:2], ["x", "b12"], t11), by_id)
+    close(node_classification_loss(flat[:2], torch.tensor([1, 0]), t11, classes=torch.tensor([10, 7])), by_id)
+
+
 def test_gradients(random_tree):
     tax = random_tree(1)
     logits = torch.randn(5, tax.num_nodes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -389,16 +432,17 @@ def test_bad_input_of_the_losses(t11):
 @pytest.mark.compile
 def test_compile(t11, close):
     cut = sample_cut(t11, 0.3, torch.Generator().manual_seed(0))
-    logits = torch.randn(4, 11, generator=torch.Generator().manual_seed(0))
-    target = torch.tensor([7, 10, 2, 3])
     for loss in (lambda z, y: treecut_loss(z, cut, y), lambda z, y: node_classification_loss(z, y, t11)):
         torch._dynamo.reset()
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-        close(compiled(ours, target), loss(plain, target), rtol=1e-6)
-        compiled(ours, target).backward()
-        loss(plain, target).backward()
-        close(ours.grad, plain.grad, rtol=1e-5, atol=1e-7)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+        for target in (torch.tensor([7, 10, 2, 3]), torch.tensor([0, 9, -100, 7, 4, 3, 8])):
+            logits = torch.randn(len(target), 11, generator=torch.Generator().manual_seed(0))
+            ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+            close(compiled(ours, target), loss(plain, target), rtol=1e-6)
+            compiled(ours, target).backward()
+            loss(plain, target).backward()
+            close(ours.grad, plain.grad, rtol=1e-5, atol=1e-7)
+        assert compiled(torch.zeros(2, 11), torch.tensor([-1, 7])).isnan()
 
 
 @pytest.mark.gpu

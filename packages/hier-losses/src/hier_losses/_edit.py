@@ -116,10 +116,18 @@ def _add_edges(tree: Tree, edges: Iterable, names: list[str], parents: list[int]
         waiting = later
 
 
+def _ids(nodes: Iterable | Tensor) -> list[int]:
+    found = nodes.tolist() if isinstance(nodes, Tensor) else list(nodes)
+    for node in found:
+        if isinstance(node, str):
+            raise TypeError(f"nodes must be node ids, got {node!r}; indices of the taxonomy turns names into ids")
+    return [int(node) for node in found]
+
+
 def prune(tree: Tree, nodes: Iterable | Tensor, mode: str) -> TaxonomyUpdate:
     """Remove nodes with all below them ("subtree"), or hand their children to their parents ("splice")."""
     _check_choice("mode", mode, ("subtree", "splice"))
-    chosen = {int(node) for node in (nodes.tolist() if isinstance(nodes, Tensor) else nodes)}
+    chosen = set(_ids(nodes))
     for node in sorted(chosen):
         if not 0 <= node < tree.num_nodes:
             raise ValueError(f"nodes must lie in [0, {tree.num_nodes}), got {node}")
@@ -219,7 +227,7 @@ def add_self_leaves(tree: Tree, nodes: Iterable | Tensor | None, name: str) -> "
     if nodes is None:
         chosen = (tree.leaf_index < 0).nonzero()[:, 0].tolist()
     else:
-        chosen = [int(node) for node in nodes]
+        chosen = _ids(nodes)
     for node in chosen:
         if not 0 <= node < tree.num_nodes or tree.leaf_index[node] >= 0:
             raise ValueError(f"nodes must be inner nodes in [0, {tree.num_nodes}), got {node}")

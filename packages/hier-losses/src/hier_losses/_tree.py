@@ -62,6 +62,7 @@ class Tree:
         label: (N,) the number of each node within its level as the data set counts it, from 0; the position within the
             level unless the tree was built from integer paths.
         natural_labels: whether `label` is the position within the level, a Python bool.
+        leaves_on_one_level: whether all leaves are on the last level; they are then the last nodes.
         leaves_in_order: whether `leaf` is in depth-first order, as it is where all leaves end on one level.
         label_to_node: (N,) node id of label i of level l, at `level_ptr[l-1] + i`.
     """
@@ -90,6 +91,7 @@ class Tree:
     max_group_size: int
     root_height: int
     natural_labels: bool
+    leaves_on_one_level: bool
     leaves_in_order: bool
     device: torch.device
     _by_name: dict[str, int]
@@ -126,6 +128,7 @@ class Tree:
             max_group_size=int(fields["group_size"].max()),
             root_height=len(fields["level_ptr"]) - 1,
             natural_labels=bool((fields["label_to_node"] == np.arange(len(order))).all()),
+            leaves_on_one_level=bool((fields["depth"][fields["leaf"]] == fields["depth"][-1]).all()),
             leaves_in_order=bool((fields["leaf_start"][fields["leaf"]] == np.arange(len(fields["leaf"]))).all()),
             device=torch.device("cpu"),
             _by_name=_unique(names),

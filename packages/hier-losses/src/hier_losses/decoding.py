@@ -179,7 +179,7 @@ def _path_sums(logits: Tensor, tax: Taxonomy) -> Tensor:
     for level in range(1, tax.num_levels):
         levels[level] = levels[level] + levels[level - 1].index_select(1, parents[level] - first)
         first += tax.level_sizes[level - 1]
-    if tax.num_leaves == tax.level_sizes[-1]:
+    if tax.leaves_on_one_level:
         return levels[-1]  # no leaf above the last level
     repeats = tax.num_levels - tax.depth[tax.leaf]
     along_path = torch.cat(levels, 1).index_select(1, tax.leaf)
@@ -272,7 +272,7 @@ def crm(
     marginals = node_probabilities(logits, tax, probabilities=probabilities)
     risk = _risk(marginals, tax, distance)
     if candidates == "leaves":
-        return tax.paths[tax.leaf[risk.index_select(1, tax.leaf).argmin(1)]]
+        return tax.paths[tax.leaf[leaf_columns(risk, tax).argmin(1)]]
     if distance == "height":
         root = torch.full_like(risk[:, :1], tax.root_height)
     else:
@@ -306,7 +306,7 @@ def threshold(
     tax = tax.to(logits.device)
     marginals = node_probabilities(logits, tax, probabilities=probabilities)
     # The top nodes hold all the mass by definition, but only up to rounding: tau = 1 above a lone top node needs 1.
-    marginals = marginals / marginals[:, : tax.level_sizes[0]].sum(1, keepdim=True)
+    total = marginals[:, : tax.level_sizes[0]].sum(1, keepdim=True)
     paths = _descend(marginals, tax)
-    reached = marginals.gather(1, paths.clamp(min=0)) >= tau
+    reached = marginals.gather(1, paths.clamp(min=0)) / total >= tau
     return torch.where(reached, paths, -1)

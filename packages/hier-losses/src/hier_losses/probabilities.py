@@ -33,7 +33,8 @@ def leaf_columns(logits: Float[Tensor, "batch scores"], tax: Taxonomy) -> Float[
     """
     tax = tax.to(logits.device)
     if logits.ndim == 2 and logits.shape[1] == tax.num_nodes:
-        return check_matrix("logits", logits, tax.num_nodes).index_select(1, tax.leaf)
+        nodes = check_matrix("logits", logits, tax.num_nodes)
+        return nodes[:, -tax.num_leaves :] if tax.leaves_on_one_level else nodes.index_select(1, tax.leaf)
     if logits.ndim == 2 and logits.shape[1] == tax.num_leaves:
         return check_matrix("logits", logits, tax.num_leaves)
     raise ValueError(

@@ -21,6 +21,7 @@ from hier_losses.taxonomy import Taxonomy
 FORMATS = ("table", "lines", "codes", "obo", "darwin_core", "ncbi", "json", "newick")
 _RANKS = ("domain", "kingdom", "phylum", "class", "order", "family", "subfamily", "genus", "species")
 _SEPARATORS = (" > ", " -> ", " / ", "::", ">", "/")
+_NUMBERED = re.compile(r"\s*\d+ - ")
 _CODE = re.compile(r"([A-Za-z]?\d[\w.\-]*)\s*[,;\t ]\s*(\S.*)")
 
 
@@ -117,7 +118,10 @@ def read_taxonomy(
         edges = _read_edges(path, kind, delimiter, encoding, understood, guesses)
         parts = _tree_parts(edges, on_second_parent, notes)
     notes += look_alikes(dict.fromkeys(parts.names))
-    return Reading(Taxonomy(*parts), kind, understood, tuple(guesses), tuple(notes))
+    taxonomy = Taxonomy(*parts)
+    if taxonomy.num_levels == 1:
+        notes.append(f"the tree is flat: none of its {taxonomy.num_nodes} nodes has a parent")
+    return Reading(taxonomy, kind, understood, tuple(guesses), tuple(notes))
 
 
 def read_label_graph(
@@ -175,9 +179,16 @@ def _recognise(path: PathLike, encoding: str | None, guesses: list[str]) -> str:
         return "darwin_core"
     if lines and lines[0].startswith("format-version:"):
         return "obo"
+    if lines and lines[0].lstrip().startswith(("@prefix", "@base", "<?xml", "<rdf")):
+        raise ValueError(
+            f"{os.fspath(path)!r} looks like RDF or XML, which is not read (SKOS neither); write its broader relations "
+            "as a table with the columns parent and child"
+        )
     found = "table"
+    lines = [line for line in lines if not line.startswith("#")]
     if file.suffix.lower() not in (".csv", ".tsv") and lines:
-        if any(all(s in line for line in lines) for s in (" > ", " -> ", "::")):
+        # A line without a separator names a top node.
+        if any(2 * sum(s in line for line in lines) > len(lines) for s in (" > ", " -> ", "::")):
             found = "lines"
         elif all(_CODE.fullmatch(line.strip()) for line in lines):
             found = "codes"
@@ -195,7 +206,13 @@ def _read_lines(
     guesses: list[str],
 ) -> Parts:
     text, understood["encoding"] = read_text(path, encoding, guesses)
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in numbered if not line.startswith("#")]
+    if len(lines) < len(numbered):
+        guesses.append(f"lines that begin with '#' are comments: {len(numbered) - len(lines)} left out")
+    if lines and all(_NUMBERED.match(line) for _, line in lines):
+        guesses.append(f"numbers in front of the lines are no names: {_NUMBERED.match(lines[0][1])[0]!r} left out")  # type: ignore[index]
+        lines = [(number, _NUMBERED.sub("", line)) for number, line in lines]
     if separator is None:
         counts = {s: sum(s in line for _, line in lines) for s in _SEPARATORS}
         separator = max(_SEPARATORS, key=lambda s: counts[s])

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hier_losses._cuts import TreeCut, TreeCuts
-from hier_losses.functional._inputs import check_matrix, check_reduction, check_target, reduce_batch
+from hier_losses.functional._inputs import IGNORE, Target, check_reduction, read_samples
 from hier_losses.functional._terms import group_lse, over_sibling_groups
 from hier_losses.functional.tree_ops import ancestor_sum
 from hier_losses.taxonomy import Taxonomy
@@ -161,47 +161,80 @@ def _cut_at(tax: Taxonomy, index: int, counts: list[int]) -> TreeCut:
 
 
 def treecut_loss(
-    logits: Float[Tensor, "batch nodes"], cut: TreeCut, target: Tensor, *, reduction: str = "mean"
-) -> Float[Tensor, "*batch"]:
+    logits: Float[Tensor, "batch nodes *rest"],
+    cut: TreeCut,
+    target: Target,
+    *,
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, "..."]:
     r"""Cross-entropy over the members of a cut, $lse_{u \in cut} z_u - z_{m(y)}$, with m(y) the member above y.
 
     Args:
         logits: one logit per node.
         cut: the cut, from `sample_cut`.
-        target: (B,) node ids; samples whose (partial) label lies above the cut are left out.
+        target: (B, ...) node ids or class names; samples whose (partial) label lies above the cut are left out.
+        ignore_index: the target that stands for no label; such samples count nowhere.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0; a sample weighs as much as its member of the cut, and the mean divides by the sum.
+        sample_weight: weights in the shape of the targets, at least 0; the mean divides by their sum.
         reduction: "mean" over the samples that count, "sum" or "none" (0 where left out).
 
     Returns:
-        A scalar, or (B,); at least 0.
+        A scalar, or (B, ...) for "none"; at least 0.
 
     Raises:
         ValueError: wrong width, target out of range or not integers, unknown reduction.
     """
     check_reduction(reduction)
-    cut = cut.to(logits.device)
-    logits = check_matrix("logits", logits, cut.tax.num_nodes)
-    target = check_target(target, logits.shape[0], cut.tax)
-    label = cut.member[target]
-    known = label >= 0
-    scores = logits.index_select(1, cut.nodes)
-    loss = scores.logsumexp(1) - scores.gather(1, label.clamp(min=0)[:, None]).squeeze(1)
-    loss = torch.where(known, loss, 0.0)
-    return loss.sum() / known.sum().clamp(min=1) if reduction == "mean" else reduce_batch(loss, reduction)
+    samples = read_samples(
+        "logits",
+        logits,
+        target,
+        cut.tax,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
+    )
+    cut = cut.to(samples.logits.device)
+    label = cut.member[samples.target]
+    known, label = label >= 0, label.clamp(min=0)
+    scores = samples.logits.index_select(1, cut.nodes)
+    loss = scores.logsumexp(1) - scores.gather(1, label[:, None]).squeeze(1)
+    samples = samples._replace(target=cut.nodes[label], kept=samples.kept & known)
+    return samples.by_class().reduce(loss, reduction)
 
 
 def node_classification_loss(
-    logits: Float[Tensor, "batch nodes"], target: Tensor, tax: Taxonomy, skip_single_child: bool = True
+    logits: Float[Tensor, "batch nodes *rest"],
+    target: Target,
+    tax: Taxonomy,
+    skip_single_child: bool = True,
+    *,
+    ignore_index: int = IGNORE,
+    classes: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    sample_weight: Tensor | None = None,
 ) -> Float[Tensor, ""]:
     r"""Mean over internal nodes of the mean cross-entropy over their children.
 
     $\frac{1}{|U|} \sum_{u \in U} \frac{1}{|B_u|} \sum_{b \in B_u} (lse_{c: parent(c) = u} z_c - z_{c_u(y_b)})$, where
-    $B_u$ are the samples strictly below u and U the virtual root and the internal nodes with such samples.
+    $B_u$ are the samples strictly below u and U the virtual root and the internal nodes with such samples. Weights make
+    each inner mean a weighted one, divided by its sum of weights.
 
     Args:
         logits: one logit per node.
-        target: (B,) node ids; a partial label counts at its proper ancestors.
+        target: (B, ...) node ids or class names; a partial label counts at its proper ancestors.
         tax: the taxonomy.
         skip_single_child: leave nodes with one child out of U; their cross-entropy is 0.
+        ignore_index: the target that stands for no label; such samples count nowhere.
+        classes: (C,) node ids; with them the target holds class numbers in [0, C) instead of node ids.
+        class_weights: (N,) at least 0; below u a sample weighs as much as the child of u above it.
+        sample_weight: weights in the shape of the targets, at least 0.
 
     Returns:
         A scalar >= 0; 0 for an empty batch.
@@ -209,16 +242,28 @@ def node_classification_loss(
     Raises:
         ValueError: wrong width, target out of range or not integers.
     """
-    logits = check_matrix("logits", logits, tax.num_nodes)
-    tax = tax.to(logits.device)
-    target = check_target(target, logits.shape[0], tax)
-    path = tax.paths[target]
-    counted, path = path >= 0, path.clamp(min=0)
+    samples = read_samples(
+        "logits",
+        logits,
+        target,
+        tax,
+        ignore_index=ignore_index,
+        classes=classes,
+        class_weights=class_weights,
+        sample_weight=sample_weight,
+    )
+    logits, tax = samples.logits, samples.tax
+    path = tax.paths[samples.target]
+    counted, path = (path >= 0) & samples.kept[:, None], path.clamp(min=0)
     if skip_single_child:
         counted = counted & (tax.n_siblings[path] > 0)
     terms = over_sibling_groups(logits, path, tax, group_lse) - logits.gather(1, path)
     group = tax.parent[path] + 1
-    samples = torch.zeros(tax.num_nodes + 1, dtype=torch.int64, device=logits.device)
-    samples = samples.index_add(0, group.flatten(), counted.flatten().long())
-    weighted = torch.where(counted, terms, 0.0) / samples[group].clamp(min=1)
-    return weighted.sum() / (samples > 0).sum().clamp(min=1)
+    weight = counted.to(logits.dtype)
+    if samples.weight is not None:
+        weight = weight * samples.weight[:, None]
+    if samples.class_weights is not None:
+        weight = weight * samples.class_weights[path]
+    mass = logits.new_zeros(tax.num_nodes + 1).index_add(0, group.flatten(), weight.flatten())
+    mean = torch.where(weight > 0, terms * weight, 0.0) / torch.where(mass > 0, mass, 1.0)[group]
+    return mean.sum() / (mass > 0).sum().clamp(min=1)

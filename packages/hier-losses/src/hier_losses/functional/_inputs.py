@@ -324,11 +324,3 @@ def over_levels(terms: Tensor, valid: Tensor, weights: PerLevel | None, reductio
         return total
     mass = share.sum(1)
     return total / torch.where(mass > 0, mass, 1.0)
-
-
-def reduce_batch(loss: Tensor, reduction: str) -> Tensor:
-    """Reduce a (B,) loss; the mean of an empty batch is 0 and keeps the graph."""
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / max(loss.shape[0], 1)

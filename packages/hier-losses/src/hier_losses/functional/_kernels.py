@@ -4,6 +4,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+# Exponentials above e^-69 = 1e-30 are far from the end of single precision.
+REACH = 69.0
+
 
 def upcast(values: Tensor) -> Tensor:
     """Return half and bfloat16 tensors as float32: a bfloat16 log-sum-exp over 16,000 nodes loses whole terms."""

@@ -139,23 +139,33 @@ class _PathTerms(torch.autograd.Function):
         logits, path, node, share, alive, lse = ctx.saved_tensors
         shift = finite(lse)
         columns = list(zip(logits.split(ctx.sizes, 1), shift.split(1, 1), grad_lse.split(1, 1), strict=True))
+        each = torch.where(alive, grad_total[..., None] if share is None else share * grad_total[..., None], 0.0)
+        # Apart from zeros no entry is added to twice, so the order of the additions does not matter.
+        flat = node.shape[0], node.shape[1] * node.shape[2]
+        index = torch.cat([path, node.view(flat)], 1)
+        added = torch.cat([grad_score, each.view(flat)], 1)
         if not torch.is_grad_enabled() and can_look(logits, grad_lse):
             # One buffer: fresh memory costs more here than the exponentials.
             grad = torch.empty_like(logits)
             for (level, at, scale), rows in zip(columns, grad.split(ctx.sizes, 1), strict=True):
                 torch.sub(level, at, out=rows).exp_().mul_(scale)
-        else:
-            grad = torch.cat([(level - at).exp() * scale for level, at, scale in columns], 1)
-        each = torch.where(alive, grad_total[..., None] if share is None else share * grad_total[..., None], 0.0)
-        # Apart from zeros no entry is added to twice, so the order of the additions does not matter.
-        flat = node.shape[0], node.shape[1] * node.shape[2]
-        index = torch.cat([path, node.view(flat)], 1)
-        grad = grad.scatter_add_(1, index, torch.cat([grad_score, each.view(flat)], 1))
-        return grad, None, None, None, None, None
+            return grad.scatter_add_(1, index, added), None, None, None, None, None
+        grad = torch.cat([(level - at).exp() * scale for level, at, scale in columns], 1)
+        # Not in place: torch 2.6 has no rule for that under vmap.
+        return grad.scatter_add(1, index, added), None, None, None, None, None
+
+
+def nll_over(values: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of each row and its entry at the target, (B,) each, whose gradients are written as one."""
+    nothing = target[:, None, None][..., :0]
+    lse, score, _, _ = _PathTerms.apply(values, target[:, None], nothing, nothing.bool(), None, (values.shape[1],))
+    return lse[:, 0], score[:, 0]
 
 
 def shallow_logsumexp(logits: Tensor, tax: Tree) -> Tensor:
     """Log-sum-exp over the leaves above each level, (B, D); -inf where there are none, as on the top level."""
+    if tax.leaves_on_one_level:
+        return logits.new_full((logits.shape[0], tax.num_levels), -torch.inf)
     leaves = torch.where(tax.leaf_index >= 0, logits, -torch.inf).split(tax.level_sizes, 1)
     per_level = torch.stack([safe_logsumexp(level) for level in leaves], 1)
     above = torch.ones(tax.num_levels, tax.num_levels, dtype=torch.bool, device=logits.device).tril(-1)

@@ -21,8 +21,8 @@ from hier_losses.functional._inputs import (
     over_mixtures,
     read_samples,
 )
-from hier_losses.functional._kernels import safe_logsumexp
-from hier_losses.functional._terms import group_lse, group_mean, over_sibling_groups
+from hier_losses.functional._kernels import can_look, safe_logsumexp
+from hier_losses.functional._terms import group_lse, group_mean, nll_over, over_sibling_groups
 from hier_losses.functional.tree_ops import ancestor_sum
 from hier_losses.graph import LabelGraph
 
@@ -138,8 +138,8 @@ def hce(
         sample_weight=sample_weight,
     )
     logits, target, graph = samples.logits, samples.target, samples.tax
-    inside = torch.where(descendant_mask(target, graph), logits, -torch.inf)
-    return samples.by_class().reduce(logits.logsumexp(1) - safe_logsumexp(inside), reduction)
+    whole, mass = _log_masses(logits, target, graph)
+    return samples.by_class().reduce(whole - mass, reduction)
 
 
 @over_mixtures
@@ -191,10 +191,16 @@ def hrn_tree_loss(
         sample_weight=sample_weight,
     )
     logits, target, tax = samples.logits, samples.target, samples.tax
-    score = ancestor_sum(logits.sigmoid() if activation == "sigmoid" else logits, tax)
-    inside = torch.where(descendant_mask(target, tax), score, -torch.inf)
-    lse = torch.logaddexp(score.logsumexp(1), torch.zeros_like(score[:, 0]))
-    return samples.by_class().reduce(lse - safe_logsumexp(inside), reduction)
+    whole, mass = _log_masses(ancestor_sum(logits.sigmoid() if activation == "sigmoid" else logits, tax), target, tax)
+    return samples.by_class().reduce(torch.logaddexp(whole, torch.zeros_like(whole)) - mass, reduction)
+
+
+def _log_masses(scores: Tensor, target: Tensor, graph: Tree | LabelGraph) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of all scores, and of those at and below each target, (B,) each."""
+    whole, own = nll_over(scores, target)
+    if isinstance(graph, Tree) and can_look(scores, target) and bool((graph.leaf_index[target] >= 0).all()):
+        return whole, own  # nothing stands below leaves
+    return whole, safe_logsumexp(torch.where(descendant_mask(target, graph), scores, -torch.inf))
 
 
 def descendant_mask(target: Tensor, graph: Tree | LabelGraph) -> Tensor:

@@ -1,6 +1,7 @@
 """A penalty that couples each level's distribution to the one below it (ours; Jensen-Shannon after Lin 1991)."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from hier_losses._tree import Tree
 from hier_losses.functional._inputs import Reduction, check_choice, check_reduction, read_samples
 from hier_losses.functional._kernels import finite, safe_logaddexp, safe_logsumexp
 from hier_losses.functional._terms import shallow_logsumexp
-from hier_losses.functional.tree_ops import group_logsumexp
+from hier_losses.functional.tree_ops import inner_logsumexp
 
 
 def parent_child_consistency(
@@ -67,35 +68,76 @@ def parent_child_consistency(
 
 def _between_levels(logits: Tensor, tax: Tree, kind: str) -> Tensor:
     """Mean divergence over the pairs of neighbouring levels, (B,)."""
-    scores = logits.split(tax.level_sizes, 1)
+    inner = tax.num_nodes - tax.level_sizes[-1]
+    groups = inner_logsumexp(logits, tax)
+    # A level is the union of its sibling groups: only `inner_logsumexp` passes over all nodes.
+    per_level = [groups[:, 0]] + [safe_logsumexp(level) for level in groups[:, 1:].split(tax.level_sizes[:-1], 1)]
+    if tax.num_levels == 1:
+        return groups[:, 0] * 0.0  # 0 that carries the graph
     shallow = shallow_logsumexp(logits, tax)
-    lse = safe_logaddexp(torch.stack([safe_logsumexp(level) for level in scores], 1), shallow)
-    lse = finite(lse)  # a level whose classes all have logit -inf
-    below = torch.where(tax.leaf_index >= 0, logits, group_logsumexp(logits, tax)[:, 1:]).split(tax.level_sizes, 1)
+    lse = finite(safe_logaddexp(torch.stack(per_level, 1), shallow))  # where all classes of a level have logit -inf
+    upper = logits[:, :inner]
+    below = groups[:, 1:]
+    if not tax.leaves_on_one_level:
+        below = torch.where(tax.leaf_index[:inner] >= 0, upper, below)
+    divergence = _JensenShannon.apply if kind == "jsd" else _kl
     # All leaves above a level have one ratio p / s, so they count as a single class and the cost stays O(B N).
     pooled = shallow > -torch.inf
-    total = logits[:, :0].sum(1)  # 0 that carries the graph, for a tree of one level
-    for level in range(tax.num_levels - 1):
+    total = logits.new_zeros(logits.shape[0])
+    pairs = zip(upper.split(tax.level_sizes[:-1], 1), below.split(tax.level_sizes[:-1], 1), strict=True)
+    for level, (score, marginal) in enumerate(pairs):
         here, there = lse[:, level, None], lse[:, level + 1, None]
-        total = total + _divergence(scores[level] - here, below[level] - there, kind).sum(1)
+        total = total + divergence(score - here, marginal - there)[0]
+        if tax.leaves_on_one_level:
+            continue
         some = pooled[:, level, None]
         mass = torch.where(some, shallow[:, level, None], here)
         # Without leaves above, both arguments are 0, and so is the divergence.
-        atom = _divergence(mass - here, torch.where(some, mass - there, 0.0), kind)
-        total = total + torch.where(some, atom, 0.0).squeeze(1)
-    return total / max(tax.num_levels - 1, 1)
+        atom = divergence(mass - here, torch.where(some, mass - there, 0.0))[0]
+        total = total + torch.where(some[:, 0], atom, 0.0)
+    return total / (tax.num_levels - 1)
 
 
-def _divergence(log_p: Tensor, log_s: Tensor, kind: str) -> Tensor:
-    """Summands of KL(p || s) or JSD(p, s)."""
-    # Finite stand-ins for -inf, a class without mass: the summands are products of the form 0 * log 0.
+def _kl(log_p: Tensor, log_s: Tensor) -> tuple[Tensor]:
+    """KL(p || s), (B, C) -> (B,)."""
+    # A finite stand-in for -inf, a class without mass: the summands are products of the form 0 * log 0.
     nothing = log_p.new_tensor(torch.finfo(log_p.dtype).min / 4)
     log_p = torch.where(log_p == -torch.inf, nothing, log_p)
-    if kind == "kl":
-        log_s = torch.where((log_s == -torch.inf) & (log_p == nothing), nothing, log_s)
-        return log_p.exp() * (log_p - log_s)
-    log_s = torch.where(log_s == -torch.inf, nothing, log_s)
-    # log p - log m = log 2 + logsigmoid(log p - log s) for the mean m: finite and cheap where p and s underflow.
+    log_s = torch.where((log_s == -torch.inf) & (log_p == nothing), nothing, log_s)
+    return ((log_p.exp() * (log_p - log_s)).sum(1),)
+
+
+class _JensenShannon(torch.autograd.Function):
+    r"""JSD(p, s) from log p and log s, (B, C) -> (B,), and twice its summands.
+
+    The derivative in log p is its summand, $\frac{p}{2} \log\frac{p}{m}$ with m the mean, and the same in s.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_p: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        p, s = _js_summands(log_p, log_s)
+        return (p.sum(1) + s.sum(1)) / 2, p, s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        log_p, log_s, p, s = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            p, s = _js_summands(log_p, log_s)
+        half = grad[:, None] / 2
+        return half * p, half * s
+
+
+def _js_summands(log_p: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
+    nothing = torch.finfo(log_p.dtype).min / 4
+    log_p, log_s = log_p.clamp(min=nothing), log_s.clamp(min=nothing)
+    # log p - log m = log 2 + logsigmoid(log p - log s): finite and cheap where p and s underflow.
     gap = log_p - log_s
-    above, below = torch.nn.functional.logsigmoid(gap), torch.nn.functional.logsigmoid(-gap)
-    return (log_p.exp() * (above + math.log(2)) + log_s.exp() * (below + math.log(2))) / 2
+    above = torch.nn.functional.logsigmoid(gap) + math.log(2)
+    return log_p.exp() * above, log_s.exp() * (above - gap)

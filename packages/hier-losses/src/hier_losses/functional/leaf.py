@@ -21,10 +21,7 @@ from hier_losses.functional._inputs import (
     over_mixtures,
     read_samples,
 )
-from hier_losses.functional._kernels import can_look, finite, log_above, safe_logsumexp
-
-# Exponentials above e^-69 = 1e-30 are far from the end of single precision.
-_REACH = 69.0
+from hier_losses.functional._kernels import REACH, can_look, finite, log_above, safe_logsumexp
 
 
 @over_mixtures
@@ -247,7 +244,7 @@ class _RingLogSumExp(torch.autograd.Function):
         if values.numel() and can_look(values):
             peak = values.amax(1, keepdim=True)
             sums = _runs_to_rings(_run_sums((values - peak).exp_(), runs))
-            if ((sums > math.exp(-_REACH)) | (_runs_to_rings(runs) == 0)).all():
+            if ((sums > math.exp(-REACH)) | (_runs_to_rings(runs) == 0)).all():
                 return sums.log_().add_(peak)
         num = runs.shape[1] // 2 + 1
         ring = _rings_to_runs(torch.arange(num, device=runs.device).expand(len(runs), -1))
@@ -272,7 +269,7 @@ class _RingLogSumExp(torch.autograd.Function):
         if values.numel() and not torch.is_grad_enabled() and can_look(values, grad):
             peak = values.amax(1, keepdim=True)
             empty = rings == -torch.inf
-            if ((rings > peak - _REACH) | empty).all():
+            if ((rings > peak - REACH) | empty).all():
                 scale = torch.where(empty, 0.0, (peak - rings).exp() * grad)
                 found = (values - peak).exp_().mul_(_spread_runs(_rings_to_runs(scale), runs, width))
         if found is None:

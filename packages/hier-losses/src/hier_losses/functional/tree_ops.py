@@ -2,15 +2,27 @@
 
 No (N, N) matrix is built: subtree operations sweep the levels upwards, ancestor sums sweep them downwards. The sweeps
 use `index_add`, which is deterministic on a CPU always and on CUDA under `torch.use_deterministic_algorithms(True)`.
-The conditional softmax over sibling groups follows Redmon and Farhadi (2017, "YOLO9000", section 4).
+The two sums are each other's gradient. The conditional softmax over sibling groups follows Redmon and Farhadi (2017,
+"YOLO9000", section 4).
 """
+
+import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from hier_losses._tree import Tree
-from hier_losses.functional._kernels import finite, log_above, segment_logsumexp, segment_max, upcast
+from hier_losses.functional._kernels import (
+    REACH,
+    can_look,
+    finite,
+    log_above,
+    segment_logsumexp,
+    segment_max,
+    upcast,
+)
 
 
 def subtree_sum(values: Num[Tensor, "*batch nodes"], tax: Tree) -> Num[Tensor, "*batch nodes"]:
@@ -26,10 +38,9 @@ def subtree_sum(values: Num[Tensor, "*batch nodes"], tax: Tree) -> Num[Tensor, "
     Raises:
         ValueError: the last dimension is not N.
     """
-    levels, parents, shape = _columns(values, tax)
-    for level in range(tax.num_levels - 1, 0, -1):
-        levels[level - 1] = levels[level - 1].index_add(0, parents[level], levels[level])
-    return _rows(levels, shape)
+    tax = tax.to(values.device)
+    rows = _check(values, tax).reshape(-1, tax.num_nodes)
+    return _SubtreeSum.apply(rows, tax.parent, tax.level_sizes).view(values.shape)
 
 
 def subtree_logsumexp(values: Float[Tensor, "*batch nodes"], tax: Tree) -> Float[Tensor, "*batch nodes"]:
@@ -86,10 +97,9 @@ def ancestor_sum(values: Num[Tensor, "*batch nodes"], tax: Tree) -> Num[Tensor, 
     Raises:
         ValueError: the last dimension is not N.
     """
-    levels, parents, shape = _columns(values, tax)
-    for level in range(1, tax.num_levels):
-        levels[level] = levels[level] + levels[level - 1].index_select(0, parents[level])
-    return _rows(levels, shape)
+    tax = tax.to(values.device)
+    rows = _check(values, tax).reshape(-1, tax.num_nodes)
+    return _AncestorSum.apply(rows, tax.parent, tax.level_sizes).view(values.shape)
 
 
 def group_logsumexp(values: Float[Tensor, "*batch nodes"], tax: Tree) -> Float[Tensor, "*batch groups"]:
@@ -106,12 +116,16 @@ def group_logsumexp(values: Float[Tensor, "*batch nodes"], tax: Tree) -> Float[T
         ValueError: the last dimension is not N.
     """
     tax = tax.to(values.device)
-    columns = _check(values, tax).reshape(-1, tax.num_nodes).T.contiguous()
-    group = tax.parent + 1
-    peak = segment_max(columns.detach(), group, columns.new_full((tax.num_nodes + 1, columns.shape[1]), -torch.inf))
-    shift = finite(peak)
-    total = torch.zeros_like(peak).index_add(0, group, (columns - shift[group]).exp())
-    return log_above(peak, total).T.contiguous().view(*values.shape[:-1], tax.num_nodes + 1)
+    rows = _check(values, tax).reshape(-1, tax.num_nodes)
+    groups = inner_logsumexp(rows, tax)
+    # No group hangs below the last level.
+    groups = torch.nn.functional.pad(groups, (0, tax.level_sizes[-1]), value=-torch.inf)
+    return groups.view(*values.shape[:-1], tax.num_nodes + 1)
+
+
+def inner_logsumexp(rows: Float[Tensor, "batch nodes"], tax: Tree) -> Float[Tensor, "batch groups"]:
+    """The entries of `group_logsumexp` for the root and the nodes above the last level."""
+    return _GroupLogSumExp.apply(rows, tax.parent, tax.level_sizes)
 
 
 def conditional_log_softmax(logits: Float[Tensor, "*batch nodes"], tax: Tree) -> Float[Tensor, "*batch nodes"]:
@@ -150,6 +164,8 @@ def leaves_to_nodes(
     if leaf_values.shape[-1] != tax.num_leaves:
         raise ValueError(f"leaf_values must have {tax.num_leaves} columns, got shape {tuple(leaf_values.shape)}")
     tax = tax.to(leaf_values.device)
+    if tax.leaves_on_one_level:
+        return torch.nn.functional.pad(leaf_values, (tax.num_nodes - tax.num_leaves, 0), value=fill)
     placed = leaf_values.index_select(-1, tax.leaf_index.clamp(min=0))
     return torch.where(tax.leaf_index >= 0, placed, fill)
 
@@ -212,12 +228,126 @@ def _columns(values: Tensor, tax: Tree) -> tuple[list[Tensor], list[Tensor], tor
     """Split into one (C_l, rows) tensor per level, and each node's parent counted within the level above."""
     tax = tax.to(values.device)
     columns = _check(values, tax).reshape(-1, tax.num_nodes).T.contiguous()
-    parents, first = [], 0
-    for level, parent in enumerate(tax.parent.split(tax.level_sizes)):
-        parents.append(parent - first)
-        first += tax.level_sizes[level - 1] if level else 0
-    return list(columns.split(tax.level_sizes)), parents, values.shape
+    return list(columns.split(tax.level_sizes)), _parents(tax.parent, tax.level_sizes), values.shape
+
+
+def _parents(parent: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Each node's parent, counted within the level above; -1 on the first level."""
+    found, first = [], 0
+    for level, above in enumerate(parent.split(sizes)):
+        found.append(above - first)
+        first += sizes[level - 1] if level else 0
+    return found
 
 
 def _rows(levels: list[Tensor], shape: torch.Size) -> Tensor:
     return torch.cat(levels).T.contiguous().view(shape)
+
+
+class _AncestorSum(torch.autograd.Function):
+    """Sum over ancestors-or-self of (rows, N) values, without turning them into columns."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, parent: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        parents = _parents(parent, sizes)
+        if can_look(values):
+            # One buffer: fresh memory costs more here than the sums.
+            found = values.clone()
+            levels = list(found.split(sizes, 1))
+            for level in range(1, len(sizes)):
+                levels[level].add_(levels[level - 1].index_select(1, parents[level]))
+            return found
+        levels = list(values.split(sizes, 1))
+        for level in range(1, len(sizes)):
+            levels[level] = levels[level] + levels[level - 1].index_select(1, parents[level])
+        return torch.cat(levels, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, parent, ctx.sizes = inputs
+        ctx.save_for_backward(parent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (parent,) = ctx.saved_tensors
+        return _SubtreeSum.apply(grad, parent, ctx.sizes), None, None
+
+
+class _SubtreeSum(torch.autograd.Function):
+    """Sum over descendants-or-self of (rows, N) values, without turning them into columns."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, parent: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        parents = _parents(parent, sizes)
+        if can_look(values):
+            found = values.clone()
+            levels = list(found.split(sizes, 1))
+            for level in range(len(sizes) - 1, 0, -1):
+                levels[level - 1].index_add_(1, parents[level], levels[level])
+            return found
+        levels = list(values.split(sizes, 1))
+        for level in range(len(sizes) - 1, 0, -1):
+            levels[level - 1] = levels[level - 1].index_add(1, parents[level], levels[level])
+        return torch.cat(levels, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, parent, ctx.sizes = inputs
+        ctx.save_for_backward(parent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (parent,) = ctx.saved_tensors
+        return _AncestorSum.apply(grad, parent, ctx.sizes), None, None
+
+
+class _GroupLogSumExp(torch.autograd.Function):
+    """Log-sum-exp of the sibling groups below the root and each node above the last level.
+
+    On a CPU it usually takes one exp against the largest logit of each level. Where a group lies so far below it that
+    its exponentials vanish, every group is shifted by its own largest logit instead.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, parent: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        num, group = values.shape[1] - sizes[-1] + 1, parent + 1
+        if values.numel() and can_look(values):
+            sums, peaks = [], []
+            above = 1  # the virtual root
+            for level, rank in zip(values.split(sizes, 1), _parents(parent, sizes), strict=True):
+                peaks.append(finite(level.amax(1, keepdim=True)))
+                each = (level - peaks[-1]).exp_()
+                sums.append(each.new_zeros(len(each), above).index_add_(1, rank.clamp(min=0), each))
+                above = level.shape[1]
+            full = torch.zeros(num, dtype=torch.bool).index_fill_(0, group, True)
+            total = torch.cat(sums, 1)
+            if not full.all():
+                total.masked_fill_(~full, 1.0)  # the logarithm of 0 takes ten times longer than others
+            if (total > math.exp(-REACH)).all():
+                for part, peak in zip(total.log_().split([1, *sizes[:-1]], 1), peaks, strict=True):
+                    part.add_(peak)
+                return total if full.all() else total.masked_fill_(~full, -torch.inf)
+        columns = values.T.contiguous()
+        peak = segment_max(columns, group, columns.new_full((num, columns.shape[1]), -torch.inf))
+        total = torch.zeros_like(peak).index_add(0, group, (columns - finite(peak)[group]).exp())
+        return log_above(peak, total).T.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        values, parent, _ = inputs
+        ctx.save_for_backward(values, parent, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        values, parent, groups = ctx.saved_tensors
+        shift = finite(groups).index_select(1, parent + 1)
+        if not torch.is_grad_enabled() and can_look(values, grad):
+            torch.sub(values, shift, out=shift)
+            return shift.exp_().mul_(grad.index_select(1, parent + 1)), None, None
+        return (values - shift).exp() * grad.index_select(1, parent + 1), None, None
