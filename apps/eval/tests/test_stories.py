@@ -132,7 +132,10 @@ def test_a_truncated_or_thinned_json_ends_in_one_sentence(story, tmp_path, capsy
     for name in sources:
         shutil.copy(RESULTS / name, tmp_path)
     text = (RESULTS / sources[0]).read_text()
-    for damaged in (text[: len(text) // 2], text.replace('"scores"', '"points"').replace('"retrieval"', '"found"').replace('"together"', '"apart"')):
+    for damaged in (
+        text[: len(text) // 2],
+        text.replace('"scores"', '"points"').replace('"retrieval"', '"found"').replace('"together"', '"apart"'),
+    ):
         (tmp_path / sources[0]).write_text(damaged)
         assert main(["page", story, *(str(tmp_path / name) for name in sources), str(tmp_path / "page.md")]) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from app_data.read.pictures import PictureSet
 from app_data.sets.emoji import CREDITS, load_emoji, validation_split
-from app_data.store.atomic import new_folder, write_json
+from app_data.store.atomic import write_json
 from app_eval.measure.embed import tower_features
 from app_train.core.errors import RunError
 from app_train.core.run_folder import Run, finished
@@ -37,7 +37,7 @@ from app_train.recipes.lora.settings import (
     HeadsConfig,
 )
 from app_train.recipes.lora.task import Task, cuts_for, load_base, prompts_of, store_row, train_row
-from hier_lora import HierLoraCLIP, PoolSettings
+from hier_lora import HierLoraCLIP
 
 TEMPLATE = "a picture of {}."
 TEST_ARTIST = "twemoji"
@@ -62,7 +62,7 @@ def run(config: EmojiConfig) -> dict:
         if (known := read_back(run)) is not None:
             return known
         task = _task(config, run, train, test)
-        rows = FrozenRows(task, lambda: _load(config, task), _keep)
+        rows = FrozenRows(task, lambda: _load(config, task), LITE0, config.feature_size)
         lines = [zero_shot_line(task), *rows.lines()]
         lines += trained_lines(task, config.rows, partial(_fit_config, config), prefix=f"LoRA at {config.size} px + ")
         if LORA_FEATURES in config.rows:
@@ -107,7 +107,8 @@ def _load(config: EmojiConfig, task: Task) -> Loaded:
     size = config.feature_size
     classifiers, features = _classifiers(config, task, config.heads, size)
     new = _features(config, task, _pictures(config, (TEST_ARTIST,), size), size)
-    return Loaded(classifiers, new - new.mean(0), new - features.mean(0))
+    mean = features.mean(0)
+    return Loaded(classifiers, mean, new - new.mean(0), new - mean)
 
 
 def _classifiers(config: EmojiConfig, task: Task, heads: HeadsConfig, size: int) -> tuple[Classifiers, Tensor]:
@@ -126,11 +127,6 @@ def _features(config: EmojiConfig, task: Task, pictures: PictureSet, size: int) 
     base = task.base.to(task.run.device, memory_format=torch.channels_last)
     label = f"frozen features at {size} px"
     return tower_features(base, pictures, label, config.cache_dir, task.run.check).cpu()
-
-
-def _keep(loaded: Loaded, settings: PoolSettings, seed: int, folder: Path) -> None:
-    with new_folder(folder) as target:
-        loaded.classifiers.product(settings, seed).save_pretrained(target)
 
 
 def _lora_line(task: Task, tree: str) -> Line:

@@ -18,8 +18,7 @@ import torch
 from app_data.read.folder import load_folder
 from app_data.read.pictures import PictureSet
 from app_data.read.splits import stratified_split
-from app_data.store.atomic import new_folder, write_text
-from app_eval.ask.frozen import FrozenClassifier
+from app_data.store.atomic import write_text
 from app_eval.measure.embed import tower_features
 from app_train.core.errors import RunError
 from app_train.core.run_folder import Run
@@ -29,7 +28,6 @@ from app_train.recipes.lora.frozen import HEADLINE, FrozenRows, Loaded, headline
 from app_train.recipes.lora.losses import LOSSES
 from app_train.recipes.lora.settings import FolderConfig
 from app_train.recipes.lora.task import Task, check_template, cuts_for, load_base, prompts_of, train_row
-from hier_lora import PoolSettings
 
 FOLDS = 5
 
@@ -66,7 +64,7 @@ def run(config: FolderConfig) -> dict:
         task = Task(run, base, train, test, cuts_for(train.taxonomy), config.template, val=val)
         if config.lora:
             task = task.with_features()
-        rows = FrozenRows(task, lambda: _load(config, task), lambda *what: _keep(config, task, *what))
+        rows = FrozenRows(task, lambda: _load(config, task), config.model, config.size)
         lines = [zero_shot_line(task), *rows.lines()]
         if config.lora:
 
@@ -100,7 +98,7 @@ def _load(config: FolderConfig, task: Task) -> Loaded:
     else:
         folds = _folds(task.train, everything, config.seed)
     classifiers = Classifiers(task.train.taxonomy, everything, folds, config.heads, prompts_of(task))
-    return Loaded(classifiers, features(task.test) - mean)
+    return Loaded(classifiers, mean, features(task.test) - mean)
 
 
 def _folds(train: PictureSet, everything: Features, seed: int) -> list[tuple[Features, Features]]:
@@ -114,14 +112,6 @@ def _folds(train: PictureSet, everything: Features, seed: int) -> list[tuple[Fea
             pair = (torch.from_numpy(kept), torch.from_numpy(np.asarray(held)))
             folds.append(tuple(Features(everything.x[rows], everything.target[rows]) for rows in pair))
     return folds
-
-
-def _keep(config: FolderConfig, task: Task, loaded: Loaded, settings: PoolSettings, seed: int, folder: Path) -> None:
-    base = task.base.to(task.run.device)
-    mean = tower_features(base, task.train, "", config.cache_dir).cpu().mean(0)
-    product = loaded.classifiers.product(settings, seed)
-    with new_folder(folder) as target:
-        FrozenClassifier(base, config.model, config.size, mean, product).save(target)
 
 
 def _list_skipped(run: Run, parts: dict[str, PictureSet]) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from app_data.store.atomic import new_folder
+from app_eval.ask.frozen import FrozenClassifier
 from app_eval.measure.results import load_outcome, paired
 from app_train.core.errors import RunError
 from app_train.core.run_folder import finished, read_json
@@ -28,11 +30,13 @@ class Loaded:
 
     Attributes:
         classifiers: fitted when they are asked for.
+        mean: of the features of the training pictures.
         together: features of the test pictures, centred on their own mean where the task is.
         alone: the same centred on the mean of the training pictures; None where that is the same.
     """
 
     classifiers: Classifiers
+    mean: Tensor
     together: Tensor
     alone: Tensor | None = None
 
@@ -44,12 +48,13 @@ class FrozenRows:
     Attributes:
         task: what all rows of the run share.
         load: computes the features.
-        keep: writes the product that is to be used, into a folder.
+        model, size: locator of the base model and size of the pictures, for the product that `hier predict` loads.
     """
 
     task: Task
     load: Callable[[], Loaded]
-    keep: Callable[[Loaded, PoolSettings, int, Path], None]
+    model: str
+    size: int
 
     @cached_property
     def loaded(self) -> Loaded:
@@ -94,11 +99,17 @@ class FrozenRows:
         classifiers = self.loaded.classifiers
         settings = classifiers.chosen(tree, seed)
         if tree == "tree":
-            self.keep(self.loaded, settings, seed, folder / "model")
+            self._keep(settings, seed, folder / "model")
         return self._store(
             lambda x: classifiers.log_prob(tree, settings, x, seed), folder, facts,
             chosen=settings.decoder, product=vars(settings),
         )  # fmt: skip
+
+    def _keep(self, settings: PoolSettings, seed: int, folder: Path) -> None:
+        product = self.loaded.classifiers.product(settings, seed)
+        base = self.task.base.to(self.task.run.device)
+        with new_folder(folder) as target:
+            FrozenClassifier(base, self.model, self.size, self.loaded.mean, product).save(target)
 
     def _store(self, log_prob: Callable[[Tensor], Tensor], folder: Path, facts: dict, **more: object) -> dict:
         together, alone = self.loaded.together, self.loaded.alone
