@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyper_geom._info_nce_chunked import project_rows, slab_rows
 from hyper_geom._info_nce_kernels import INTERPRETED, grad_kernel, lse_kernel
-from hyper_geom._pairwise import coth, fp32_precision, half_exponentials, tangential
+from hyper_geom._pairwise import fp32_precision, side, tangential
 from hyper_geom._polar import Polar
 
 # Tensor cores truncate after every step of 8 or 16 products, where an FMA rounds.
