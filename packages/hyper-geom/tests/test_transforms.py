@@ -323,6 +323,8 @@ def page(found):
         "- ONNX: the exporter needs `onnxscript`, which was not there to be tried. It starts from the exported programs above.",
         "  PyTorch's older exporter (`dynamo=False`) wrote 38 of the 70 functions with a dynamic batch, with the right values in",
         "  ONNX's reference runtime; it has no rule for `asinh`, `atanh`, `sinh`, `cosh`, `hypot` and `mT`, which the others need.",
+        "- `hyperplane_logits` and `busemann_logits` have tests of their own (`test_heads_and_means.py`). With the compiled CPU kernels",
+        "  in use (`build_cpu_kernels`) everything but plain eager calls keeps the form that the table is of.",
         "- `is_entailed`, `embed_tree`, `layout`, `tree_fit` and `frechet_mean` run loops or search; the last has implicit gradients.",
         "- The Triton backend of the loss has no forward mode and no vmap; take `backend=\"chunked\"` or `\"eager\"` there.",
         "", "## How", "",
