@@ -126,7 +126,10 @@ def limits():
         row = {"edge_length": length, "radius": lorentz.dist0(x).max().item()}
         for name, points in (("fp64", x), ("fp32", x.float())):
             found = lorentz.dist(points.unsqueeze(1), points).double()
-            row[name] = {"map": trees.reconstruction_map(found, edges), "distortion": trees.distortion(found, target)[0]}
+            row[name] = {
+                "map": trees.reconstruction_map(found, edges),
+                "distortion": trees.distortion(found, target)[0],
+            }
         rows.append(row)
     return rows
 
@@ -153,7 +156,10 @@ def tables(record):
     for name in names:
         cells = [shown(of(name, 2, s), key) for key in ("map", "distortion") for s in SPACES]
         lines.append("| " + " | ".join([name, *cells]) + " |")
-    limit = ["| edge length | largest k dist0 | mAP, fp64 | mAP, fp32 | distortion, fp64 | distortion, fp32 |", "|---" * 6 + "|"]
+    limit = [
+        "| edge length | largest k dist0 | mAP, fp64 | mAP, fp32 | distortion, fp64 | distortion, fp32 |",
+        "|---" * 6 + "|",
+    ]
     for row in record["limits"]:
         cells = [f"{row[d][key]:.3f}" for key in ("map", "distortion") for d in ("fp64", "fp32")]
         limit.append(f"| {row['edge_length']:g} | {row['radius']:.0f} | " + " | ".join(cells) + " |")
@@ -198,7 +204,14 @@ def main():
         for seed in range(SEEDS):
             tree = wordnet_like(NODES, seed) if edges is None else edges
             rows += [
-                {"tree": name, "nodes": len(tree) + 1, "dim": dim, "space": space, "seed": seed, **run(tree, dim, space, seed)}
+                {
+                    "tree": name,
+                    "nodes": len(tree) + 1,
+                    "dim": dim,
+                    "space": space,
+                    "seed": seed,
+                    **run(tree, dim, space, seed),
+                }
                 for dim in DIMS
                 for space in SPACES
             ]

@@ -126,10 +126,13 @@ def compare_kernels(bench: Bench, num: int, dim: int) -> None:
 
     unit, *spent = bench.times(lambda: x @ y.mT, lambda: lorentz.pairwise_dist(x, y), lambda: loss(x, y))
     steps = [
-        forward_backward(f, x, y, g) for f, g in ((lambda x, y: x @ y.mT, grad), (lorentz.pairwise_dist, grad), (loss, None))
+        forward_backward(f, x, y, g)
+        for f, g in ((lambda x, y: x @ y.mT, grad), (lorentz.pairwise_dist, grad), (loss, None))
     ]
     both_unit, *both = bench.times(*steps)
-    for name, targets, time, both_time in zip(names, (("ratio <= 1.2", "ratio <= 1.3"), (None, None)), spent, both, strict=True):
+    for name, targets, time, both_time in zip(
+        names, (("ratio <= 1.2", "ratio <= 1.3"), (None, None)), spent, both, strict=True
+    ):
         bench.add(f"{name}, forward", setting, time, unit, "ms", targets[0])
         bench.add(f"{name}, forward+backward", setting, both_time, both_unit, "ms", targets[1])
 

@@ -9,7 +9,8 @@ import torch
 from hyper_geom import _cpu, _pairwise, build_cpu_kernels, distance_info_nce, lorentz, poincare
 
 needs_compiler = pytest.mark.skipif(
-    not (shutil.which("ninja") and (shutil.which("c++") or shutil.which("g++"))), reason="needs a C++ compiler and ninja"
+    not (shutil.which("ninja") and (shutil.which("c++") or shutil.which("g++"))),
+    reason="needs a C++ compiler and ninja",
 )
 
 
@@ -51,7 +52,9 @@ def test_values_of_random_pairs(kernels, points, radius):
 
 @needs_compiler
 @pytest.mark.parametrize("model", [lorentz, poincare])
-@pytest.mark.parametrize("shapes", [((5, 4), (7, 4)), ((2, 1, 3, 4), (3, 1030, 4)), ((1, 4), (1, 4)), ((1100, 4), (2, 4))])
+@pytest.mark.parametrize(
+    "shapes", [((5, 4), (7, 4)), ((2, 1, 3, 4), (3, 1030, 4)), ((1, 4), (1, 4)), ((1100, 4), (2, 4))]
+)
 def test_gradients(kernels, points, model, shapes):
     x, y = (0.4 * points.unit(*shape) for shape in shapes)
     c = torch.tensor(0.7, dtype=torch.float64)
@@ -86,7 +89,8 @@ def test_edges(kernels):
     zero, y = torch.zeros(2, 3), torch.ones(0, 3)
     assert lorentz.pairwise_dist(zero, y).shape == (2, 0)
     value, *rest = gradients(lambda x: lorentz.pairwise_dist(x, torch.zeros(2, 3)), zero)
-    assert value.abs().max() == 0 and rest[0].isfinite().all()
+    assert value.abs().max() == 0
+    assert rest[0].isfinite().all()
     bad = torch.tensor([[float("nan"), 0.0, 0.0], [1.0, 0.0, 0.0]])
     assert lorentz.pairwise_dist(bad, bad).isnan().tolist() == [[True, True], [True, False]]
     # What the kernel does not serve stays what it was.

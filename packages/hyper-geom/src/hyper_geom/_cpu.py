@@ -133,9 +133,7 @@ def dist(x: Polar, y: Polar, keep: bool) -> tuple[Tensor, Tensor]:
     return found, dot if keep else dot.new_empty((*batch, 0, 0))
 
 
-def dist_grad(
-    x: Polar, y: Polar, product: Tensor, grad: Tensor, noise: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dist_grad(x: Polar, y: Polar, product: Tensor, grad: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x's vectors and radii, and of y's."""
     (n, m), threads = product.shape[-2:], torch.get_num_threads()
     grad_x, grad_y = torch.empty_like(x.vector, memory_format=torch.contiguous_format), torch.zeros_like(y.vector)
