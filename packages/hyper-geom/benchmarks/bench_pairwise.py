@@ -13,7 +13,7 @@ import warnings
 import torch
 from _bench import Bench, acosh_dist, arguments, header
 
-from hyper_geom import lorentz, poincare
+from hyper_geom import build_cpu_kernels, distance_info_nce, lorentz, poincare
 
 
 def directions(num: int, dim: int, radius: float, seed: int) -> torch.Tensor:
@@ -110,6 +110,54 @@ def compare_geoopt(bench: Bench, num: int, dim: int) -> None:
         bench.add(name, setting, bench.peak(ours), bench.peak(theirs), "MiB")
 
 
+def compare_kernels(bench: Bench, num: int, dim: int) -> None:
+    """The one-pass kernels; last, because they serve everything that follows."""
+    setting = f"N=M={num}, d={dim}, unit matmul"
+    names = ("pairwise_dist, kernels", "DistanceInfoNCE chunked, kernels")
+    if not build_cpu_kernels():
+        for name in names:
+            bench.add(name, setting + ", no compiler", None)
+        return
+    x, y = (directions(num, dim, 1.5, seed) for seed in (0, 1))
+    grad = torch.rand(num, num)
+
+    def loss(x, y):
+        return distance_info_nce(x, y, logit_scale=10.0, backend="chunked")
+
+    unit, *spent = bench.times(lambda: x @ y.mT, lambda: lorentz.pairwise_dist(x, y), lambda: loss(x, y))
+    steps = [
+        forward_backward(f, x, y, g)
+        for f, g in ((lambda x, y: x @ y.mT, grad), (lorentz.pairwise_dist, grad), (loss, None))
+    ]
+    both_unit, *both = bench.times(*steps)
+    for name, targets, time, both_time in zip(
+        names, (("ratio <= 1.2", "ratio <= 1.3"), (None, None)), spent, both, strict=True
+    ):
+        bench.add(f"{name}, forward", setting, time, unit, "ms", targets[0])
+        bench.add(f"{name}, forward+backward", setting, both_time, both_unit, "ms", targets[1])
+
+
+def compare_small(bench: Bench) -> None:
+    """A call on a few points, where the number of operations counts."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import geoopt
+    except ImportError:
+        bench.add("dist against geoopt", "geoopt is not installed", None)
+        return
+    x, y = (directions(8, 16, 1.0, seed) for seed in (0, 1))
+    ambient = [torch.cat(((1 + (v * v).sum(-1, keepdim=True)).sqrt(), v), -1) for v in (x, y)]
+    manifold, ball = geoopt.Lorentz(), geoopt.PoincareBall()
+    p, q = 0.4 * x, 0.4 * y
+    for name, ours, theirs in (
+        ("dist against geoopt Lorentz", lambda: lorentz.dist(x, y), lambda: manifold.dist(*ambient)),
+        ("ball dist against geoopt ball", lambda: poincare.dist(p, q), lambda: ball.dist(p, q)),
+    ):
+        loops = [lambda f=f: [f() for _ in range(100)] for f in (ours, theirs)]
+        bench.add(name, "(8, 16), a call", *(10 * time for time in bench.times(*loops)), "us", "ratio <= 2")
+
+
 def main() -> None:
     args = arguments(__doc__).parse_args()
     torch.set_num_threads(1)
@@ -122,6 +170,8 @@ def main() -> None:
     if "cuda" not in devices:
         bench.add("pairwise_dist, forward+backward", "N=M=4096, d=512", None, device="cuda")
     compare_geoopt(bench, 32 if args.quick else 256, 32 if args.quick else 512)
+    compare_small(bench)
+    compare_kernels(bench, 64 if args.quick else 2048, 32 if args.quick else 512)
     bench.write(args.json)
 
 

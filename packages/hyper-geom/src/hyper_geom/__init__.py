@@ -6,6 +6,7 @@
 
 from hyper_geom import cones, contrastive, convert, heads, hyperbolicity, layout, lorentz, poincare, trees
 from hyper_geom.__about__ import __version__
+from hyper_geom._cpu import build_cpu_kernels
 from hyper_geom.cones import entailment_loss, entailment_violation, is_entailed
 from hyper_geom.contrastive import DistanceInfoNCE, distance_info_nce, distance_logits, info_nce
 from hyper_geom.curvature import Curvature
@@ -22,6 +23,7 @@ __all__ = [
     "HyperplaneHead",
     "WrappedNormal",
     "__version__",
+    "build_cpu_kernels",
     "busemann_logits",
     "cones",
     "contrastive",

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyper_geom import _cpu
 from hyper_geom._kernel import make_kernel
 from hyper_geom._pairwise import (
     dist_from_haversine,
     half_difference,
     haversine_grad,
     haversine_product,
+    matmul_noise,
     polar_dist,
     tangential,
 )
@@ -48,6 +50,8 @@ def slab_rows(columns: Tensor, num_buffers: int) -> int:
 
 def _lse_forward(*args: Any) -> tuple[Tensor, Tensor]:
     x, y, (scale, labels, columns, chunk_size) = Polar(*args[:4]), Polar(*args[4:8]), args[8:]
+    if _cpu.serves(*args[:9]):
+        return _cpu.lse(x, y, scale, labels, columns, chunk_size)
     row_lse = torch.empty_like(x.radius)
     column_lse = torch.full_like(y.radius if columns else y.radius[:0], -torch.inf)
     for start in range(0, len(row_lse), chunk_size):
@@ -68,6 +72,11 @@ def _lse_backward(inputs: list, outputs: tuple, grads: tuple) -> tuple[Tensor | 
         grads,
     )
     x, y = Polar(*parts[:4]), Polar(*parts[4:])
+    none = (None, None)
+    if _cpu.serves(*parts, scale):
+        held = (row_lse, column_lse), (grad_row, grad_column)
+        found = _cpu.lse_grad(x, y, scale, labels, *held, chunk_size, matmul_noise(scale))
+        return *found[:2], *none, *found[2:4], *none, found[4].to(scale.dtype), None, *none
     grad_x, grad_y = torch.empty_like(x.vector), torch.zeros_like(y.vector)
     grad_r, grad_s = torch.empty_like(x.radius), torch.zeros_like(y.radius)
     grad_scale = torch.zeros_like(scale, dtype=torch.float64)
@@ -90,7 +99,6 @@ def _lse_backward(inputs: list, outputs: tuple, grads: tuple) -> tuple[Tensor | 
         grad_y.addmm_(weight.mT, slab.vector)
         grad_s += column_sum
     project_rows(y, grad_y)
-    none = (None, None)
     return grad_x, grad_r, *none, grad_y, grad_s, *none, grad_scale.to(scale.dtype), None, *none
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hyper_geom._info_nce_chunked import project_rows, slab_rows
 from hyper_geom._info_nce_kernels import INTERPRETED, grad_kernel, lse_kernel
-from hyper_geom._pairwise import coth, fp32_precision, half_exponentials, tangential
+from hyper_geom._pairwise import fp32_precision, side, tangential
 from hyper_geom._polar import Polar
 
 # Tensor cores truncate after every step of 8 or 16 products, where an FMA rounds.
@@ -49,7 +49,7 @@ def _lse(
     num_splits = triton.cdiv(num_tiles, per_split)
     row_parts = r.new_empty(num_splits, num_rows)
     col_parts = r.new_empty((num_blocks, num_cols) if columns else (1, 0))
-    x_side, y_side = _side(Polar(x, r, x_sinh, x_stretch)), _side(Polar(y, s, y_sinh, y_stretch))
+    x_side, y_side = side(Polar(x, r, x_sinh, x_stretch)), side(Polar(y, s, y_sinh, y_stretch))
     lse_kernel[(num_blocks, num_splits)](
         x.contiguous(), x_side, y.contiguous(), y_side, scale, labels.contiguous(), row_parts, col_parts,
         num_rows, num_cols, dim, per_split,
@@ -74,7 +74,7 @@ def _lse_grad(
     px, py = Polar(x, r, x_sinh, x_stretch), Polar(y, s, y_sinh, y_stretch)
     precision, dim, num_cols = _precision(x), x.shape[1], y.shape[0]
     num_tiles = triton.cdiv(num_cols, _COLS)
-    y_side = _side(py)
+    y_side = side(py)
     grad_x, grad_y = torch.empty_like(x), y.new_zeros(y.shape, dtype=torch.float32)
     grad_r, grad_s = torch.empty_like(r), torch.zeros_like(s)
     grad_scale = torch.zeros_like(scale, dtype=torch.float64)
@@ -90,7 +90,7 @@ def _lse_grad(
         scale_parts = r.new_empty(num_blocks, num_tiles)
         part = px.rows(rows.start, rows.stop)
         grad_kernel[(num_blocks, num_tiles)](
-            part.vector, _side(part), y, y_side, scale, labels[rows].contiguous(), row_lse[rows], col_lse,
+            part.vector, side(part), y, y_side, scale, labels[rows].contiguous(), row_lse[rows], col_lse,
             row_grad[rows].contiguous(), col_grad.contiguous(), weight, row_parts, col_parts, scale_parts,
             num_rows, num_cols, dim, _NOISE[precision], _TINY,
             COLUMNS=columns, ROWS=block, COLS=_COLS, DEPTH=_DEPTH, PRECISION=precision, num_warps=8,
@@ -126,11 +126,6 @@ def _backward(ctx: Any, row_grad: Tensor, col_grad: Tensor) -> tuple[Tensor | No
 
 
 _lse.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _side(points: Polar) -> Tensor:
-    """The five numbers a kernel needs of each point, (5, num)."""
-    return torch.stack((points.stretch, points.sinh, *half_exponentials(points.radius), coth(points.sinh)))
 
 
 def _block_rows(num_rows: int) -> int:

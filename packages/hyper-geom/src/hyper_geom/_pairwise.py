@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyper_geom import _cpu
 from hyper_geom._kernel import make_kernel
 from hyper_geom._numerics import check_choice, norm, safe_div
 from hyper_geom._polar import Polar, lorentz_polar, poincare_polar
@@ -40,7 +41,8 @@ def _pairwise_dist(x: Tensor, y: Tensor, c: Tensor, precision: str, polar: Calla
     # The expansion stays outside the kernel, so autograd sums its gradient.
     x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
     k = c.sqrt().unsqueeze(-1)
-    return (polar_dist(polar(x, k), polar(y, k)) / k.unsqueeze(-1)).to(dtype)
+    # In place: a second N x M buffer costs more than the division.
+    return polar_dist(polar(x, k), polar(y, k)).div_(k.unsqueeze(-1)).to(dtype)
 
 
 def polar_dist(x: Polar, y: Polar) -> Tensor:
@@ -53,6 +55,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     """The matrix, and the product part of h for the backward: the one N x M buffer that is saved."""
     *parts, keep = args
     x, y = Polar(*parts[:4]), Polar(*parts[4:])
+    if _cpu.serves(*parts):
+        return _cpu.dist(x, y, keep)
     product = haversine_product(x, y)
     h = half_difference(x.radius, y.radius).square_().add_(product)
     if not keep:
@@ -65,6 +69,9 @@ def _backward(inputs: list, outputs: tuple, grads: tuple) -> tuple[Tensor | None
     x, y = Polar(*parts[:4]), Polar(*parts[4:])
     if product.shape != grad.shape:
         product = haversine_product(x, y)
+    if _cpu.serves(*parts, product, grad):
+        grad_x, row_sum, grad_y, column_sum = _cpu.dist_grad(x, y, product, grad, matmul_noise(grad))
+        return grad_x, row_sum, None, None, grad_y, column_sum, None, None, None
     weight, row_sum, column_sum = haversine_grad(x, y, product, grad)
     grad_x, grad_y = tangential(x, weight @ y.vector), tangential(y, weight.mT @ x.vector)
     return grad_x, row_sum, None, None, grad_y, column_sum, None, None, None
@@ -144,6 +151,11 @@ def half_difference(r: Tensor, s: Tensor) -> Tensor:
 def half_exponentials(r: Tensor) -> tuple[Tensor, Tensor]:
     """exp(r/2) - 1 and exp(-r/2)/2."""
     return torch.expm1(0.5 * r), 0.5 * torch.exp(-0.5 * r)
+
+
+def side(points: Polar) -> Tensor:
+    """The five numbers that a compiled kernel needs of each point, (5, *b, num)."""
+    return torch.stack((points.stretch, points.sinh, *half_exponentials(points.radius), coth(points.sinh)))
 
 
 def dist_from_haversine(h: Tensor) -> Tensor:
