@@ -1,9 +1,10 @@
 """Draw the README's picture: `python docs/make_front.py RUN PICTURE` with a finished run of the recipe `emoji`.
 
-Left: the tree of 853 emoji on the Poincare disk, laid out by `hyper_geom.trees.embed_tree`, and the path that the run's product
+Left: the tree of 853 emoji on the Poincare disk, and the path that the run's product
 predicts for the picture. Right: its probabilities, level by level.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -17,19 +18,28 @@ from app_data.read.pictures import load_picture
 from app_data.sets.emoji import emoji_taxonomy
 from app_eval.ask.frozen import FrozenClassifier
 from app_eval.ask.predict import find_model
-from hyper_geom import convert, plot
-from hyper_geom.trees import embed_tree
+from hyper_geom import convert, lorentz, plot
 
 HERE = Path(__file__).resolve().parent
 COLOURS = ("#2b6cb0", "#2f855a", "#b7791f", "#805ad5", "#0e7490", "#4a5568")
 PATH = "#c53030"
+# Hyperbolic distance of each level from the root.
+RADII = (0.0, 1.3, 2.5, 4.2)
 
 
 def tree(ax, tax, path: list[int]) -> None:
-    """The taxonomy on the disk with one path."""
+    """The taxonomy on the disk with one path: each subtree has a sector as wide as its leaves, each level its radius."""
     parent = tax.parent + 1  # the root, which the taxonomy does not count, is node 0 here
     nodes = torch.arange(tax.num_nodes) + 1
-    points = embed_tree(torch.stack((parent, nodes), 1), tax.num_nodes + 1, edge_length=1.15, num_steps=0)
+    leaves = sorted(tax.leaf.tolist(), key=lambda leaf: tax.paths[leaf].tolist())
+    spot = {leaf: number / len(leaves) for number, leaf in enumerate(leaves)}
+    below: list[list[float]] = [[] for _ in nodes]
+    for leaf in leaves:
+        for node in tax.paths[leaf].tolist():
+            below[node].append(spot[leaf])
+    angle = 2 * math.pi * torch.tensor([0.0, *(sum(spots) / len(spots) for spots in below)], dtype=torch.float64)
+    radius = torch.tensor(RADII, dtype=torch.float64)[torch.tensor([0, *tax.depth.tolist()])]
+    points = lorentz.exp_map0(radius[:, None] * torch.stack((angle.cos(), angle.sin()), 1))
     top = tax.paths[:, 0]
     plot.disk(ax=ax)
     for number, group in enumerate(top.unique().tolist()):

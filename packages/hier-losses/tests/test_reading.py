@@ -265,3 +265,18 @@ def test_labels_without_end():
         Taxonomy.from_json(nodes)
     with pytest.raises(TypeError, match="must hold names or integers"):
         Taxonomy.from_paths(np.array([[0.0, np.inf]]))
+
+
+@pytest.mark.parametrize(
+    "text", ["species,genus\npoodle,dog\nhusky,dog\nlynx,cat\n", "poodle;dog\nhusky;dog\nlynx;cat\n"]
+)
+def test_leaves_in_the_first_column_are_seen(tmp_path, text):
+    (tmp_path / "tree.csv").write_text(text)
+    reading = read_taxonomy(tmp_path / "tree.csv")
+    assert {reading.taxonomy.path_of(leaf) for leaf in reading.taxonomy.leaf.tolist()} >= {
+        ("dog", "poodle"),
+        ("cat", "lynx"),
+    }
+    assert any("holds the leaves" in guess for guess in reading.guesses)
+    (tmp_path / "tree.csv").write_text("dog,poodle\ndog,husky\ncat,lynx\n")
+    assert not any("holds the leaves" in guess for guess in read_taxonomy(tmp_path / "tree.csv").guesses)

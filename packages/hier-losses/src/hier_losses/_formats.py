@@ -78,7 +78,7 @@ def table_parts(table: Table, layout: str, order: str | None, columns: Sequence[
         order = order or ("child_parent" if used[:1] == ["child"] else "parent_child")
         table.understood["order"] = order
         return parse_edges(cells, order)
-    order = order or ("fine_to_coarse" if used[:2] == ["leaf", "parent"] else "coarse_to_fine")
+    order = order or _direction(table, used, cells)
     table.understood["order"] = order
     names = None if header is None else [header[i] for i in picked]
     reverse = order == "fine_to_coarse"
@@ -87,6 +87,18 @@ def table_parts(table: Table, layout: str, order: str | None, columns: Sequence[
         for row, (line, _) in zip(cells, table.rows, strict=True)
     ]
     return parse_paths(rows, order)
+
+
+def _direction(table: Table, used: list[str], cells: list[list[str]]) -> str:
+    """Which end of the rows holds the leaves: by the header, else by a first column that never repeats before one that does."""
+    if used[:1] == ["leaf"] and used[-1] != "leaf":
+        return "fine_to_coarse"
+    first, last = ([row[end] for row in cells] for end in (0, -1))
+    known = used[-1:] == ["leaf"] or (used and all(name.startswith("level") for name in used))
+    if known or not all(first) or not all(last) or len(set(first)) < len(first) or len(set(last)) == len(last):
+        return "coarse_to_fine"
+    table.guesses.append("the first column, which never repeats a name, holds the leaves; order= tells otherwise")
+    return "fine_to_coarse"
 
 
 def write_csv(tree: Tree, path: PathLike, layout: str) -> None:
