@@ -233,8 +233,11 @@ class HierLoraCLIP(nn.Module):
             nodes = self.node_features if self.text == "cached" or not len(pictures) else self.encode_nodes()
             for start in range(0, len(pictures), batch_size):
                 chosen = pictures[start : start + batch_size]
-                pixels = torch.stack([self._prepare(picture, start + i) for i, picture in enumerate(chosen)])
-                rows.append(self._scaled(self.encode_image(pixels.to(device)) @ nodes.T).cpu())
+                pixels = [self._prepare(picture, start + i) for i, picture in enumerate(chosen)]
+                # Without a picture size a preprocessing may keep that of each picture: these are encoded one by one.
+                alike = len({each.shape for each in pixels}) == 1
+                for batch in [torch.stack(pixels)] if alike else [each[None] for each in pixels]:
+                    rows.append(self._scaled(self.encode_image(batch.to(device)) @ nodes.T).cpu())
         return torch.cat(rows)
 
     def predict(
@@ -370,6 +373,8 @@ class HierLoraCLIP(nn.Module):
                 )
         elif not isinstance(picture, Image.Image):
             raise ValueError(f"pictures[{index}] must be a PIL picture or a uint8 array, got {type(picture).__name__}")
+        else:
+            picture = ImageOps.exif_transpose(picture)
         if self.picture_size is not None:
             picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
             picture = ImageOps.fit(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hier_losses import LabelGraph, Taxonomy, decoding
 from hier_losses.functional import mcm
-from hier_losses.path_ops import extend_paths
 from hier_losses.probabilities import extended_level
 
 # Each decoder of hier_losses.decoding that returns one path, with the options that it takes and their defaults.
@@ -124,12 +123,12 @@ def predict_top(
 
     >>> tax = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b",)])
     >>> [str(p) for p in predict_top(torch.tensor([[1.0, 0.0, 3.0, 0.0]]), tax, 2)[0]]
-    ['a (0.73) > x (0.91)', 'a (0.73) > y (0.05)']
+    ['a (0.73) > x (0.91)', 'b (0.27)']
     """
     temperature = torch.ones(tax.num_levels) if temperature is None else temperature.cpu()
     tax = tax.to(logits.device)
     paths = decoding.top_k_paths(logits, tax, min(k, tax.num_leaves)).unbind(1)
-    ranked = [_named(extend_paths(part, tax), logits, tax, temperature, "top_k_paths") for part in paths]
+    ranked = [_named(part, logits, tax, temperature, "top_k_paths") for part in paths]
     return [list(row) for row in zip(*ranked, strict=True)]
 
 

@@ -33,7 +33,22 @@ _PART_NAMES = {
     "testing": "test",
 }
 # Files that commonly lie beside pictures; others that are no pictures are worth a warning.
-_BESIDE = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".ini", ".db", ".html", ".yaml", ".yml", ".log", ".pdf")
+_BESIDE = (
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".xml",
+    ".md",
+    ".ini",
+    ".db",
+    ".html",
+    ".yaml",
+    ".yml",
+    ".log",
+    ".pdf",
+)
 _BESIDE += (".py", ".npy", ".npz", ".mat")
 
 
@@ -307,7 +322,9 @@ class _Search:
             words = [_PART_NAMES[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in _PART_NAMES]
             own = words[0] if len(words) == 1 else ""
             if len(lists) > 1 and not own and not all(row.split for row in rows):
-                raise DataError(f"the name of {path} says no part: call lists train, val and test, or add a column split")
+                raise DataError(
+                    f"the name of {path} says no part: call lists train, val and test, or add a column split"
+                )
             missing = []
             for row in rows:
                 if row.split and row.split not in _PART_NAMES:
@@ -319,13 +336,13 @@ class _Search:
                 if not os.path.lexists(files[row.path].path):
                     missing.append(row.path)
             if missing:
-                verb, rest = ("does", "its path or remove its row") if len(missing) == 1 else ("do", "their paths or rows")
+                verb, rest = (
+                    ("does", "its path or remove its row") if len(missing) == 1 else ("do", "their paths or rows")
+                )
                 self.problems.append(f"{', '.join(missing)} (in {path}) {verb} not exist: correct {rest}")
         unsplit = [file for file in files.values() if not file.part]
         if unsplit and len(unsplit) < len(files):
-            raise DataError(
-                f"{lists[0]} gives {unsplit[0].name} no split but others one: fill in all of them or none"
-            )
+            raise DataError(f"{lists[0]} gives {unsplit[0].name} no split but others one: fill in all of them or none")
         self.split = "made" if unsplit else "lists"
         return list(files.values())
 

@@ -185,7 +185,9 @@ def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is
         "code": _CODE,
         "fit": decoding.fit,
         # By content: a file that was only touched or copied changes nothing.
-        "files": [[file.name, digest] for file, digest in zip(files, _digests(files, decoding, missing_is_bad), strict=True)],
+        "files": [
+            [file.name, digest] for file, digest in zip(files, _digests(files, decoding, missing_is_bad), strict=True)
+        ],
     }
     pixels, kept, skipped = cached_pictures(
         key,

@@ -14,7 +14,17 @@ from app_data.store.cache import fingerprint
 from app_data.store.errors import Skipped, UnreadablePicture
 from hier_losses import Taxonomy
 
-__all__ = ["FORMATS", "SUFFIXES", "Picture", "PictureSet", "StoredPictures", "load_picture", "on_white", "square", "upright"]
+__all__ = [
+    "FORMATS",
+    "SUFFIXES",
+    "Picture",
+    "PictureSet",
+    "StoredPictures",
+    "load_picture",
+    "on_white",
+    "square",
+    "upright",
+]
 
 # What is opened, by content; Pillow would hand an EPS file to Ghostscript, whatever its name ends in.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

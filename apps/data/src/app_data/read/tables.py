@@ -76,7 +76,9 @@ def read_taxonomy(path: str | Path) -> Classes:
         raise DataError(f"the taxonomy {path} is not a tree: {error}") from error
     said = "; ".join(f"{name} {value}" for name, value in reading.understood.items())
     guesses = [f"guessed: {guess}" for guess in reading.guesses]
-    return Classes(reading.taxonomy, (), (f"{path.name} is read as {reading.format} ({said})", *guesses, *reading.notes))
+    return Classes(
+        reading.taxonomy, (), (f"{path.name} is read as {reading.format} ({said})", *guesses, *reading.notes)
+    )
 
 
 def _row_order(path: Path, table: Table) -> str | None:
@@ -158,7 +160,9 @@ def _read_table(path: Path) -> Table:
     even = [d for d in _DELIMITERS if len(widths[d]) == 1 and widths[d] != {1}]
     delimiter = even[0] if even else max(_DELIMITERS[:-1], key=lambda d: lines[0].count(d))
     if delimiter != ",":
-        notes.append(f"{path.name} has {dict(zip(_DELIMITERS, 'comma semicolon tab bar space'.split()))[delimiter]}s between cells")
+        notes.append(
+            f"{path.name} has {dict(zip(_DELIMITERS, 'comma semicolon tab bar space'.split()))[delimiter]}s between cells"
+        )
     reader = csv.reader(text.splitlines(), delimiter=delimiter, skipinitialspace=delimiter != "\t")
     return Table([(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)], notes)
 
@@ -241,10 +245,14 @@ def _columns(path: Path, header: list[str], columns: str) -> _Columns:
     """Columns of a listing with a header."""
     given = dict(part.partition("=")[::2] for part in columns.split(",")) if columns else {}
     if given.keys() - {"path", "label", "split"}:
-        raise DataError(f"--listing-columns must name path, label or split, such as path=file,label=leaf, got {columns!r}")
+        raise DataError(
+            f"--listing-columns must name path, label or split, such as path=file,label=leaf, got {columns!r}"
+        )
     levels = [name for name in header if name.startswith("level")]
     where = given.get("path", "path").strip().lower()
-    label = given["label"].lower().split("+") if "label" in given else ["leaf"] if "leaf" in header else levels or ["leaf"]
+    label = (
+        given["label"].lower().split("+") if "label" in given else ["leaf"] if "leaf" in header else levels or ["leaf"]
+    )
     split = given.get("split", "split").strip().lower()
     missing = [name for name in (where, *label, *([split] if "split" in given else [])) if name not in header]
     if missing:

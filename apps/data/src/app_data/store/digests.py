@@ -24,7 +24,9 @@ def content_digests(paths: Sequence[Path], cache_dir: str | Path | None = None) 
         return []
     named = [os.path.abspath(path) for path in paths]
     above = os.path.commonpath([os.path.dirname(name) for name in named])
-    cache = Path(default_cache_dir() if cache_dir is None else cache_dir) / "digests" / f"{fingerprint({'of': above})}.json"
+    cache = (
+        Path(default_cache_dir() if cache_dir is None else cache_dir) / "digests" / f"{fingerprint({'of': above})}.json"
+    )
     try:
         known = json.loads(cache.read_text(encoding="utf-8"))
         known = known if isinstance(known, dict) else {}

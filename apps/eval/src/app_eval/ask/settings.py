@@ -17,9 +17,19 @@ class Predict:
     run: Run
     """A run folder, or a saved adapter."""
     pictures: Pictures
-    """Picture files."""
+    """Picture files, and folders of them."""
     decoder: Literal["joint_path", "bottom_up", "top_down", "level_argmax", "crm", "threshold"] | None = None
     """How scores become a path; as the run chose if not given."""
+    tau: float | None = None
+    """Least probability of a node (decoder threshold); one half if not given."""
+    top: int | None = None
+    """Print the paths of so many leaves, best first, in place of one path."""
+    within: str = ""
+    """Choose below this node of the taxonomy only: its name, or its full path such as animal/dog."""
+    format: Literal["text", "csv", "jsonl"] = "text"
+    """One line a path; csv and jsonl name file, rank, and names and probabilities by level."""
+    out: Path | None = None
+    """Write here in place of standard output."""
 
 
 @dataclass(frozen=True)

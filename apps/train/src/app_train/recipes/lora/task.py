@@ -144,6 +144,7 @@ def build_model(task: Task, config: FitConfig | None, seed: int) -> HierLoraCLIP
             prompts=prompts,
             train_logit_scale=config is not None,
             center_text=task.features is not None,
+            picture_size=task.train.store.shape[1],
         )
     return model.to(task.run.device, memory_format=torch.channels_last)
 
