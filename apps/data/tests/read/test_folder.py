@@ -327,7 +327,8 @@ def test_dead_links_and_unknown_endings_are_listed(zoo, load):
     (zoo / "animal" / "empty").mkdir()
     warnings = find_pictures(zoo).warnings
     assert warnings[0] == "the class folder animal/empty has no pictures"
-    assert "1 .heic" in warnings[1] and ".txt" not in warnings[1]
+    assert "1 .heic" in warnings[1]
+    assert ".txt" not in warnings[1]
     (bad,) = load(zoo)["train"].skipped
     assert (bad.path, bad.reason) == ("animal/cat/gone.jpg", "it is a dead link")
 

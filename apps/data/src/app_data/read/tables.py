@@ -15,7 +15,7 @@ from hier_losses import Taxonomy
 
 __all__ = ["Classes", "Listed", "read_listing", "read_taxonomy"]
 
-_DELIMITERS = (",", ";", "\t", "|", " ")
+_DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar", " ": "space"}
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,9 @@ def _read_table(path: Path) -> Table:
         raise DataError(f"the file {path} is empty: it needs a header and at least one row")
     widths = {d: {len(row) for row in csv.reader(lines, delimiter=d, skipinitialspace=d != "\t")} for d in _DELIMITERS}
     even = [d for d in _DELIMITERS if len(widths[d]) == 1 and widths[d] != {1}]
-    delimiter = even[0] if even else max(_DELIMITERS[:-1], key=lambda d: lines[0].count(d))
+    delimiter = even[0] if even else max(list(_DELIMITERS)[:-1], key=lambda d: lines[0].count(d))
     if delimiter != ",":
-        notes.append(
-            f"{path.name} has {dict(zip(_DELIMITERS, 'comma semicolon tab bar space'.split()))[delimiter]}s between cells"
-        )
+        notes.append(f"{path.name} has {_DELIMITERS[delimiter]}s between cells")
     reader = csv.reader(text.splitlines(), delimiter=delimiter, skipinitialspace=delimiter != "\t")
     return Table([(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)], notes)
 
@@ -233,11 +231,11 @@ def read_listing(
     if not found:
         raise DataError(f"the listing {path} has a header but no row")
     known = set() if classes is None else set(classes.taxonomy.names)
-    if ids and all(len(row.label) == 1 and row.label[0] in ids[0] for row in found.values()):
-        if not all(row.label[0] in known for row in found.values()):
-            notes.append(f"{path.name} gives classes by their ids")
-            found = {where: row._replace(label=ids[0][row.label[0]]) for where, row in found.items()}
-            _check_above(path, body, chosen, ids, notes)
+    labels = {row.label[0] if len(row.label) == 1 else None for row in found.values()}
+    if ids and labels <= ids[0].keys() and not labels <= known:
+        notes.append(f"{path.name} gives classes by their ids")
+        found = {where: row._replace(label=ids[0][row.label[0]]) for where, row in found.items()}
+        _check_above(path, body, chosen, ids, notes)
     return list(found.values()), notes
 
 

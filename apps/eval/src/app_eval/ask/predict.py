@@ -129,12 +129,12 @@ def _outside(tax: Taxonomy, within: str) -> Tensor:
 
 def _writer(form: str, out: TextIO, levels: int) -> Callable[[Path, int, Prediction], None]:
     if form == "text":
-        return lambda path, rank, found: print(f"{path}: {found}", file=out)  # noqa: T201
+        return lambda path, rank, found: print(f"{path}: {found}", file=out)
     if form == "jsonl":
 
         def line(path: Path, rank: int, found: Prediction) -> None:
             entry = {"file": str(path), "rank": rank, "names": found.names, "probabilities": found.probabilities}
-            print(json.dumps(entry), file=out)  # noqa: T201
+            print(json.dumps(entry), file=out)
 
         return line
     table = csv.writer(out)
