@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hier_lora.calibration import fit_temperature, fit_temperatures
+from hier_lora.calibration import fit_temperature, fit_temperatures, guarded
 from hier_lora.heads import LinearHead, Neighbours, as_update
 from hier_lora.predict import Prediction, predict_paths
 from hier_losses import Taxonomy, TaxonomyUpdate, decoding
@@ -218,9 +218,14 @@ class ProductOfExperts(nn.Module):
         return self.settings
 
     @torch.no_grad()
-    def calibrate(self, features: Features, target: Tensor) -> None:
-        """Fit the temperature of each level that `predict` shows, on held-out pictures; decisions stay as they are."""
-        self.temperature = fit_temperatures(self.logits(features), target, self.tax)
+    def calibrate(self, features: Features, target: Tensor) -> bool:
+        """Fit the temperature of each level that `predict` shows, on held-out pictures; decisions stay as they are.
+
+        Returns:
+            Whether the product is calibrated. A level whose temperature hits its bound of 0.01 or 100 keeps 1.
+        """
+        self.temperature = guarded(fit_temperatures(self.logits(features), target, self.tax))
+        return self.temperature is not None
 
     @torch.no_grad()
     def predict(self, features: Features, decoder: str | None = None, **options: object) -> list[Prediction]:
