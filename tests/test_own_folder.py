@@ -259,7 +259,7 @@ def test_predict_folders_into_tables(trained, colours, command, tmp_path):
         "apps/eval", "predict", model, str(odd), "--top", "2", "--format", "csv", "--out", str(out)
     )
     assert status == 0, err
-    rows = list(csv.DictReader(out.open()))
+    rows = list(csv.DictReader(out.read_text().splitlines()))
     assert [row["rank"] for row in rows] == ["1", "2", "1", "2"]
     assert float(rows[0]["probability_2"]) >= float(rows[1]["probability_2"])
     status, found, err = command(

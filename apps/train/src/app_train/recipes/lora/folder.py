@@ -2,7 +2,7 @@
 
     hier train folder --data DIR --taxonomy FILE
     hier train folder --data DIR --lora                 LoRA fine-tuning as well
-    hier predict runs/folder PICTURE...
+    hier predict runs/folder PATH...
 
 Without `--taxonomy` the nested folders are the taxonomy. Features of the frozen tower are computed once. Controls, heads, TreeLDA
 and their product are fitted to the training pictures; the product is chosen on the validation pictures, or on five folds of the
@@ -84,7 +84,7 @@ def run(config: FolderConfig) -> dict:
             lead=f"{config.model} at {config.size} px; scores on {len(test)} pictures that nothing was fitted to.",
             facts={"skipped files": str(len(train.skipped)), "the product is chosen on": chosen_on},
             compared=("neighbour", HEADLINE),
-            hint="predict: hier predict {run} PICTURE...",
+            hint="predict: hier predict {run} PATH...",
         )
         return compare(task, lines, 1, story, lambda: {"headline": headline(task), **_apart(task, unseen)})
 
