@@ -101,11 +101,13 @@ def test_decoder_options(case):
         predict_paths(logits[:2], tax, "threshold", tau=0.0)
 
 
-def test_calibration_is_saved_and_used(tiny, tax, pixels, tmp_path):
+def test_calibration_is_saved_and_used(tiny, tax, tmp_path):
     model = HierLoraCLIP(tiny, tax)
     picture = np.zeros((16, 16, 3), np.uint8)
     raw = model.predict([picture])[0]
-    model.calibrate(model(pixels), tax.leaf[torch.tensor([0, 1, 2, 3])])
+    target = tax.leaf[torch.arange(100) % tax.num_leaves]
+    scores = torch.randn(100, tax.num_nodes, generator=torch.Generator().manual_seed(0))
+    assert model.calibrate(scores + torch.nn.functional.one_hot(target, tax.num_nodes), target)
     cooler = model.predict([picture])[0]
     assert cooler.nodes == raw.nodes
     assert cooler.probabilities != raw.probabilities
@@ -134,3 +136,18 @@ def test_a_parent_is_never_less_likely():
     assert str(name_labels(found[:1], graph.names, 1.0)[0]) == "(no label)"
     with pytest.raises(ValueError, match="threshold must lie in"):
         name_labels(found, graph.names, 1.5)
+
+
+def test_a_temperature_at_its_bound_is_not_kept(tiny, tax):
+    """All right by far: the cross-entropy falls for ever as the temperature falls."""
+    model, target = HierLoraCLIP(tiny, tax), tax.leaf[torch.tensor([0, 1, 2, 3])]
+    logits = torch.zeros(4, tax.num_nodes)
+    for row, node in enumerate(target.tolist()):
+        logits[row, [v for v in tax.paths[node].tolist() if v >= 0]] = 1.0
+    assert not model.calibrate(logits, target)
+    assert model.temperature is None
+    noise = 3 * torch.randn(200, tax.num_nodes, generator=torch.Generator().manual_seed(0))
+    many = tax.leaf[torch.arange(200) % tax.num_leaves]
+    own = torch.nn.functional.one_hot(many, tax.num_nodes)
+    assert model.calibrate(noise + 3 * own, many)
+    assert model.temperature is not None

@@ -45,7 +45,9 @@ def test_the_same_adapter_trained_twice_is_the_same_to_the_bit(tiny_clip, tax, t
 
 def test_a_hub_ready_folder(tiny_clip, tax, tmp_path):
     model = train(tiny_clip(), tax)
-    model.calibrate(torch.randn(10, tax.num_nodes), tax.leaf[torch.arange(10) % tax.num_leaves])
+    target = tax.leaf[torch.arange(100) % tax.num_leaves]
+    scores = torch.randn(100, tax.num_nodes, generator=torch.Generator().manual_seed(0))
+    assert model.calibrate(scores + torch.nn.functional.one_hot(target, tax.num_nodes), target)
     model.save_pretrained(tmp_path)
     names = {p.name for p in tmp_path.iterdir()}
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "hier_lora.json", "taxonomy.json"} <= names

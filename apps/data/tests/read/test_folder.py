@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app_data.read.folder import load_folder
+from app_data.read.folder import find_pictures, load_folder
 from app_data.store.errors import DataError, TooManyBadFiles
 from hier_losses import Taxonomy
 
@@ -152,14 +152,16 @@ def test_listing(flat, load, tmp_path):
 
 def test_second_load_reads_the_cache_and_sees_changes(zoo, load, tmp_path, make_picture):
     before = load(zoo)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("*/pixels.npy"))) == 1
     same = load(zoo)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-    assert same["train"].fingerprint == before["train"].fingerprint
+    os.utime(zoo / "animal" / "cat" / "1.png", (1, 1))
+    same = load(zoo)
+    assert len(list((tmp_path / "cache").glob("*/pixels.npy"))) == 1
+    assert same["train"].fingerprint == before["train"].fingerprint, "a touched file is the same file"
     path = make_picture(zoo / "animal" / "cat" / "0.png", value=200)
     os.utime(path, (1, 1))
     after = load(zoo)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len(list((tmp_path / "cache").glob("*/pixels.npy"))) == 2
     assert after["train"].fingerprint != before["train"].fingerprint
     everything = {f: p[i].pixels.mean() for p in after.values() for i, f in enumerate(p.files)}
     assert everything["animal/cat/0.png"] > 190
@@ -168,23 +170,23 @@ def test_second_load_reads_the_cache_and_sees_changes(zoo, load, tmp_path, make_
 def test_another_tree_reuses_the_pixels_under_another_fingerprint(flat, load, tmp_path):
     one = load(flat, Taxonomy.from_paths([("a", "cat"), ("a", "dog"), ("b", "oak")]))
     two = load(flat, Taxonomy.from_paths([("a", "cat"), ("b", "dog"), ("b", "oak")]))
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").glob("*/pixels.npy"))) == 1
     assert one["train"].fingerprint != two["train"].fingerprint
 
 
 def test_bad_files_are_named(zoo, load):
-    write(zoo / "animal" / "cat" / "notes.txt", "hello")
+    write(zoo / "animal" / "cat" / "notes.png", "hello")
     whole = (zoo / "animal" / "dog" / "1.png").read_bytes()
     (zoo / "animal" / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (zoo / "plant" / "oak" / "empty.jpg").write_bytes(b"")
     parts = load(zoo)
     skipped = {bad.path: bad.reason for bad in parts["train"].skipped}
-    assert set(skipped) == {"animal/cat/notes.txt", "animal/dog/cut.png", "plant/oak/empty.jpg"}
-    assert "not a picture" in skipped["animal/cat/notes.txt"]
+    assert set(skipped) == {"animal/cat/notes.png", "animal/dog/cut.png", "plant/oak/empty.jpg"}
+    assert "not a picture" in skipped["animal/cat/notes.png"]
     assert "damaged or truncated" in skipped["animal/dog/cut.png"]
     assert sum(map(len, parts.values())) == 30
     assert all(file == f"{'/'.join(label)}/{file.rsplit('/', 1)[1]}" for file, label in by_file(parts).items())
-    with pytest.raises(TooManyBadFiles, match=r"more than 2 of 33 files.*(notes.txt|cut.png|empty.jpg).*budget"):
+    with pytest.raises(TooManyBadFiles, match=r"more than 2 of 33 files.*(notes.png|cut.png|empty.jpg).*budget"):
         load(zoo, max_bad_files=2, cache_dir=zoo.with_name("other"))
 
 
@@ -242,6 +244,121 @@ def test_node_text_is_readable(load, tmp_path, make_picture):
     assert train.taxonomy.names == ("dog", "golden_retriever")
 
 
+def test_the_split_is_honoured_whatever_lies_beside_it(zoo, load, make_picture):
+    """Nested classes, a folder and files of another kind beside the parts."""
+    root = zoo.with_name("split")
+    shutil.copytree(zoo, root / "Train")
+    make_picture(root / "test" / "plant" / "oak" / "new.png", value=7)
+    make_picture(root / "extra" / "x" / "new.png")
+    write(root / "test" / "plant" / "oak" / "desktop.ini", "x")
+    parts = load(root)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 30, "test": 1}
+    assert parts["train"].taxonomy.num_leaves == 3
+    assert parts["test"].skipped == ()
+    notes = find_pictures(root).notes
+    assert "the split is that of the folders Train/, test/" in notes
+    assert any(note.startswith("extra/ with 1 pictures is left alone") for note in notes)
+
+
+def test_a_lone_train_folder_among_others_is_said_to_be_a_class(tmp_path, make_picture):
+    for name in ("train", "plane"):
+        make_picture(tmp_path / "vehicles" / name / "0.png")
+    assert "train/ is taken for a class" in find_pictures(tmp_path / "vehicles").warnings[0]
+
+
+def test_test_pictures_without_labels_are_left_alone(zoo, load, make_picture):
+    root = zoo.with_name("kaggle")
+    shutil.copytree(zoo, root / "train")
+    make_picture(root / "test" / "1.png")
+    found = find_pictures(root)
+    assert any(note.startswith("test/ with 1 pictures is left alone") for note in found.notes)
+    assert {name: len(part) for name, part in load(root).items()} == {"train": 24, "val": 3, "test": 3}
+
+
+def test_names_match_by_their_normal_form_and_it_is_said(zoo, load, make_picture):
+    make_picture(zoo / "plant" / "Fl\u00e4mischer_Birnbaum" / "0.png", value=200)
+    tree = Taxonomy.from_paths(
+        [("a", "Cat"), ("a", "cat"), ("a", "DOG"), ("b", "oak"), ("b", "fla\u0308mischer birnbaum")]
+    )
+    found = find_pictures(zoo, tree)
+    assert found.problems == []
+    (note,) = [note for note in found.notes if "but for case" in note]
+    assert "'dog' is 'DOG'" in note
+    assert "'Fl\u00e4mischer_Birnbaum' is 'fla\u0308mischer birnbaum'" in note
+    assert "cat" not in note.replace("but for case", ""), "the exact name wins"
+    twice = Taxonomy.from_paths([("a", "Cat"), ("a", "CAT"), ("a", "dgo"), ("b", "oak"), ("b", "x")])
+    problems = find_pictures(zoo, twice).problems
+    assert len(problems) == 3, "all at once"
+    assert "several leaves" in problems[0]
+
+
+def test_a_picture_of_an_inner_class_is_a_partial_label(zoo, load, tmp_path):
+    rows = "animal/cat/0.png;animal;cat\nanimal/dog/0.png;animal;\nplant/oak/0.png;plant;oak\n"
+    listed = tmp_path / "l.csv"
+    listed.write_bytes(b"\xef\xbb\xbfpath;level_1;level_2\r\n" + rows.replace("/", "\\").encode())
+    found = find_pictures(zoo, listing=listed)
+    assert found.tree.to_paths() == [("animal", "cat"), ("plant", "oak")]
+    assert found.tree.names[found.targets[1]] == "animal"
+    assert any("partial labels" in note for note in found.notes)
+    assert any("semicolons" in note for note in found.notes)
+    assert sum(map(len, load(zoo, listing=listed).values())) == 3
+
+
+def test_columns_by_name_and_latin_1(zoo, tmp_path):
+    listed = tmp_path / "l.tsv"
+    listed.write_bytes("id\tspecies\tgenus\nanimal/cat/0.png\tk\u00e4tzchen\tfelis\n".encode("latin-1"))
+    found = find_pictures(zoo, listing=listed, listing_columns="path=id,label=genus+species")
+    assert found.files[0].label == ("felis", "k\u00e4tzchen")
+    assert any("latin-1" in note for note in found.notes)
+    with pytest.raises(DataError, match="must have the columns path and leaf.*--listing-columns"):
+        find_pictures(zoo, listing=listed)
+
+
+def test_a_home_folder_in_a_listing(zoo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(zoo))
+    found = find_pictures(tmp_path, listing=write(tmp_path / "l.csv", "path,leaf\n~/animal/cat/0.png,cat\n"))
+    assert found.files[0].path == zoo / "animal" / "cat" / "0.png"
+
+
+def test_dead_links_and_unknown_endings_are_listed(zoo, load):
+    (zoo / "animal" / "cat" / "gone.jpg").symlink_to(zoo / "nowhere.jpg")
+    write(zoo / "animal" / "cat" / "new.heic", "x")
+    write(zoo / "animal" / "cat" / "notes.txt", "x")
+    (zoo / "animal" / "empty").mkdir()
+    warnings = find_pictures(zoo).warnings
+    assert warnings[0] == "the class folder animal/empty has no pictures"
+    assert "1 .heic" in warnings[1]
+    assert ".txt" not in warnings[1]
+    (bad,) = load(zoo)["train"].skipped
+    assert (bad.path, bad.reason) == ("animal/cat/gone.jpg", "it is a dead link")
+
+
+def test_copies_stay_in_one_part(zoo, load):
+    for name in ("cat", "dog"):
+        for i in range(10):
+            shutil.copy(zoo / "animal" / name / f"{i}.png", zoo / "animal" / name / f"copy-{i}.png")
+    part_of = {file: name for name, part in load(zoo).items() for file in part.files}
+    for name in ("cat", "dog"):
+        for i in range(10):
+            assert part_of[f"animal/{name}/{i}.png"] == part_of[f"animal/{name}/copy-{i}.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("id,name\n1,cat\n2,dog\n3,oak\n", [("cat",), ("dog",), ("oak",)]),
+        ("species,genus\ncat,x\ndog,x\noak,y\n", [("x", "cat"), ("x", "dog"), ("y", "oak")]),
+        (
+            "id,name,parent\n1,a,\n2,cat,1\n3,dog,1\n4,oak,\n",
+            [("oak",), ("a", "cat"), ("a", "dog")],
+        ),
+    ],
+)
+def test_taxonomy_tables_of_other_kinds(flat, load, tmp_path, text, paths):
+    tree = load(flat, write(tmp_path / "t.csv", text))["train"].taxonomy
+    assert sorted(tree.to_paths()) == sorted(paths)
+
+
 def bad_missing_root(root):
     return {"root": root / "nowhere"}, "nowhere is not a folder"
 
@@ -253,11 +370,6 @@ def bad_empty_root(root):
 
 def bad_no_class_folders(root):
     return {"root": root / "animal" / "cat"}, "no class folders: make one folder per class"
-
-
-def bad_empty_class(root):
-    (root / "animal" / "yak").mkdir()
-    return {}, "class folder .*yak has no pictures: add some or remove"
 
 
 def bad_files_beside_folders(root):
@@ -303,7 +415,7 @@ def bad_no_taxonomy_file(root):
 
 
 def bad_taxonomy_suffix(root):
-    return {"taxonomy": write(root.with_name("t.yaml"), "x")}, "must end in .csv or .json"
+    return {"taxonomy": write(root.with_name("t.yaml"), "x")}, "t.yaml is not a tree"
 
 
 def bad_no_header(root):
@@ -328,12 +440,6 @@ def bad_json(root):
 
 def bad_json_value(root):
     return {"taxonomy": write(root.with_name("t.json"), "3")}, "t.json is not a tree"
-
-
-def bad_encoding(root):
-    path = root.with_name("t.csv")
-    path.write_bytes("leaf,parent\nk\u00e4se,x\n".encode("latin-1"))
-    return {"taxonomy": path}, "not UTF-8"
 
 
 def bad_no_listing(root):
@@ -371,7 +477,7 @@ def bad_listing_half_split(root):
 
 
 def bad_listing_file(root):
-    return listing(root, "path,leaf\nanimal/cat/99.png,cat\n"), "99.png does not exist: correct its path"
+    return listing(root, "path,leaf\nanimal/cat/99.png,cat\n"), "99.png .in .*l.csv. does not exist: correct its path"
 
 
 def bad_listing_empty(root):

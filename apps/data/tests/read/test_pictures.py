@@ -77,6 +77,39 @@ def test_sixteen_bit_grey_keeps_its_range():
     assert np.asarray(on_white(deep))[0, :, 0].tolist() == [0, 77, 255]
 
 
+@pytest.mark.parametrize(
+    ("values", "kind", "seen"),
+    [
+        ([0, 2048, 4095], np.uint16, [0, 128, 255]),
+        ([0, 128, 255], np.uint16, [0, 128, 255]),
+        ([0, 256 * 77, 65535], np.int32, [0, 77, 255]),
+        ([0, 0.5, 1], np.float32, [0, 128, 255]),
+        ([0, 100, 255], np.float32, [0, 100, 255]),
+    ],
+)
+def test_deep_grey_is_scaled_by_what_holds_it(tmp_path, values, kind, seen):
+    Image.fromarray(np.array([values], dtype=kind)).save(tmp_path / "a.tif")
+    assert load_picture(tmp_path / "a.tif", 3, "squash")[1, :, 0].tolist() == pytest.approx(seen, abs=1)
+
+
+@pytest.mark.parametrize("values", [[-5, 7], [0, 1 << 20], [0.0, float("nan")]])
+def test_grey_of_unknown_range_is_refused(tmp_path, values):
+    kind = np.float32 if isinstance(values[0], float) else np.int32
+    Image.fromarray(np.array([values], dtype=kind)).save(tmp_path / "a.tif")
+    with pytest.raises(UnreadablePicture, match="grey values of 32 bits lie in"):
+        load_picture(tmp_path / "a.tif", 3)
+
+
+def test_only_meant_formats_are_opened(tmp_path):
+    """Pillow would start Ghostscript on the first and read the second."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "eps.jpg")
+    Image.new("RGB", (8, 8)).save(tmp_path / "tga.tga")
+    for name in ("eps.jpg", "tga.tga"):
+        with pytest.raises(UnreadablePicture, match="not a picture of a known format"):
+            load_picture(tmp_path / name, 8)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"])
 def test_other_modes_become_rgb(mode):
     assert on_white(Image.new(mode, (3, 2))).mode == "RGB"

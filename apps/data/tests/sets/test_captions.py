@@ -108,7 +108,7 @@ def test_bad_and_missing_pictures_are_counted_and_named(photos, decoding):
     assert data.files == ("a.png", "d.png")
     assert data.captions == (("x",), ("w",))
     assert [(bad.path, bad.reason) for bad in data.skipped] == [
-        ("b.png", "it is not a picture that Pillow can read"),
+        ("b.png", "it is not a picture of a known format (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM)"),
         ("gone.png", "it does not exist"),
     ]
     strict = type(decoding)(size=8, cache_dir=decoding.cache_dir, workers=1, max_bad_files=1)

@@ -37,6 +37,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "check": Command("what would spoil a result on your own pictures", "Check", "app_eval.ask.check:run"),
     "predict": Command(
         "the path of each picture through the tree, level by level, with probabilities",
         "Predict",

@@ -9,7 +9,7 @@ from hier_lora.hf_encoder import HFDualEncoder
 from hier_lora.lora import LoraOverhead, lora_config, lora_overhead
 from hier_lora.model import HierLoraCLIP
 from hier_lora.open_clip_encoder import OpenClipDualEncoder
-from hier_lora.predict import DECODERS, LabelPrediction, Prediction, label_probabilities, predict_paths
+from hier_lora.predict import DECODERS, LabelPrediction, Prediction, label_probabilities, predict_paths, predict_top
 from hier_lora.prompts import PromptSet
 from hier_lora.text import NodeSample, embed_sentences, sample_nodes
 from hier_losses import match_taxonomies
@@ -43,6 +43,7 @@ __all__ = [
     "match_taxonomies",
     "pool",
     "predict_paths",
+    "predict_top",
     "register_locator",
     "sample_nodes",
 ]

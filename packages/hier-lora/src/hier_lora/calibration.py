@@ -49,6 +49,18 @@ def fit_temperatures(logits: Float[Tensor, "batch nodes"], target: Tensor, tax: 
     return torch.tensor(found)
 
 
+def guarded(temperatures: Float[Tensor, " levels"]) -> Float[Tensor, " levels"] | None:
+    """The temperatures, with 1 for a level whose search hit its bound; None if all did, which is not calibrated.
+
+    Pictures that are all right, or scores that say nothing, have no best temperature.
+
+    >>> guarded(torch.tensor([0.01, 2.0])), guarded(torch.tensor([100.0]))
+    (tensor([1., 2.]), None)
+    """
+    inside = (temperatures > LOWEST * 1.01) & (temperatures < HIGHEST * 0.99)
+    return torch.where(inside, temperatures, 1.0) if inside.any() else None
+
+
 def fit_temperature(scores: Float[Tensor, "batch classes"], column: Tensor) -> float:
     """The temperature that minimises the cross-entropy of one softmax on held-out pictures.
 

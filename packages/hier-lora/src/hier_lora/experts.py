@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hier_lora.calibration import fit_temperature, fit_temperatures
+from hier_lora.calibration import fit_temperature, fit_temperatures, guarded
 from hier_lora.heads import LinearHead, Neighbours, as_update
 from hier_lora.predict import Prediction, predict_paths
 from hier_losses import Taxonomy, TaxonomyUpdate, decoding
@@ -218,9 +218,14 @@ class ProductOfExperts(nn.Module):
         return self.settings
 
     @torch.no_grad()
-    def calibrate(self, features: Features, target: Tensor) -> None:
-        """Fit the temperature of each level that `predict` shows, on held-out pictures; decisions stay as they are."""
-        self.temperature = fit_temperatures(self._finite(features), target, self.tax)
+    def calibrate(self, features: Features, target: Tensor) -> bool:
+        """Fit the temperature of each level that `predict` shows, on held-out pictures; decisions stay as they are.
+
+        Returns:
+            Whether the product is calibrated. A level whose temperature hits its bound of 0.01 or 100 keeps 1.
+        """
+        self.temperature = guarded(fit_temperatures(self.logits(features), target, self.tax))
+        return self.temperature is not None
 
     @torch.no_grad()
     def predict(self, features: Features, decoder: str | None = None, **options: object) -> list[Prediction]:
@@ -231,14 +236,16 @@ class ProductOfExperts(nn.Module):
             decoder: a name of `DECODERS`.
             options: of the decoder, see `predict_paths`.
         """
-        logits = self._finite(features)
         decoder = self.settings.decoder if decoder is None else decoder
-        # The product has its own temperature already: showing must not change what crm decides.
-        shown = None if decoder in ("crm", "threshold") else self.temperature
-        return predict_paths(logits, self.tax, decoder, shown, **options)
+        return predict_paths(self.logits(features), self.tax, decoder, self.shown(decoder), **options)
 
-    def _finite(self, features: Features) -> Tensor:
-        """Node scores for decoders that average: a leaf that is ruled out is hopeless, not -inf."""
+    def shown(self, decoder: str) -> Float[Tensor, " levels"] | None:
+        """The temperatures with which `predict` shows probabilities under a decoder."""
+        # The product has its own temperature already: showing must not change what crm decides.
+        return None if decoder in ("crm", "threshold") else self.temperature
+
+    def logits(self, features: Features) -> Float[Tensor, "batch nodes"]:
+        """Node scores for `predict_paths`: a leaf that is ruled out is hopeless, not -inf."""
         return leaf_to_node_logits(self.log_prob(features), self.tax).clamp(min=-1e4).float()
 
     def update_taxonomy(self, update: TaxonomyUpdate | Taxonomy) -> TaxonomyUpdate:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hier_lora import saving
-from hier_lora.calibration import fit_sigmoid, fit_temperatures
+from hier_lora.calibration import fit_sigmoid, fit_temperatures, guarded
 from hier_lora.lora import check_targets
 from hier_lora.predict import (
     LabelPrediction,
@@ -233,8 +233,11 @@ class HierLoraCLIP(nn.Module):
             nodes = self.node_features if self.text == "cached" or not len(pictures) else self.encode_nodes()
             for start in range(0, len(pictures), batch_size):
                 chosen = pictures[start : start + batch_size]
-                pixels = torch.stack([self._prepare(picture, start + i) for i, picture in enumerate(chosen)])
-                rows.append(self._scaled(self.encode_image(pixels.to(device)) @ nodes.T).cpu())
+                pixels = [self._prepare(picture, start + i) for i, picture in enumerate(chosen)]
+                # Without a picture size a preprocessing may keep that of each picture: these are encoded one by one.
+                alike = len({each.shape for each in pixels}) == 1
+                for batch in [torch.stack(pixels)] if alike else [each[None] for each in pixels]:
+                    rows.append(self._scaled(self.encode_image(batch.to(device)) @ nodes.T).cpu())
         return torch.cat(rows)
 
     def predict(
@@ -272,13 +275,16 @@ class HierLoraCLIP(nn.Module):
         found = label_probabilities(self.logits(pictures, batch_size), self.tax.to("cpu"), a, b)
         return name_labels(found, self.tax.names, threshold)
 
-    def calibrate(self, logits: Float[Tensor, "batch nodes"], target: Tensor) -> None:
+    def calibrate(self, logits: Float[Tensor, "batch nodes"], target: Tensor) -> bool:
         """Fit what turns logits into probabilities, on pictures that training did not see; saved with the adapter.
 
         Args:
             logits: of held-out pictures, see `logits`.
             target: (batch,) node ids: one temperature a level is fitted; or (batch, N) zeros and ones: a slope and an
                 offset for all labels.
+
+        Returns:
+            Whether the model is calibrated. A level whose temperature hits its bound of 0.01 or 100 keeps 1.
 
         Raises:
             ValueError: for no picture, or shapes that differ.
@@ -288,7 +294,9 @@ class HierLoraCLIP(nn.Module):
             scores = mcm(logits, self.tax.to(logits.device))
             self.sigmoid = torch.tensor(fit_sigmoid(scores, target.to(logits.device)), device=device)
         else:
-            self.temperature = fit_temperatures(logits, target, self.tax).to(device)
+            found = guarded(fit_temperatures(logits, target, self.tax))
+            self.temperature = None if found is None else found.to(device)
+        return target.ndim == 2 or self.temperature is not None
 
     @torch.no_grad()
     def update_taxonomy(
@@ -370,6 +378,8 @@ class HierLoraCLIP(nn.Module):
                 )
         elif not isinstance(picture, Image.Image):
             raise ValueError(f"pictures[{index}] must be a PIL picture or a uint8 array, got {type(picture).__name__}")
+        else:
+            picture = ImageOps.exif_transpose(picture)
         if self.picture_size is not None:
             picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
             picture = ImageOps.fit(

@@ -104,6 +104,36 @@ def predict_paths(
         )
     decided = logits / temperature[-1].to(logits.device) if decoder in ("crm", "threshold") else logits
     paths = getattr(decoding, decoder)(decided, tax, **{**_OPTIONS[decoder], **options})
+    return _named(paths, logits, tax, temperature, decoder)
+
+
+def predict_top(
+    logits: Float[Tensor, "batch nodes"],
+    tax: Taxonomy,
+    k: int,
+    temperature: Float[Tensor, " levels"] | None = None,
+) -> list[list[Prediction]]:
+    """Name the paths of the k best leaves of each row, best first.
+
+    Args:
+        logits: scores of all nodes.
+        tax: the taxonomy.
+        k: number of leaves; all if there are fewer.
+        temperature: see `predict_paths`.
+
+    >>> tax = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b",)])
+    >>> [str(p) for p in predict_top(torch.tensor([[1.0, 0.0, 3.0, 0.0]]), tax, 2)[0]]
+    ['a (0.73) > x (0.91)', 'b (0.27)']
+    """
+    temperature = torch.ones(tax.num_levels) if temperature is None else temperature.cpu()
+    tax = tax.to(logits.device)
+    paths = decoding.top_k_paths(logits, tax, min(k, tax.num_leaves)).unbind(1)
+    ranked = [_named(part, logits, tax, temperature, "top_k_paths") for part in paths]
+    return [list(row) for row in zip(*ranked, strict=True)]
+
+
+def _named(paths: Tensor, logits: Tensor, tax: Taxonomy, temperature: Tensor, decoder: str) -> list[Prediction]:
+    """Names and level probabilities of paths (batch, D)."""
     scores = []
     for level in range(tax.num_levels):
         classes = extended_level(tax, level + 1)

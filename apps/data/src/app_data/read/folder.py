@@ -1,21 +1,26 @@
-"""A folder of pictures plus a taxonomy: nested folders, class folders with a CSV or JSON tree, or a CSV of files.
+"""A folder of pictures plus a taxonomy: nested folders, class folders with a tree of their own, or lists of files.
 
-Every problem a person can cause raises `DataError` with one sentence that names the file, class or line and the remedy.
+Every problem a person can cause raises `DataError` with one sentence that names the file, class or line and the remedy;
+what was found, matched and left out is kept, to be shown.
 """
 
+import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from app_data.read.labelled import Decoding, LabelledFile, picture_sets
-from app_data.read.pictures import PictureSet
-from app_data.read.tables import read_listing, read_taxonomy
-from app_data.store.errors import DataError
+from app_data.read.names import match_labels
+from app_data.read.pictures import SUFFIXES, PictureSet
+from app_data.read.tables import Classes, read_listing, read_taxonomy
+from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
 
-__all__ = ["load_folder"]
+__all__ = ["Found", "find_pictures", "load_folder", "load_found"]
 
 # What people call the parts of a split.
 _PART_NAMES = {
@@ -27,13 +32,59 @@ _PART_NAMES = {
     "test": "test",
     "testing": "test",
 }
+# Files that commonly lie beside pictures; others that are no pictures are worth a warning.
+_BESIDE = (
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".xml",
+    ".md",
+    ".ini",
+    ".db",
+    ".html",
+    ".yaml",
+    ".yml",
+    ".log",
+    ".pdf",
+)
+_BESIDE += (".py", ".npy", ".npz", ".mat")
+
+
+@dataclass
+class Found:
+    """Pictures before any of them is opened.
+
+    Attributes:
+        root: The folder.
+        files: The pictures with their labels and parts.
+        tree: The taxonomy.
+        targets: Node of each picture; -1 where the label matches nothing.
+        split: Where the parts come from.
+        notes: What was found and understood.
+        warnings: What deserves a look.
+        problems: What stops: labels that match nothing, pictures that do not exist.
+        left_out: Files that were not taken for pictures, with reasons.
+    """
+
+    root: Path
+    files: list[LabelledFile]
+    tree: Taxonomy
+    targets: np.ndarray
+    split: str
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    left_out: list[Skipped] = field(default_factory=list)
 
 
 def load_folder(
     root: str | Path,
     taxonomy: str | Path | Taxonomy | None = None,
     *,
-    listing: str | Path | None = None,
+    listing: str | Path | Sequence[str | Path] | None = None,
+    listing_columns: str = "",
     size: int = 128,
     fit: str = "crop",
     fractions: Mapping[str, float] | None = None,
@@ -47,12 +98,10 @@ def load_folder(
     """Read labelled pictures and split them.
 
     Args:
-        root: The folder. With `train/`, `val/` or `test/` directly below it, these are the split; else see `fractions`.
-        taxonomy: None takes the tree from the nested folders (`animal/dog/1.jpg`); else a CSV or JSON file (see
-            `read_taxonomy`), or a `Taxonomy`, and the folder that holds a picture names its class: by name, or by full
-            path where names repeat.
-        listing: A CSV with the header `path,leaf` (and optionally `split`) that lists the pictures instead of the
-            folders; paths are relative to `root`. Without `taxonomy`, `leaf` spells full paths such as `animal/dog`.
+        root: See `find_pictures`.
+        taxonomy: See `find_pictures`.
+        listing: See `find_pictures`.
+        listing_columns: See `find_pictures`.
         size: Height and width of the pictures in pixels.
         fit: See `load_picture`.
         fractions: Shares for the split when the folder has none; {"train": .8, "val": .1, "test": .1} if None.
@@ -71,121 +120,234 @@ def load_folder(
         DataError: Anything in the folder or the tables that does not fit together.
         TooManyBadFiles: More unreadable files than the budget.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder: give the folder that holds the pictures")
-    tree = taxonomy if isinstance(taxonomy, Taxonomy) or taxonomy is None else read_taxonomy(taxonomy)
-    files = _from_listing(root, Path(listing)) if listing is not None else _from_folders(root, nested=tree is None)
-    if tree is None:
-        tree = _tree_of(files)
-    targets = _targets(files, tree, root)
+    found = find_pictures(root, taxonomy, listing=listing, listing_columns=listing_columns)
     decoding = Decoding(size, fit, cache_dir, workers, max_bad_fraction, max_bad_files)
+    return load_found(found, decoding, fractions=fractions, seed=seed, allow_empty_classes=allow_empty_classes)
+
+
+def load_found(
+    found: Found,
+    decoding: Decoding,
+    *,
+    fractions: Mapping[str, float] | None = None,
+    seed: int = 0,
+    allow_empty_classes: bool = False,
+) -> dict[str, PictureSet]:
+    """Decode what `find_pictures` found, and split it; see `load_folder`."""
+    if found.problems:
+        raise DataError("; ".join(found.problems))
     return picture_sets(
-        files,
-        targets,
-        tree,
+        found.files,
+        found.targets,
+        found.tree,
         decoding,
-        style=root.name,
+        style=found.root.name,
         fractions=fractions,
         seed=seed,
         allow_empty_classes=allow_empty_classes,
     )
 
 
-def _children(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Visible subfolders and files, in name order."""
-    visible = sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")) and p.name != "Thumbs.db")
-    return [p for p in visible if p.is_dir()], [p for p in visible if p.is_file()]
+def find_pictures(
+    root: str | Path,
+    taxonomy: str | Path | Taxonomy | None = None,
+    *,
+    listing: str | Path | Sequence[str | Path] | None = None,
+    listing_columns: str = "",
+) -> Found:
+    """Find pictures with their labels and parts, without opening any.
 
+    Args:
+        root: The folder. With `train/` and `val/` or `test/` directly below it, these are the split, whatever else lies
+            there; so are lists called train, val and test (.txt, .csv, .tsv) that name pictures.
+        taxonomy: None takes the tree from the nested folders (`animal/dog/1.jpg`); else a file (see `read_taxonomy`), or
+            a `Taxonomy`, and the folder that holds a picture names its class: by name, or by full path where names repeat.
+        listing: Lists of the pictures in place of the folders, see `read_listing`; of several each is the part of its
+            name. Paths are relative to `root`. Without `taxonomy`, labels spell full paths such as `animal/dog`.
+        listing_columns: See `read_listing`.
 
-def _from_folders(root: Path, nested: bool) -> list[LabelledFile]:
-    """All pictures below `root`, each labelled by its folders."""
-    folders, loose = _children(root)
-    if not folders:
-        if not loose:
-            raise DataError(f"the folder {root} is empty: put one folder of pictures per class into it")
-        raise DataError(
-            f"the folder {root} has files but no class folders: make one folder per class, or give a listing"
-        )
-    # A class may be called "train" too, so it is a split only if every folder here is a part of one.
-    if all(folder.name.lower() in _PART_NAMES for folder in folders):
-        files = []
-        for folder in folders:
-            classes, _ = _children(folder)
-            if not classes:
-                raise DataError(
-                    f"the folder {folder} has no class folders: put one folder of pictures per class into it"
-                )
-            part = _PART_NAMES[folder.name.lower()]
-            files += [f for inner in classes for f in _walk(inner, root, (inner.name,), part, nested, ())]
-        return files
-    return [f for folder in folders for f in _walk(folder, root, (folder.name,), "", nested, ())]
-
-
-def _walk(
-    folder: Path, root: Path, label: tuple[str, ...], part: str, nested: bool, above: tuple[Path, ...]
-) -> list[LabelledFile]:
-    here = folder.resolve()
-    if here in above:
-        raise DataError(f"the folder {folder} links back to {here} above it: remove the link")
-    folders, pictures = _children(folder)
-    if not folders and not pictures:
-        raise DataError(f"the class folder {folder} has no pictures: add some or remove the folder")
-    if nested and folders and pictures:
-        raise DataError(
-            f"the folder {folder} holds both class folders and files (such as {pictures[0].name}): move the files into "
-            "a class folder"
-        )
-    files = [LabelledFile(picture, picture.relative_to(root).as_posix(), label, part) for picture in pictures]
-    for inner in folders:
-        files += _walk(inner, root, (*label, inner.name), part, nested, (*above, here))
-    return files
-
-
-def _from_listing(root: Path, listing: Path) -> list[LabelledFile]:
-    files = []
-    for row in read_listing(listing):
-        if row.split and row.split not in _PART_NAMES:
-            raise DataError(f"{listing} gives {row.path} the split {row.split!r}: use train, val or test")
-        files.append(
-            LabelledFile(root / row.path, row.path, tuple(row.leaf.split("/")), _PART_NAMES.get(row.split, ""))
-        )
-    unsplit = [file for file in files if not file.part]
-    if unsplit and len(unsplit) < len(files):
-        raise DataError(f"{listing} gives {unsplit[0].name} no split but others one: fill in all of them or none")
-    return files
+    Raises:
+        DataError: Anything that leaves no tree or no pictures; names that match nothing are in `problems`.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder: give the folder that holds the pictures")
+    classes = None
+    if taxonomy is not None:
+        classes = Classes(taxonomy) if isinstance(taxonomy, Taxonomy) else read_taxonomy(taxonomy)
+    search = _Search(root, nested=classes is None)
+    lists = [listing] if isinstance(listing, str | Path) else list(listing or ())
+    if lists:
+        files = search.from_lists([Path(path) for path in lists], listing_columns, classes)
+    else:
+        files = search.lists_beside(listing_columns, classes) or search.from_folders()
+    if {file.part for file in files} == {"train"}:
+        search.notes.append("there are pictures to train on alone: they are split")
+        files = [LabelledFile(file.path, file.name, file.label) for file in files]
+        search.split = "made"
+    if not files:
+        raise DataError(f"the folder {root} holds no picture ({', '.join(SUFFIXES)})")
+    tree = _tree_of(files) if classes is None else classes.taxonomy
+    examples: dict[tuple[str, ...], str] = {}
+    for file in files:
+        examples.setdefault(file.label, file.name)
+    matches = match_labels(examples, tree, str(root))
+    targets = np.array([matches.nodes.get(file.label, -1) for file in files], dtype=np.int64)
+    search.warnings += search.unknown_endings()
+    notes = [*(classes.notes if classes else ()), *search.notes, *matches.notes]
+    problems = [*search.problems, *matches.problems]
+    return Found(root, files, tree, targets, search.split, notes, search.warnings, problems, search.left_out)
 
 
 def _tree_of(files: Sequence[LabelledFile]) -> Taxonomy:
+    labels = {file.label for file in files}
+    above = {label[:i] for label in labels for i in range(1, len(label))}
     try:
-        return Taxonomy.from_paths(sorted({file.label for file in files}))
+        return Taxonomy.from_paths(sorted(labels - above))
     except ValueError as error:
         raise DataError(f"the class names form no tree: {error}") from error
 
 
-def _targets(files: Sequence[LabelledFile], tree: Taxonomy, root: Path) -> np.ndarray:
-    """Node id of every file's class."""
-    nodes: dict[tuple[str, ...], int] = {}
-    named: dict[str, list[int]] = {}
-    for node in tree.leaf.tolist():
-        named.setdefault(tree.names[node], []).append(node)
-    paths = {tree.path_of(node): node for node in tree.leaf.tolist()}
-    for file in files:
-        if file.label in nodes:
-            continue
-        # The whole path first; else the folder that holds the picture, whatever lies above it.
-        found = [paths[file.label]] if file.label in paths else named.get(file.label[-1], [])
-        if not found:
-            close = get_close_matches(file.label[-1], named, n=1, cutoff=0.6)
-            hint = (
-                f"did you mean {close[0]!r}?" if close else f"its leaves are for example {', '.join(list(named)[:3])}"
-            )
+def _children(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Visible subfolders and files, dead links among them, in name order."""
+    visible = sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__MACOSX")) and p.name != "Thumbs.db")
+    return [p for p in visible if p.is_dir()], [p for p in visible if not p.is_dir()]
+
+
+class _Search:
+    """Finds labelled files, and keeps what is to be said about it."""
+
+    def __init__(self, root: Path, nested: bool) -> None:
+        self.root, self.nested, self.split = root, nested, "made"
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.problems: list[str] = []
+        self.left_out: list[Skipped] = []
+
+    def from_folders(self) -> list[LabelledFile]:
+        """All pictures, each labelled by its folders."""
+        folders, loose = _children(self.root)
+        if not folders:
+            if not loose:
+                raise DataError(f"the folder {self.root} is empty: put one folder of pictures per class into it")
             raise DataError(
-                f"the class {'/'.join(file.label)!r} (of {file.name} in {root}) is no leaf of the taxonomy: add it "
-                f"there or rename it; {hint}"
+                f"the folder {self.root} has files but no class folders: make one folder per class, or give a listing"
             )
-        if len(found) > 1:
-            spelled = " and ".join("/".join(tree.path_of(node)) for node in found[:3])
-            raise DataError(f"the class {file.label[-1]!r} stands for several leaves ({spelled}): use a full path")
-        nodes[file.label] = found[0]
-    return np.array([nodes[file.label] for file in files], dtype=np.int64)
+        parts = [folder for folder in folders if folder.name.lower() in _PART_NAMES]
+        kinds = {_PART_NAMES[folder.name.lower()] for folder in parts}
+        # A class may be called "train" too: beside other folders it takes two parts to make a split.
+        if not parts or (len(parts) < len(folders) and not {"train"} < kinds):
+            if parts:
+                named = ", ".join(f"{folder.name}/" for folder in parts)
+                self.warnings.append(f"{named} is taken for a class: a split needs train/ and test/ or val/")
+            return [f for folder in folders for f in self._walk(folder, (folder.name,), "", ())]
+        self.split = "folders"
+        self.notes.append(f"the split is that of the folders {', '.join(f'{folder.name}/' for folder in parts)}")
+        for folder in folders:
+            if folder not in parts:
+                self._leave(folder, "it lies beside the folders of the split")
+        files = []
+        for folder in parts:
+            part = _PART_NAMES[folder.name.lower()]
+            inner, loose = _children(folder)
+            if not inner and part != "train" and any(path.name.lower().endswith(SUFFIXES) for path in loose):
+                self._leave(folder, "its pictures have no class folders; hier predict names them")
+            elif not inner:
+                raise DataError(
+                    f"the folder {folder} has no class folders: put one folder of pictures per class into it"
+                )
+            files += [f for child in inner for f in self._walk(child, (child.name,), part, ())]
+        return files
+
+    def _leave(self, folder: Path, reason: str) -> None:
+        count = sum(name.lower().endswith(SUFFIXES) for _, _, names in os.walk(folder) for name in names)
+        self.notes.append(f"{folder.name}/ with {count} pictures is left alone: {reason}")
+
+    def _walk(self, folder: Path, label: tuple[str, ...], part: str, above: tuple[Path, ...]) -> list[LabelledFile]:
+        here = folder.resolve()
+        if here in above:
+            raise DataError(f"the folder {folder} links back to {here} above it: remove the link")
+        folders, found = _children(folder)
+        pictures = [path for path in found if self._is_picture(path)]
+        name = folder.relative_to(self.root).as_posix()
+        if not folders and not pictures:
+            self.warnings.append(f"the class folder {name} has no pictures")
+        if self.nested and folders and pictures:
+            raise DataError(
+                f"the folder {folder} holds both class folders and files (such as {pictures[0].name}): move the files "
+                "into a class folder"
+            )
+        files = [LabelledFile(path, path.relative_to(self.root).as_posix(), label, part) for path in pictures]
+        for inner in folders:
+            files += self._walk(inner, (*label, inner.name), part, (*above, here))
+        return files
+
+    def _is_picture(self, path: Path) -> bool:
+        if path.name.lower().endswith(SUFFIXES):
+            return True
+        name = path.relative_to(self.root).as_posix()
+        self.left_out.append(Skipped(name, "its name does not end like that of a picture"))
+        return False
+
+    def unknown_endings(self) -> list[str]:
+        """A warning for endings that are not those of files beside pictures: .heic, .svg."""
+        endings = Counter(Path(entry.path).suffix.lower() for entry in self.left_out)
+        odd = [f"{count} {ending or 'without ending'}" for ending, count in endings.items() if ending not in _BESIDE]
+        return [f"files left out by their names: {', '.join(odd)}; {', '.join(SUFFIXES)} are read"] if odd else []
+
+    def lists_beside(self, columns: str, classes: Classes | None) -> list[LabelledFile]:
+        """The pictures of the lists train.txt, val.csv, ... in the folder; none if they do not list pictures."""
+        _, loose = _children(self.root)
+        lists = [p for p in loose if p.suffix.lower() in (".txt", ".csv", ".tsv") and p.stem.lower() in _PART_NAMES]
+        if "train" not in {_PART_NAMES[path.stem.lower()] for path in lists}:
+            return []
+        names = ", ".join(path.name for path in lists)
+        try:
+            for path in lists:
+                rows, _ = read_listing(path, columns, classes, self._exists)
+                if not any(self._exists(row.path) for row in rows):
+                    raise DataError(f"none of the paths in {path.name} exists")
+        except DataError as error:
+            self.warnings.append(f"{names} beside the pictures are not used: {error}")
+            return []
+        self.notes.append(f"the lists {names} were found and are used in place of the folders")
+        return self.from_lists(lists, columns, classes)
+
+    def from_lists(self, lists: Sequence[Path], columns: str, classes: Classes | None) -> list[LabelledFile]:
+        """The pictures of lists; the part is that of the column split, else of the list's name."""
+        files: dict[str, LabelledFile] = {}
+        for path in lists:
+            rows, notes = read_listing(path, columns, classes, self._exists)
+            self.notes += notes
+            words = [_PART_NAMES[word] for word in re.split(r"[^a-z]+", path.stem.lower()) if word in _PART_NAMES]
+            own = words[0] if len(words) == 1 else ""
+            if len(lists) > 1 and not own and not all(row.split for row in rows):
+                raise DataError(
+                    f"the name of {path} says no part: call lists train, val and test, or add a column split"
+                )
+            missing = []
+            for row in rows:
+                if row.split and row.split not in _PART_NAMES:
+                    raise DataError(f"{path} gives {row.path} the split {row.split!r}: use train, val or test")
+                part = _PART_NAMES[row.split] if row.split else own
+                if row.path in files and files[row.path].part != part:
+                    self.problems.append(f"{row.path} is listed as {files[row.path].part} and as {part}: keep one")
+                files[row.path] = LabelledFile(self._at(row.path), row.path, row.label, part)
+                if not os.path.lexists(files[row.path].path):
+                    missing.append(row.path)
+            if missing:
+                verb, rest = (
+                    ("does", "its path or remove its row") if len(missing) == 1 else ("do", "their paths or rows")
+                )
+                self.problems.append(f"{', '.join(missing)} (in {path}) {verb} not exist: correct {rest}")
+        unsplit = [file for file in files.values() if not file.part]
+        if unsplit and len(unsplit) < len(files):
+            raise DataError(f"{lists[0]} gives {unsplit[0].name} no split but others one: fill in all of them or none")
+        self.split = "made" if unsplit else "lists"
+        return list(files.values())
+
+    def _at(self, name: str) -> Path:
+        return self.root / Path(name).expanduser()
+
+    def _exists(self, name: str) -> bool:
+        return self._at(name).exists()

@@ -11,13 +11,14 @@ import numpy as np
 from app_data.read.pictures import PictureSet, load_picture
 from app_data.read.splits import stratified_split
 from app_data.store.cache import cached_pictures, fingerprint
+from app_data.store.digests import content_digests
 from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
 
 __all__ = ["PARTS", "Decoded", "Decoding", "LabelledFile", "PictureFile", "decode_files", "picture_sets"]
 
 PARTS = ("train", "val", "test")
-_CODE = 1  # raise when the decoding of files changes: cached pictures are then decoded again
+_CODE = 2  # raise when the decoding of files changes: cached pictures are then decoded again
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def picture_sets(
     pixels, kept, skipped, key = decode_files(files, decoding)
     _check_classes(files, targets, kept, taxonomy, allow_empty_classes)
     done = [files[i] for i in kept]
+    digests = [digest for _, digest in key["files"]]
     labels = {"tree": [list(taxonomy.names), taxonomy.parent.tolist()], "targets": targets.tolist()}
     everything = PictureSet(
         store=pixels,
@@ -134,7 +136,7 @@ def picture_sets(
     if not any(part_of.values()):
         # "test" before "val": of two parts with equal shares the first one gets the odd picture of a small class.
         shares = {"train": 0.8, "test": 0.1, "val": 0.1} if fractions is None else fractions
-        split = stratified_split(everything.targets, everything.files, shares, seed)
+        split = _split(everything, [digests[i] for i in kept], shares, seed)
         order = [part for part in PARTS if part in split] + [part for part in split if part not in PARTS]
         return {part: everything.select(split[part]) for part in order}
     parts = {}
@@ -144,6 +146,22 @@ def picture_sets(
             own = tuple(bad for bad in skipped if part_of[bad.path] == part)
             parts[part] = replace(everything.select(rows), skipped=own)
     return parts
+
+
+def _split(
+    pictures: PictureSet, digests: Sequence[str], shares: Mapping[str, float], seed: int
+) -> dict[str, np.ndarray]:
+    """Split by class; copies of one picture go into one part, which else would test what training has seen."""
+    first: dict[str, int] = {}
+    for row, digest in enumerate(digests):
+        first.setdefault(digest, row)
+    rows = np.array(sorted(first.values()))
+    split = stratified_split(pictures.targets[rows], [pictures.files[row] for row in rows], shares, seed)
+    part_of = {int(rows[i]): part for part, chosen in split.items() for i in chosen}
+    found: dict[str, list[int]] = {part: [] for part in split}
+    for row, digest in enumerate(digests):
+        found[part_of[first[digest]]].append(row)
+    return {part: np.array(chosen, dtype=np.int64) for part, chosen in found.items()}
 
 
 def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is_bad: bool = False) -> Decoded:
@@ -166,7 +184,10 @@ def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is
         "data": "files",
         "code": _CODE,
         "fit": decoding.fit,
-        "files": [[file.name, *_stamp(file, missing_is_bad)] for file in files],
+        # By content: a file that was only touched or copied changes nothing.
+        "files": [
+            [file.name, digest] for file, digest in zip(files, _digests(files, decoding, missing_is_bad), strict=True)
+        ],
     }
     pixels, kept, skipped = cached_pictures(
         key,
@@ -181,14 +202,12 @@ def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is
     return Decoded(pixels, kept, skipped, {**key, "size": size})
 
 
-def _stamp(file: PictureFile, missing_is_bad: bool) -> tuple[int, int]:
-    try:
-        status = file.path.stat()
-    except OSError as error:
-        if missing_is_bad:
-            return -1, -1
-        raise DataError(f"the picture {file.path} does not exist: correct its path or remove its row") from error
-    return status.st_size, status.st_mtime_ns
+def _digests(files: Sequence[PictureFile], decoding: Decoding, missing_is_bad: bool) -> list[str]:
+    for file in files:
+        # A dead link is counted as a file that cannot be read.
+        if not missing_is_bad and not os.path.lexists(file.path):
+            raise DataError(f"the picture {file.path} does not exist: correct its path or remove its row")
+    return content_digests([file.path for file in files], decoding.cache_dir)
 
 
 def _check_classes(

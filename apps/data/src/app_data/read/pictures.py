@@ -14,7 +14,21 @@ from app_data.store.cache import fingerprint
 from app_data.store.errors import Skipped, UnreadablePicture
 from hier_losses import Taxonomy
 
-__all__ = ["Picture", "PictureSet", "StoredPictures", "load_picture", "on_white", "square"]
+__all__ = [
+    "FORMATS",
+    "SUFFIXES",
+    "Picture",
+    "PictureSet",
+    "StoredPictures",
+    "load_picture",
+    "on_white",
+    "square",
+    "upright",
+]
+
+# What is opened, by content; Pillow would hand an EPS file to Ghostscript, whatever its name ends in.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 
 
 class Picture(NamedTuple):
@@ -106,7 +120,7 @@ def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
     """A picture file as RGB, upright, on white, square.
 
     Args:
-        path: Any format Pillow reads.
+        path: A file of one of `FORMATS`.
         size: Height and width of the result.
         fit: "crop" cuts the centre square, "pad" adds white, "squash" changes the aspect ratio.
 
@@ -117,19 +131,18 @@ def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
         UnreadablePicture: The file is no picture, is truncated, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             # Pillow only warns up to twice its limit; a warning would be lost among 10,000 files.
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and opened.width * opened.height > limit:
                 raise UnreadablePicture(f"it has {opened.width} x {opened.height} pixels, more than {limit}")
-            opened.load()
-            picture = on_white(ImageOps.exif_transpose(opened))
+            picture = upright(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadablePicture(f"it has too many pixels ({error})") from error
     except UnidentifiedImageError as error:
-        raise UnreadablePicture("it is not a picture that Pillow can read") from error
+        raise UnreadablePicture(f"it is not a picture of a known format ({', '.join(FORMATS)})") from error
     except FileNotFoundError as error:
-        raise UnreadablePicture("it does not exist") from error
+        raise UnreadablePicture("it is a dead link" if Path(path).is_symlink() else "it does not exist") from error
     except UnreadablePicture:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
@@ -138,15 +151,37 @@ def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
     return np.asarray(square(picture, size, fit))
 
 
+def upright(picture: Image.Image) -> Image.Image:
+    """RGB copy of a picture, turned as its EXIF data says, on white."""
+    picture.load()
+    return on_white(ImageOps.exif_transpose(picture))
+
+
 def on_white(picture: Image.Image) -> Image.Image:
-    """RGB copy of a picture, transparent parts over white, 16-bit grey scaled to 8."""
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    """RGB copy of a picture: transparent parts over white, deep grey scaled to 8 bits.
+
+    Raises:
+        UnreadablePicture: Grey values whose range says no number of bits.
+    """
+    if picture.mode.startswith(("I", "F")):
+        return Image.fromarray(_eight_bits(np.asarray(picture))).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return picture.convert("RGB")
+
+
+def _eight_bits(grey: np.ndarray) -> np.ndarray:
+    """Scale grey values by the range that holds them: [0, 1] for floats, else 8, 12 or 16 bits."""
+    low, high = float(grey.min()), float(grey.max())
+    tops = ([1.0] if grey.dtype.kind == "f" else []) + [255, 4095, 65535]
+    top = next((top for top in tops if high <= top), None)
+    if top is None or not low >= 0:
+        raise UnreadablePicture(
+            f"its grey values of {8 * grey.dtype.itemsize} bits lie in [{low:g}, {high:g}]: scale them to 0 to 65535"
+        )
+    return np.round(grey * (255.0 / top)).astype(np.uint8)
 
 
 def square(picture: Image.Image, size: int, fit: str = "crop") -> Image.Image:

@@ -54,7 +54,7 @@ def read_stored_tree(path: str | Path) -> StoredTree:
         DataError: The file is missing, holds no tree, or its cuts do not fit the tree.
     """
     path = Path(path)
-    tax = read_taxonomy(path)
+    tax = read_taxonomy(path).taxonomy
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         cuts = TreeCuts.from_text_cuts(content, tax)

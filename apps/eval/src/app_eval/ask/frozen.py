@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from app_data.read.pictures import square, upright
 from app_data.store.errors import DataError
-from app_eval.measure.embed import embedding, prepare
-from hier_lora import Prediction, ProductOfExperts, load_dual_encoder
+from app_eval.measure.embed import BATCH, embedding, prepare
+from hier_lora import Prediction, ProductOfExperts, load_dual_encoder, predict_paths
 
 BACKBONE, MEAN = "backbone.json", "mean.safetensors"
 
@@ -53,14 +55,32 @@ class FrozenClassifier:
         return cls(load_dual_encoder(locator), locator, size, mean, product)
 
     @torch.inference_mode()
+    def logits(self, pictures: Sequence[np.ndarray | Image.Image]) -> Tensor:
+        """Scores of all nodes, (n, N), for PIL pictures or uint8 arrays (H, W, 3) of any size.
+
+        Pictures are turned upright, and cut to the centre square at the size of training.
+        """
+        rows = [torch.zeros(0, self.product.tax.num_nodes)]
+        for start in range(0, len(pictures), BATCH):
+            arrays = [self._square(picture) for picture in pictures[start : start + BATCH]]
+            pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+            forward = getattr(self.base, "vision", self.base.encode_image)
+            x = forward(prepare(self.base, pixels)).float() - self.mean
+            features: dict[str, Tensor] = dict.fromkeys(self.product.experts, x)
+            if "prompts" in features:
+                features["prompts"] = embedding(self.base)(x)
+            rows.append(self.product.logits(features))
+        return torch.cat(rows)
+
     def predict(
-        self, pictures: Sequence[np.ndarray], decoder: str | None = None, **options: object
+        self, pictures: Sequence[np.ndarray | Image.Image], decoder: str | None = None, **options: object
     ) -> list[Prediction]:
-        """Paths of pictures, uint8 arrays (size, size, 3), by the chosen decoder if None is named."""
-        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-        forward = getattr(self.base, "vision", self.base.encode_image)
-        x = forward(prepare(self.base, pixels)).float() - self.mean
-        features: dict[str, Tensor] = dict.fromkeys(self.product.experts, x)
-        if "prompts" in features:
-            features["prompts"] = embedding(self.base)(x)
-        return self.product.predict(features, decoder, **options)
+        """Paths of pictures, see `logits`, by the chosen decoder if None is named."""
+        decoder = self.product.settings.decoder if decoder is None else decoder
+        return predict_paths(self.logits(pictures), self.product.tax, decoder, self.product.shown(decoder), **options)
+
+    def _square(self, picture: np.ndarray | Image.Image) -> np.ndarray:
+        if isinstance(picture, np.ndarray) and picture.shape == (self.size, self.size, 3):
+            return picture
+        opened = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        return np.asarray(square(upright(opened), self.size))

@@ -17,9 +17,41 @@ class Predict:
     run: Run
     """A run folder, or a saved adapter."""
     pictures: Pictures
-    """Picture files."""
+    """Picture files, and folders of them."""
     decoder: Literal["joint_path", "bottom_up", "top_down", "level_argmax", "crm", "threshold"] | None = None
     """How scores become a path; as the run chose if not given."""
+    tau: float | None = None
+    """Least probability of a node (decoder threshold); one half if not given."""
+    top: int | None = None
+    """Print the paths of so many leaves, best first, in place of one path."""
+    within: str = ""
+    """Choose below this node of the taxonomy only: its name, or its full path such as animal/dog."""
+    format: Literal["text", "csv", "jsonl"] = "text"
+    """One line a path; csv and jsonl name file, rank, and names and probabilities by level."""
+    out: Path | None = None
+    """Write here in place of standard output."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Say what would spoil a result on your own pictures; the exit status is 1 if something would."""
+
+    data: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder of pictures; --taxonomy alone is checked without one."""
+    taxonomy: Path | None = None
+    """Table or JSON tree; the nested folders themselves if not given."""
+    listing: tuple[Path, ...] = ()
+    """Lists of pictures in place of class folders; of several each is the part of its name."""
+    listing_columns: str = ""
+    """Names of the columns of the lists, such as path=image_id,label=order+family+species,split=fold."""
+    max_bad_fraction: float = 0.01
+    """Budget of unreadable files, as a share; ten are always allowed."""
+    quick: bool = False
+    """Read only the head of each file, which misses truncated ones."""
+    cache_dir: Path | None = None
+    """Where hashes of the files are kept; the user's cache folder if not given."""
+    json: bool = False
+    """Print JSON in place of the page."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     hier train folder --data DIR --taxonomy FILE
     hier train folder --data DIR --lora                 LoRA fine-tuning as well
-    hier predict runs/folder PICTURE...
+    hier predict runs/folder PATH...
 
 Without `--taxonomy` the nested folders are the taxonomy. Features of the frozen tower are computed once. Controls, heads, TreeLDA
 and their product are fitted to the training pictures; the product is chosen on the validation pictures, or on five folds of the
@@ -15,11 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from app_data.read.folder import load_folder
+from app_data.read.check import examine
+from app_data.read.folder import find_pictures, load_found
+from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet
 from app_data.read.splits import stratified_split
 from app_data.store.atomic import write_text
-from app_eval.measure.embed import tower_features
+from app_data.store.errors import DataError
+from app_eval.ask.frozen import FrozenClassifier
+from app_eval.measure.embed import run_batches, tower_features
+from app_eval.measure.paths import outcome
+from app_eval.measure.results import summarise
 from app_train.core.errors import RunError
 from app_train.core.run_folder import Run
 from app_train.recipes.lora.classifiers import Classifiers, Features
@@ -40,26 +46,24 @@ def run(config: FolderConfig) -> dict:
         raise RunError("all weights of --loss are 0: nothing would be trained")
     check_template(config.template)
     with Run("folder", config, mixed_precision=config.fit.mixed_precision) as run:
-        parts = load_folder(
-            config.data,
-            config.taxonomy,
-            listing=config.listing,
-            size=config.size,
-            seed=config.seed,
-            cache_dir=config.cache_dir,
-            max_bad_fraction=config.max_bad_fraction,
-        )
+        parts = _read(config, run)
         if "train" not in parts:
             raise RunError(f"{config.data} has no train/ folder beside {', '.join(f'{p}/' for p in parts)}: add one")
         train, test = parts["train"], parts.get("test", parts.get("val"))
         if test is None or len(test) == 0:
             raise RunError(f"{config.data} leaves no picture to test on: add pictures or a test/ folder")
+        known = np.isin(test.targets, _leaves(train).targets)
+        unseen, test = _leaves(test.select(~known)), test.select(known)
+        if len(test) == 0:
+            raise RunError(f"no test picture of {config.data} has a class that training has: mend the split")
         run.claim(train.fingerprint)
         if run.main:
             _list_skipped(run, parts)
         if (known := read_back(run)) is not None:
             return known
         val = parts["val"] if "test" in parts and "val" in parts else None
+        if val is not None:
+            val = val.select(np.isin(val.targets, _leaves(train).targets))
         base = load_base(config.model)
         task = Task(run, base, train, test, cuts_for(train.taxonomy), config.template, val=val)
         if config.lora:
@@ -79,9 +83,37 @@ def run(config: FolderConfig) -> dict:
             lead=f"{config.model} at {config.size} px; scores on {len(test)} pictures that nothing was fitted to.",
             facts={"skipped files": str(len(train.skipped)), "the product is chosen on": chosen_on},
             compared=("neighbour", HEADLINE),
-            hint="predict: hier predict {run} PICTURE...",
+            hint="predict: hier predict {run} PATH...",
         )
-        return compare(task, lines, 1, story, lambda: {"headline": headline(task)})
+        return compare(task, lines, 1, story, lambda: {"headline": headline(task), **_apart(task, unseen)})
+
+
+def _read(config: FolderConfig, run: Run) -> dict[str, PictureSet]:
+    """The parts; first what was found is said, and what would spoil the result stops."""
+    found = find_pictures(config.data, config.taxonomy, listing=config.listing, listing_columns=config.listing_columns)
+    report = examine(found, cache_dir=config.cache_dir, max_bad_fraction=config.max_bad_fraction)
+    if report.stops:
+        raise DataError(f"{'; '.join(report.stops)} (hier check {config.data} shows all)")
+    if run.main:
+        for line in [*report.notes, *(f"warning: {text}" for text in report.warnings)]:
+            print(line)  # noqa: T201
+    decoding = Decoding(config.size, cache_dir=config.cache_dir, max_bad_fraction=config.max_bad_fraction)
+    return load_found(found, decoding, seed=config.seed, allow_empty_classes=True)
+
+
+def _leaves(pictures: PictureSet) -> PictureSet:
+    """The pictures whose class is a leaf: partial labels train LoRA, but nothing is fitted to them or scored on them."""
+    return pictures.select((pictures.taxonomy.leaf_index[torch.from_numpy(pictures.targets)] >= 0).numpy())
+
+
+def _apart(task: Task, unseen: PictureSet) -> dict:
+    """How the product does on test pictures of classes that training lacks, by the best leaf."""
+    if not len(unseen):
+        return {}
+    model = FrozenClassifier.load(task.run.out / "seed-0" / HEADLINE / "model")
+    logits = run_batches(unseen, lambda batch: model.logits(batch.permute(0, 2, 3, 1).numpy()), "unseen classes")
+    scores = summarise(outcome(logits, unseen.targets, unseen.taxonomy, task.cuts), unseen.taxonomy)["bottom_up"]
+    return {"unseen": {"n": len(unseen), "classes": sorted(set(unseen.names)), "scores": scores}}
 
 
 def _load(config: FolderConfig, task: Task) -> Loaded:
@@ -91,12 +123,13 @@ def _load(config: FolderConfig, task: Task) -> Loaded:
         return tower_features(base, part, "frozen features", config.cache_dir, task.run.check).cpu()
 
     train = features(task.train)
-    mean = train.mean(0)
-    everything = Features(train - mean, torch.from_numpy(task.train.targets))
+    mean, fitted = train.mean(0), _leaves(task.train)
+    whole = torch.from_numpy(np.isin(task.train.targets, fitted.targets))
+    everything = Features(train[whole] - mean, torch.from_numpy(fitted.targets))
     if task.val is not None and len(task.val):
         folds = [(everything, Features(features(task.val) - mean, torch.from_numpy(task.val.targets)))]
     else:
-        folds = _folds(task.train, everything, config.seed)
+        folds = _folds(fitted, everything, config.seed)
     classifiers = Classifiers(task.train.taxonomy, everything, folds, config.heads, prompts_of(task))
     return Loaded(classifiers, mean, features(task.test) - mean)
 

@@ -119,9 +119,11 @@ class FolderConfig(RunConfig):
     data: Path | None = None
     """Folder of pictures (required)."""
     taxonomy: Path | None = None
-    """CSV or JSON tree; the nested folders themselves if not given."""
-    listing: Path | None = None
-    """CSV with the header path,leaf in place of class folders."""
+    """Table or JSON tree; the nested folders themselves if not given."""
+    listing: tuple[Path, ...] = ()
+    """Lists of pictures in place of class folders; of several each is the part of its name."""
+    listing_columns: str = ""
+    """Names of the columns of the lists, such as path=image_id,label=order+family+species,split=fold."""
     size: int = Field(128, ge=32)
     """Height and width of the pictures in pixels."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)

@@ -24,6 +24,8 @@ from hier_lora import HierLoraCLIP, LinearHead, PromptSet, load_dual_encoder, lo
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts, count_cuts, cut_at, sample_cuts
 
+LEAST_HELD_OUT = 20  # pictures; fewer leave a temperature to chance
+
 
 @dataclass(frozen=True)
 class Task:
@@ -144,6 +146,7 @@ def build_model(task: Task, config: FitConfig | None, seed: int) -> HierLoraCLIP
             prompts=prompts,
             train_logit_scale=config is not None,
             center_text=task.features is not None,
+            picture_size=task.train.store.shape[1],
         )
     return model.to(task.run.device, memory_format=torch.channels_last)
 
@@ -193,9 +196,12 @@ def _train(task: Task, label: str, loss: LossConfig, config: FitConfig, folder: 
     )  # fmt: skip
     with run.new_folder(folder / "adapter") as target:
         if target is not None:
-            if task.val is not None and len(task.val):
+            done = False
+            if task.val is not None and len(task.val) >= LEAST_HELD_OUT:
                 held_out = node_logits(model, task.val, centred=task.centred, label="calibrating", check=run.check)
-                model.calibrate(held_out, torch.from_numpy(task.val.targets))
+                done = model.calibrate(held_out, torch.from_numpy(task.val.targets))
+            if task.val is not None and not done:
+                print(f"{label}: not calibrated, {len(task.val)} held-out pictures say too little")  # noqa: T201
             model.save_pretrained(target)
     return model
 
