@@ -178,7 +178,7 @@ def tell(content: Mapping[str, dict]) -> Page:
                     "mean, the test pictures on theirs: this uses the whole test set, and no label. The size and the head's epochs and "
                     "dropout are the best of twelve settings on the artist left out, with three seeds each (first-light-tuning.json); the "
                     "head's rate comes from a prototype. Features of EfficientNet-Lite2 beside these, tried once on the same artist, did "
-                    "not help; the gap in right leaves to logistic regression stays within the interval.",
+                    "not help.",
                     "The product was chosen on the first training artist, with everything fitted to the others: weights, "
                     f"temperatures and decoder with the least distance. It holds heads and TreeLDA over its tree and without a tree: "
                     f"the pictures left out decide how far it follows the tree. Weights of seed 0: {', '.join(words)}; decoder: "
