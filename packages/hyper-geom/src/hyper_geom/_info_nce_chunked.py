@@ -43,8 +43,8 @@ def lse(
     return _chunked_lse(*x, *y, scale, labels, columns, chunk_size)
 
 
-def slab_rows(columns: Tensor, num_buffers: int) -> int:
-    """Rows of a slab whose buffers together take 64 MB."""
+def slab_rows(columns: Tensor, num_buffers: int) -> Any:
+    """Rows of a slab whose buffers together take 64 MB, as an int; a tensor while torch.jit.trace counts in tensors."""
     return max(1, SLAB_BYTES // (num_buffers * columns.element_size() * max(1, columns.numel())))
 
 
