@@ -34,22 +34,9 @@ _PART_NAMES = {
 }
 # Files that commonly lie beside pictures; others that are no pictures are worth a warning.
 _BESIDE = (
-    ".txt",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".xml",
-    ".md",
-    ".ini",
-    ".db",
-    ".html",
-    ".yaml",
-    ".yml",
-    ".log",
-    ".pdf",
-)
-_BESIDE += (".py", ".npy", ".npz", ".mat")
+    ".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".ini", ".db", ".html", ".yaml", ".yml", ".log", ".pdf", ".py", ".npy",
+    ".npz", ".mat",
+)  # fmt: skip
 
 
 @dataclass

@@ -115,7 +115,7 @@ def tell(content: Mapping[str, dict]) -> Page:
         figure=Figure("right leaves and paths of every row", tuple(panels.items())),
         table=Table(
             tuple(Column(f"{DATA[n]}: {column_title(c)}", 1) for n in names for c in FIRST),
-            tuple(_row(ROWS[r], [(entries[n][r], c) for n in names for c in FIRST]) for r in FIRST_ROWS),
+            tuple(row_of(ROWS[r], [(entries[n][r], c) for n in names for c in FIRST]) for r in FIRST_ROWS),
             note="Means over seeds; brackets are 95 % bootstrap intervals over test pictures. A path is broken where a predicted node is "
             "not the child of the one above it. Level by level, each level names its likeliest node; bottom-up, the likeliest leaf gives "
             "the path; by best path, the path with the largest sum wins.",
@@ -166,10 +166,10 @@ def _said(entry: Mapping | None, column: str) -> str:
     return "(not run)" if entry is None else f"{value_of(entry, column).value:.1f} %"
 
 
-def _row(title: str, cells: Sequence[tuple[Mapping | None, str]], before: tuple = ()) -> Row:
+def row_of(title: str, cells: Sequence[tuple[Mapping | None, str]], before: tuple = (), command: str = COMMAND) -> Row:
     """A row of a table; not run if every entry is missing."""
     if not any(entry for entry, _ in cells):
-        return Row(title, command=COMMAND)
+        return Row(title, command=command)
     return Row(title, (*before, *(None if e is None else value_of(e, c) for e, c in cells)))
 
 
@@ -265,7 +265,7 @@ def _not_run(study: Mapping) -> Section:
 
 
 def _main(study: Mapping, name: str, entries: Mapping[str, dict | None]) -> Section:
-    rows = tuple(_row(ROWS[row], [(e, c) for c in ALL]) for row, e in entries.items())
+    rows = tuple(row_of(ROWS[row], [(e, c) for c in ALL]) for row, e in entries.items())
     seeds = [
         Row(ROWS[r], (", ".join(f"{100 * x:.1f}" for x in e["by_seed"][FIRST[0]]),)) for r, e in entries.items() if e
     ]
@@ -288,7 +288,7 @@ def _varied(study: Mapping, experiment: str) -> Section:
         ):
             first, *rest = entry["row"].split("-")
             rows.append((", ".join([names.get(first, first), *(ROWS.get(p, p) for p in rest)]), entry))
-        shown = tuple(_row(words, [(e, c) for c in SHORT], (len(e["seeds"]),)) for words, e in rows)
+        shown = tuple(row_of(words, [(e, c) for c in SHORT], (len(e["seeds"]),)) for words, e in rows)
         shown += () if found else (Row(experiment, command=COMMAND),)
         tables.append(Table((Column("seeds"), *columns_of(SHORT)), shown, title=DATA[name]))
     return Section(title, (note, *tables))
@@ -300,7 +300,7 @@ def _update(study: Mapping, name: str) -> Section:
         new = find(study, "update", name, old["row"], old["part"], "new")
         kind, share, loss = old["row"].split("-")
         title = f"{float(share):.0%} of the {'leaves' if kind == 'leaf' else 'groups'}, {ROWS[loss]}, {old['facts']['shots']} pictures"
-        rows.append(_row(title, [(e, c) for c in columns for e in (old, new)], (len(old["seeds"]),)))
+        rows.append(row_of(title, [(e, c) for c in columns for e in (old, new)], (len(old["seeds"]),)))
     note = (
         "Some classes are hidden in training and added afterwards; then a third of the epochs at a third of the rate follows, on so many "
         "pictures of every class. All nodes are candidates. Hidden classes differ from seed to seed, so the pictures of all seeds are "

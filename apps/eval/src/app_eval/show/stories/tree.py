@@ -6,11 +6,10 @@ from app_eval.measure.interval import Interval, over_seeds
 from app_eval.measure.reduce import find
 from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table
 from app_eval.show.stories import EMOJI_CREDIT
-from app_eval.show.stories.lora import DATA, LOWER, TESTED, collect, column_title, unit, value_of
+from app_eval.show.stories.lora import DATA, LOWER, TESTED, collect, column_title, row_of, unit, value_of
 
 __all__ = ["collect", "tell"]
 
-# A row, and the row it differs from by the tree alone.
 ROWS = {
     "mean": "nearest class mean", "lda": "linear discriminant analysis (LDA)", "logistic": "logistic regression",
     "leaf_ce": "free head + leaf cross-entropy", "hxe": "free head + HXE", "hxe_shuffled": "free head + HXE, shuffled tree",
@@ -19,10 +18,9 @@ ROWS = {
     "tree_lda_10": "TreeLDA, 10 % wrong edges", "tree_lda_30": "TreeLDA, 30 % wrong edges",
 }  # fmt: skip
 FIRST = ("lda", "logistic", "leaf_ce", "hxe", "tree_lda_star", "tree_lda")
-TREES = {
-    name: "tree_lda_star" if name.startswith("tree") else "leaf_ce" for name in ROWS if "hxe" in name or "tree" in name
-}
-del TREES["tree_lda_star"]
+# What uses a tree, right or wrong, and the same classifier without one.
+TREES = {row: "leaf_ce" for row in ROWS if row.startswith("hxe")}
+TREES |= {row: "tree_lda_star" for row in ROWS if row.startswith("tree_lda") and row != "tree_lda_star"}
 COLUMNS = ("leaf@bottom_up", "ahd@bottom_up")
 COMMAND = "hier train lora-study --data DIR --experiments tree --out runs/tree"
 
@@ -51,7 +49,9 @@ def tell(content: Mapping[str, dict]) -> Page:
         figure=Figure("classifiers with all pictures", tuple(panels.items())),
         table=Table(
             tuple(Column(f"{DATA[n]}: {column_title(c)}", 1 if unit(c) > 1 else 3) for n in names for c in COLUMNS),
-            tuple(_row(ROWS[r], [(entries[n][r], c) for n in names for c in COLUMNS]) for r in FIRST),
+            tuple(
+                row_of(ROWS[r], [(entries[n][r], c) for n in names for c in COLUMNS], command=COMMAND) for r in FIRST
+            ),
             note="All pictures. Means over seeds; brackets are 95 % bootstrap intervals over test pictures. The distance to the truth is "
             "the height of the lowest common ancestor of answer and truth, 0 where the answer is right. HXE weighs each step down the "
             "path, the last one most; TreeLDA shrinks the means of classes along the tree.",
@@ -96,12 +96,6 @@ def claim_of(study: Mapping, name: str, shots: int, row: str, column: str) -> Cl
 
 def _number(entry: Mapping | None) -> str:
     return "(not run)" if entry is None else f"{value_of(entry, COLUMNS[1]).value:.3f}"
-
-
-def _row(title: str, cells: Sequence[tuple[Mapping | None, str]]) -> Row:
-    if not any(entry for entry, _ in cells):
-        return Row(title, command=COMMAND)
-    return Row(title, tuple(None if e is None else value_of(e, c) for e, c in cells))
 
 
 def _setting(study: Mapping, names: Sequence[str], shots: Mapping[str, Sequence[int]]) -> Section:
@@ -153,7 +147,7 @@ def _differences(study: Mapping, name: str, shots: Sequence[int]) -> Section:
 def _all(study: Mapping, name: str, shots: Sequence[int]) -> Section:
     columns = tuple(Column(f"{k} a class: {column_title(c)}", 1 if unit(c) > 1 else 3) for c in COLUMNS for k in shots)
     rows = tuple(
-        _row(title, [(find(study, "tree", name, f"{k}-{row}"), c) for c in COLUMNS for k in shots])
+        row_of(title, [(find(study, "tree", name, f"{k}-{row}"), c) for c in COLUMNS for k in shots], command=COMMAND)
         for row, title in ROWS.items()
     )
     return Section(f"{DATA[name]}: learning curves", (Table(columns, rows),))

@@ -27,6 +27,8 @@ from app_train.recipes.lora.study_runs import Bank, carry_out
 from app_train.recipes.lora.task import load_base
 
 RESULT = "run.json"
+# Kinds of runs that no learning rate of the tuning is for.
+UNTUNED = ("fixed", "frozen")
 
 
 def run(config: StudyConfig) -> dict:
@@ -38,8 +40,9 @@ def run(config: StudyConfig) -> dict:
     if unknown:
         raise RunError(f"--experiments names {unknown[0]!r}; the experiments are {', '.join(sorted(known))}")
     if config.experiments:
-        tuned = config.experiments != ("tree",)
-        trials = [t for t in trials if t.experiment in config.experiments or (tuned and t.experiment == "tuning")]
+        chosen = [t for t in trials if t.experiment in config.experiments]
+        tuned = any(t.kind not in UNTUNED for t in chosen)
+        trials = [t for t in trials if t in chosen or (tuned and t.experiment == "tuning")]
     missing = [trial for trial in trials if not (config.out / trial.folder / RESULT).exists()]
     print(f"{len(missing)} of {len(trials)} runs are missing:\n{estimate(missing)}", flush=True)  # noqa: T201
     if config.estimate:
@@ -92,9 +95,7 @@ def _describe(path: Path, data: StudyData) -> None:
 def _carry_out(one: Trial, bank: Bank, config: StudyConfig) -> None:
     folder = config.out / one.folder
     folder.mkdir(parents=True, exist_ok=True)
-    rate = one.options.get("rate") or (
-        RATES[0] if one.kind in ("fixed", "frozen") else _chosen(config.out, one.data, one.rate_of)
-    )
+    rate = one.options.get("rate") or (RATES[0] if one.kind in UNTUNED else _chosen(config.out, one.data, one.rate_of))
     started, cpu = time.monotonic(), time.process_time()
     work = bank
     if one.experiment == "tuning":
