@@ -1,12 +1,18 @@
 """Folders of small pictures, and the command line in a process of its own."""
 
+import io
 import os
 import subprocess
 import sys
+import traceback
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
+from app_train.cli import hier, main
 from helpers.pictures import colour_folders
 
 ROOT = Path(__file__).parents[1]
@@ -34,14 +40,36 @@ def start(
 
 @pytest.fixture(scope="session")
 def command():
-    """Run a command to its end: (exit status, standard output, standard error)."""
+    """Run a command to its end: (exit status, standard output, standard error).
+
+    The two programs run in this process, since importing torch takes longer than most of what they do here; other programs and
+    those with options of `start` get one of their own.
+    """
+    programs = {"apps/train": main, "apps/eval": hier}
 
     def run(*args: str, **kwargs) -> tuple[int, str, str]:
+        if args[0] in programs and not kwargs:
+            return _here(lambda: programs[args[0]](args[1:]))
         process = start(*args, **kwargs)
         out, err = process.communicate(timeout=600)
         return process.returncode, out, err
 
     return run
+
+
+def _here(work) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    torch.set_num_threads(1)  # as the processes that others are compared with
+    with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            status = work()
+        except SystemExit as stop:
+            status = stop.code
+        except Exception:
+            traceback.print_exc()
+            status = 1
+    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="session")

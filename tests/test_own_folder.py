@@ -11,8 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from app_eval.ask.frozen import FrozenClassifier
-from app_eval.ask.predict import _safe
-from hier_lora import HierLoraCLIP
+from hier_lora import HierLoraCLIP, load_dual_encoder
 
 
 def train(command, images, out, quick, *more):
@@ -277,8 +276,104 @@ def test_predict_folders_into_tables(trained, colours, command, tmp_path):
     fails(command("apps/eval", "predict", model, str(odd), "--tau", "0.5"), "--decoder threshold")
 
 
-def test_a_cell_is_no_formula():
-    assert [_safe(cell) for cell in ("=1+1", "@a", "a=b")] == ["'=1+1", "'@a", "a=b"]
+def test_tables_by_class(trained, colours, command, tmp_path):
+    """A run writes them for its test pictures; predict does for folders named as the classes."""
+    with open(trained / "classes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    result = json.loads((trained / "result.json").read_text())
+    assert sum(int(row["pictures"]) for row in rows) == result["n"]
+    share = sum(int(row["right"]) for row in rows) / result["n"]
+    assert share == pytest.approx(result["headline"]["leaf"])
+    assert (trained / "confusion.csv").read_text().startswith("class,answer,pictures,lca_height")
+
+    model, out = str(trained / "seed-0/product/model"), tmp_path / "tables"
+    status, lines, err = command("apps/eval", "predict", model, str(colours), "--tables", str(out))
+    assert status == 0, err
+    with open(out / "classes.csv", newline="") as file:
+        found = {row["class"]: row for row in csv.DictReader(file)}
+    assert {name: row["pictures"] for name, row in found.items() if row["pictures"] != "0"} == {
+        "warm/red": "10", "warm/orange": "10", "cold/blue": "10", "cold/green": "10",
+    }  # fmt: skip
+    ends = [(line.split(": ")[0].split("/")[-2], line.split(" > ")[-1].split(" ")[0]) for line in lines.splitlines()]
+    assert sum(int(row["right"]) for row in found.values()) == sum(truth == answer for truth, answer in ends)
+    odd = tmp_path / "odd"
+    shutil.copytree(colours / "warm/red", odd / "pink")
+    fails(command("apps/eval", "predict", model, str(odd), "--tables", str(out)), "--tables", "'pink'")
+
+
+def test_export(trained, colours, command, tmp_path):
+    adapter = trained / "seed-0/trained/adapter"
+    path = tmp_path / "merged.safetensors"
+    status, _, err = command("apps/eval", "predict", str(adapter), "--export", str(path))
+    assert status == 0, err
+    about = json.loads((tmp_path / "merged.safetensors.json").read_text())
+    assert about["size"] == 32
+    assert about["base"] == "pip:lite0-minilm"
+    plain = load_dual_encoder("pip:lite0-minilm")
+    plain.load_state_dict(load_file(path))
+    picture = np.asarray(Image.open(colours / "warm/red/0.png").resize((32, 32)))
+    x = plain.preprocess(picture)[None]
+    with torch.inference_mode():
+        want = HierLoraCLIP.from_pretrained(adapter).dual_encoder.encode_image(x)
+        torch.testing.assert_close(plain.eval().encode_image(x), want, rtol=1e-4, atol=1e-4)
+    for bad in ("x.bin", "x.safetensors"):
+        product = str(trained / "seed-0/product/model")
+        fails(command("apps/eval", "predict", product, "--export", str(tmp_path / bad)), "--export")
+    assert not (tmp_path / "x.safetensors").exists()
+    fails(command("apps/eval", "predict", str(adapter)), "nothing to do")
+
+
+@pytest.mark.parametrize("kind", ["seed-0/product/model", "seed-0/trained/adapter"])
+def test_onnx_gives_the_same_scores(trained, colours, command, tmp_path, kind):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    status, _, err = command("apps/eval", "predict", str(trained / kind), "--export", str(path))
+    assert status == 0, err
+    session = runtime.InferenceSession(str(path))
+    product = "product" in kind
+    model = (FrozenClassifier.load if product else HierLoraCLIP.from_pretrained)(trained / kind)
+    pictures = [np.asarray(Image.open(p).resize((32, 32))) for p in sorted(colours.glob("*/*/0.png"))]
+    for some in (pictures[:1], pictures):
+        found = session.run(None, {"pixels": np.stack(some).transpose(0, 3, 1, 2)})[0]
+        np.testing.assert_allclose(found, model.logits(some).numpy(), rtol=1e-3, atol=2e-3)
+
+
+def test_a_run_goes_on_from_another_with_a_new_class(trained, colours, command, quick, tmp_path):
+    more = tmp_path / "more"
+    shutil.copytree(colours, more)
+    shutil.copytree(colours / "cold/green", more / "cold/teal")
+    for i, path in enumerate(sorted((more / "cold/teal").glob("*.png"))):
+        Image.fromarray(np.roll(np.asarray(Image.open(path)), 1 + i, axis=0)).save(path)
+    options = [
+        "--from-run",
+        str(trained),
+        "--fit.augment.flip",
+        ".5",
+        "--fit.augment.crop",
+        ".7",
+        "--fit.accumulate",
+        "2",
+    ]
+    status, _, err = train(command, more, tmp_path / "run", quick, *options)
+    assert status == 0, err
+    old = load_file(trained / "seed-0/trained/adapter/adapter_model.safetensors")
+    new = load_file(tmp_path / "run/seed-0/trained/adapter/adapter_model.safetensors")
+    assert set(new) == set(old)
+    # LoRA's A matrices start at random: near ones are those of the first run, trained on.
+    names = [name for name in old if "lora_A" in name]
+    assert max(float((new[name] - old[name]).norm() / old[name].norm()) for name in names) < 0.5
+    model = HierLoraCLIP.from_pretrained(tmp_path / "run/seed-0/trained/adapter")
+    assert "teal" in model.tax.names
+    plain = [option for option in quick if option != "--lora"]
+    fails(train(command, more, tmp_path / "other", plain, "--from-run", str(trained)), "--from-run goes with --lora")
+    fails(train(command, more, tmp_path / "other", quick, "--from-run", str(colours)), "no trained model")
+
+
+def test_wordnet_suggests_and_is_never_applied(flat, command, quick, tmp_path):
+    result = command("apps/eval", "check", str(flat), "--taxonomy", f"wordnet:{tmp_path}")
+    fails(result, "index.noun", "wordnet:FOLDER")
+    fails(train(command, flat, tmp_path / "run", quick, "--taxonomy", "wordnet:"), "read first")
 
 
 def test_predict_in_python_takes_pictures_of_any_size(trained, colours):

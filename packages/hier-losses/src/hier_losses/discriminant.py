@@ -64,6 +64,7 @@ class TreeLDA(nn.Module):
     covariance: Tensor | None
     _v: Tensor
     _factor: Tensor | None
+    _inverse: Tensor | None
     _center: Tensor
     _leaf_mean: Tensor
     _leaf_spread: Tensor
@@ -102,7 +103,7 @@ class TreeLDA(nn.Module):
         self.register_buffer("scatter", empty.new_zeros(dim, dim))
         self.register_buffer("spare", empty.new_zeros(()))
         self.register_buffer("_v", empty)  # empty: not estimated from these statistics yet
-        for name in ("_factor", "_center", "_leaf_mean", "_leaf_spread"):
+        for name in ("_factor", "_inverse", "_center", "_leaf_mean", "_leaf_spread"):
             self.register_buffer(name, None, persistent=False)
 
     def fit(self, features: Float[Tensor, "batch dim"], target: Tensor) -> "TreeLDA":
@@ -254,7 +255,10 @@ class TreeLDA(nn.Module):
         """
         self._refresh()
         features = check_matrix("features", features, self.mean.shape[1])
-        x = _whiten(features.double(), self._center, self._factor)
+        if self._inverse is not None and torch.compiler.is_exporting():
+            x = (features.double() - self._center) @ self._inverse.T
+        else:
+            x = _whiten(features.double(), self._center, self._factor)
         mean, dim = self._leaf_mean, x.shape[1]
         distance = x.square().sum(1, keepdim=True) + squares(mean) - 2 * x @ mean.T
         scale = torch.ones_like(self._leaf_spread) if self.plug_in else 1 + self._leaf_spread
@@ -300,6 +304,21 @@ class TreeLDA(nn.Module):
 
     forward = log_prob
 
+    @torch.no_grad()
+    def prepare_export(self) -> "TreeLDA":
+        """Keep the inverse of the covariance's factor, with which exported graphs multiply: ONNX has no triangular solve.
+
+        Returns:
+            The model itself; call it once before `torch.onnx.export`, again after new pictures.
+
+        Raises:
+            ValueError: no picture so far.
+        """
+        self._refresh()
+        eye = torch.eye(len(self._factor), dtype=self._factor.dtype, device=self._factor.device)
+        self._inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False)
+        return self
+
     def extra_repr(self) -> str:
         """Return the settings."""
         return f"{self.tax!r}, shrinkage={self.shrinkage}, star={self.star}, plug_in={self.plug_in}"
@@ -319,7 +338,7 @@ class TreeLDA(nn.Module):
 
     def _forget(self) -> None:
         self._v = self._v.new_zeros(0)
-        self._factor = None
+        self._factor = self._inverse = None
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -371,7 +390,7 @@ class TreeLDA(nn.Module):
             if found is not None and found.ndim == own.ndim and found.shape[:axis] == own.shape[:axis]:
                 setattr(self, name, own.new_zeros(found.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._factor = None
+        self._factor = self._inverse = None
 
 
 def _whiten(rows: Tensor, center: Tensor, factor: Tensor) -> Tensor:

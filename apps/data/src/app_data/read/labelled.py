@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from app_data.read.pictures import PictureSet, load_picture
 from app_data.read.splits import stratified_split
@@ -18,6 +19,7 @@ from hier_losses import Taxonomy
 __all__ = ["PARTS", "Decoded", "Decoding", "LabelledFile", "PictureFile", "decode_files", "picture_sets"]
 
 PARTS = ("train", "val", "test")
+_PILLOWS = 89478485  # most pixels of a picture, unless `allow_megapixels` says otherwise
 _CODE = 2  # raise when the decoding of files changes: cached pictures are then decoded again
 
 
@@ -184,6 +186,7 @@ def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is
         "data": "files",
         "code": _CODE,
         "fit": decoding.fit,
+        **({} if Image.MAX_IMAGE_PIXELS == _PILLOWS else {"pixels": Image.MAX_IMAGE_PIXELS}),
         # By content: a file that was only touched or copied changes nothing.
         "files": [
             [file.name, digest] for file, digest in zip(files, _digests(files, decoding, missing_is_bad), strict=True)

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from app_data.store.cache import fingerprint
-from app_data.store.errors import Skipped, UnreadablePicture
+from app_data.store.errors import DataError, Skipped, UnreadablePicture
 from hier_losses import Taxonomy
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Picture",
     "PictureSet",
     "StoredPictures",
+    "allow_megapixels",
     "load_picture",
     "on_white",
     "square",
@@ -116,6 +117,21 @@ class PictureSet(StoredPictures):
         return Picture(pixels, int(self.targets[index]), self.styles[index], self.names[index])
 
 
+def allow_megapixels(limit: float | None) -> None:
+    """Let this process read pictures of up to so many million pixels, in place of Pillow's 89; None changes nothing.
+
+    The limit keeps a few bytes from unpacking to gigabytes: raise it for files that you know.
+
+    Raises:
+        DataError: the limit is not above 0.
+    """
+    if limit is None:
+        return
+    if not limit > 0:
+        raise DataError(f"max_megapixels must be above 0, got {limit}")
+    Image.MAX_IMAGE_PIXELS = round(1e6 * limit)
+
+
 def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
     """A picture file as RGB, upright, on white, square.
 
@@ -135,7 +151,9 @@ def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
             # Pillow only warns up to twice its limit; a warning would be lost among 10,000 files.
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and opened.width * opened.height > limit:
-                raise UnreadablePicture(f"it has {opened.width} x {opened.height} pixels, more than {limit}")
+                raise UnreadablePicture(
+                    f"it has {opened.width} x {opened.height} pixels, more than {limit}: see max_megapixels"
+                )
             picture = upright(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadablePicture(f"it has too many pixels ({error})") from error

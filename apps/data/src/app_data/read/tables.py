@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import hier_losses
 from app_data.read.pictures import SUFFIXES
+from app_data.read.wordnet import PREFIX
 from app_data.store.errors import DataError
 from hier_losses import Taxonomy
 
@@ -56,6 +57,11 @@ def read_taxonomy(path: str | Path) -> Classes:
     Raises:
         DataError: The file is missing, or its content is no tree (a cycle, a node with two parents).
     """
+    if str(path).startswith(PREFIX):
+        raise DataError(
+            f"{path} suggests a tree that a person must read first: hier check DIR --taxonomy {path} > tree.txt, then "
+            "--taxonomy tree.txt"
+        )
     path = Path(path).expanduser()
     if not path.exists():
         raise DataError(f"the taxonomy {path} does not exist: give a table, a JSON file, or lines 'A > B > C'")

@@ -16,7 +16,7 @@ class Predict:
 
     run: Run
     """A run folder, or a saved adapter."""
-    pictures: Pictures
+    pictures: Pictures = ()
     """Picture files, and folders of them."""
     decoder: Literal["joint_path", "bottom_up", "top_down", "level_argmax", "crm", "threshold"] | None = None
     """How scores become a path; as the run chose if not given."""
@@ -30,6 +30,12 @@ class Predict:
     """One line a path; csv and jsonl name file, rank, and names and probabilities by level."""
     out: Path | None = None
     """Write here in place of standard output."""
+    tables: Path | None = None
+    """Folder for classes.csv and confusion.csv; the folder that holds a picture is taken for its class."""
+    export: Path | None = None
+    """Write the whole model to this file as well: FILE.onnx, or FILE.safetensors for the merged weights of a LoRA run."""
+    max_megapixels: float | None = None
+    """Millions of pixels; larger pictures are refused, those of over 89 if not given."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Check:
     data: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder of pictures; --taxonomy alone is checked without one."""
     taxonomy: Path | None = None
-    """Table or JSON tree; the nested folders themselves if not given."""
+    """Table or JSON tree; the nested folders themselves if not given; wordnet: or wordnet:FOLDER suggests one to read."""
     listing: tuple[Path, ...] = ()
     """Lists of pictures in place of class folders; of several each is the part of its name."""
     listing_columns: str = ""
@@ -48,6 +54,8 @@ class Check:
     """Budget of unreadable files, as a share; ten are always allowed."""
     quick: bool = False
     """Read only the head of each file, which misses truncated ones."""
+    max_megapixels: float | None = None
+    """Millions of pixels; larger pictures are left out, those of over 89 if not given."""
     cache_dir: Path | None = None
     """Where hashes of the files are kept; the user's cache folder if not given."""
     json: bool = False

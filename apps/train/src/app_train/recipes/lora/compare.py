@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from app_eval.measure.class_tables import write_class_tables
 from app_eval.measure.results import load_outcome, short_table, text_table
 from app_eval.show.report import ReportContent, write_report
 from app_train.core.records import read_records
@@ -40,6 +41,7 @@ class Story:
         hint: what to do next, printed last, where `{run}` stands for the folder of the run.
         facts: shown as a list.
         compared: names of the lines shown beside each sample picture.
+        tables: the line whose classes.csv and confusion.csv are written; "" for none.
         credits: attributions for the pictures.
     """
 
@@ -48,6 +50,7 @@ class Story:
     hint: str
     facts: Mapping[str, str] = field(default_factory=dict)
     compared: Sequence[str] = ()
+    tables: str = ""
     credits: tuple[str, ...] = ()
 
 
@@ -105,6 +108,10 @@ def compare(
         {"n": len(task.test), "seeds": seeds, "titles": titles, "hint": story.hint, "runs": by_seed, **more()}
     )
     _report(task, result, story)
+    if story.tables:
+        found = load_outcome(run.out / "seed-0" / story.tables)
+        answers = found.paths.get("chosen", found.paths["bottom_up"])[:, -1]
+        write_class_tables(run.out, answers.tolist(), found.target.tolist(), task.test.taxonomy)
     run.seal()
     return show(result, run)
 

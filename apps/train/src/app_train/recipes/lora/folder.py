@@ -2,6 +2,7 @@
 
     hier train folder --data DIR --taxonomy FILE
     hier train folder --data DIR --lora                 LoRA fine-tuning as well
+    hier train folder --data DIR --lora --from-run RUN  going on from an earlier run's, after pictures or classes came
     hier predict runs/folder PATH...
 
 Without `--taxonomy` the nested folders are the taxonomy. Features of the frozen tower are computed once. Controls, heads, TreeLDA
@@ -18,11 +19,12 @@ import torch
 from app_data.read.check import examine
 from app_data.read.folder import find_pictures, load_found
 from app_data.read.labelled import Decoding
-from app_data.read.pictures import PictureSet
+from app_data.read.pictures import PictureSet, allow_megapixels
 from app_data.read.splits import stratified_split
 from app_data.store.atomic import write_text
 from app_data.store.errors import DataError
 from app_eval.ask.frozen import FrozenClassifier
+from app_eval.ask.predict import find_adapter
 from app_eval.measure.embed import run_batches, tower_features
 from app_eval.measure.paths import outcome
 from app_eval.measure.results import summarise
@@ -45,6 +47,9 @@ def run(config: FolderConfig) -> dict:
     if not any(getattr(config.loss, name) for name in LOSSES):
         raise RunError("all weights of --loss are 0: nothing would be trained")
     check_template(config.template)
+    if config.from_run is not None and not config.lora:
+        raise RunError("--from-run goes with --lora: heads and closed forms are fitted anew in seconds")
+    start = None if config.from_run is None else find_adapter(config.from_run)
     with Run("folder", config, mixed_precision=config.fit.mixed_precision) as run:
         parts = _read(config, run)
         if "train" not in parts:
@@ -65,7 +70,7 @@ def run(config: FolderConfig) -> dict:
         if val is not None:
             val = val.select(np.isin(val.targets, _leaves(train).targets))
         base = load_base(config.model)
-        task = Task(run, base, train, test, cuts_for(train.taxonomy), config.template, val=val)
+        task = Task(run, base, train, test, cuts_for(train.taxonomy), config.template, val=val, start=start)
         if config.lora:
             task = task.with_features()
         rows = FrozenRows(task, lambda: _load(config, task), config.model, config.size)
@@ -83,6 +88,7 @@ def run(config: FolderConfig) -> dict:
             lead=f"{config.model} at {config.size} px; scores on {len(test)} pictures that nothing was fitted to.",
             facts={"skipped files": str(len(train.skipped)), "the product is chosen on": chosen_on},
             compared=("neighbour", HEADLINE),
+            tables=HEADLINE,
             hint="predict: hier predict {run} PATH...",
         )
         return compare(task, lines, 1, story, lambda: {"headline": headline(task), **_apart(task, unseen)})
@@ -90,6 +96,7 @@ def run(config: FolderConfig) -> dict:
 
 def _read(config: FolderConfig, run: Run) -> dict[str, PictureSet]:
     """The parts; first what was found is said, and what would spoil the result stops."""
+    allow_megapixels(config.max_megapixels)
     found = find_pictures(config.data, config.taxonomy, listing=config.listing, listing_columns=config.listing_columns)
     report = examine(found, cache_dir=config.cache_dir, max_bad_fraction=config.max_bad_fraction)
     if report.stops:

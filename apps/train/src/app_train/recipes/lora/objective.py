@@ -48,6 +48,7 @@ def stages(
     config: FitConfig,
     *,
     offsets: Tensor | None = None,
+    seed: int = 0,
     save_every: int = 20,
 ) -> list[Stage]:
     """Head first, then LoRA.
@@ -58,6 +59,7 @@ def stages(
         features: output of the frozen tower for each picture, (n, d); without them there is no first stage.
         config: epochs and rates of both.
         offsets: taken off the tower's output for each picture, (n, d), in the second stage; `features` come without them.
+        seed: of the run, for the variation of pictures.
         save_every: steps of the second stage between two checkpoints.
     """
     targets = torch.from_numpy(np.asarray(data.targets))
@@ -66,7 +68,13 @@ def stages(
         return _sum(wrapped, targets[rows], features[rows])
 
     def lora(wrapped: nn.Module, step: Step, rows: np.ndarray):
-        pictures = prepare(model.dual_encoder, data.batch(rows))
+        batch = data.batch(rows)
+        if config.augment:
+            # torchvision takes a second to import, and few runs vary their pictures.
+            from app_train.recipes.lora.augment import augmented
+
+            batch = augmented(batch, rows, config.augment, seed, step.number)
+        pictures = prepare(model.dual_encoder, batch)
         return _sum(wrapped, targets[rows], pictures, *([] if offsets is None else [offsets[rows]]))
 
     first = config.head if features is not None else config.head.model_copy(update={"epochs": 0})
@@ -75,7 +83,10 @@ def stages(
             HEAD, first, len(data), head, trains=lambda name: ".lora_" not in name,
             save_every=QUICK * save_every, clip_grad=config.clip_grad,
         ),
-        Stage(LORA, config.lora, len(data), lora, save_every=save_every, clip_grad=config.clip_grad),
+        Stage(
+            LORA, config.lora, len(data), lora, save_every=save_every, clip_grad=config.clip_grad,
+            micro_batches=config.accumulate,
+        ),
     ]  # fmt: skip
 
 

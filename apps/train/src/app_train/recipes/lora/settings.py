@@ -21,6 +21,21 @@ class HeadStageConfig(StageConfig):
     batch_size: int = Field(128, ge=1)
 
 
+class AugmentConfig(Frozen):
+    """How the pictures of the LoRA stage are varied; nothing is unless asked for, and never for closed forms and heads."""
+
+    flip: float = Field(0.0, ge=0, le=1)
+    """Probability that a picture is mirrored left to right: .5 unless sides mean something."""
+    crop: float = Field(1.0, gt=0, le=1)
+    """Least share of the area that a random cut keeps, such as .7."""
+    colour: float = Field(0.0, ge=0, lt=1)
+    """Largest change of brightness, contrast and saturation, as a share."""
+
+    def __bool__(self) -> bool:
+        """Whether anything is varied."""
+        return bool(self.flip or self.crop < 1 or self.colour)
+
+
 class FitConfig(Frozen):
     """Head first, then LoRA (linear probing, then fine-tuning: Kumar et al., 2022)."""
 
@@ -33,6 +48,10 @@ class FitConfig(Frozen):
     towers: Literal["vision", "text", "both"] = "vision"
     clip_grad: float = Field(1.0, gt=0)
     """Largest gradient norm."""
+    augment: AugmentConfig = AugmentConfig()
+    """Variation of the pictures in the LoRA stage."""
+    accumulate: int = Field(1, ge=1)
+    """Pieces in which a batch of the LoRA stage goes through the model, to save memory; the step is that of the whole batch."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
 
@@ -128,6 +147,8 @@ class FolderConfig(RunConfig):
     """Height and width of the pictures in pixels."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Budget of unreadable files, as a share; ten are always allowed."""
+    max_megapixels: float | None = Field(None, gt=0)
+    """Millions of pixels; larger pictures are left out, those of over 89 if not given."""
     model: str = LITE0
     """Locator of the base model."""
     template: str = "a picture of {}."
@@ -136,6 +157,8 @@ class FolderConfig(RunConfig):
     """Heads and closed forms on frozen features."""
     lora: bool = False
     """Fine-tune with LoRA as well: minutes to hours, where the rest takes less than a minute after the features."""
+    from_run: Path | None = None
+    """Start LoRA from the adapter of this finished run, whose classes may be fewer or others (with --lora)."""
     loss: LossConfig = LossConfig(level=1, levels="extended")
     """Of the LoRA row."""
     fit: FitConfig = FitConfig()

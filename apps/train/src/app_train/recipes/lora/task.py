@@ -1,6 +1,7 @@
 """What every recipe of this folder does for one row: build the model, train it, save the adapter, score the test pictures."""
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ class Task:
             when scoring (see `app_eval.measure.embed.node_logits`).
         text: text mode of the trained model; cached without LoRA on the text tower and live with it if None.
         val: pictures that calibrate the probabilities of the trained model; None leaves them uncalibrated.
+        start: adapter of a finished run to train on from; None starts at the pretrained model.
     """
 
     run: Run
@@ -57,6 +59,7 @@ class Task:
     centred: bool = False
     text: str | None = None
     val: PictureSet | None = None
+    start: Path | None = None
 
     def with_features(self) -> "Task":
         """The same task with the frozen features filled in, centred style by style if the task is."""
@@ -151,6 +154,27 @@ def build_model(task: Task, config: FitConfig | None, seed: int) -> HierLoraCLIP
     return model.to(task.run.device, memory_format=torch.channels_last)
 
 
+def warm_model(task: Task) -> HierLoraCLIP:
+    """The model of `task.start`, brought to the taxonomy of the training pictures; new classes start at their words.
+
+    Raises:
+        RunError: the adapter cannot be read, or belongs to another base model.
+    """
+    tax = task.train.taxonomy
+    base = copy.deepcopy(task.base).cpu()
+    try:
+        locator = json.loads((task.start / "hier_lora.json").read_text(encoding="utf-8"))["locator"]
+        if locator != base.locator:
+            raise RunError(f"--from-run {task.start} adapts {locator}: give --model {locator}")
+        model = HierLoraCLIP.from_pretrained(task.start, base, trainable=True)
+        words = dict(zip(map(tax.path_of, range(tax.num_nodes)), task.train.node_text, strict=False))
+        model.update_taxonomy(tax, words)
+    except (ValueError, KeyError, OSError) as error:
+        raise RunError(f"--from-run {task.start} cannot be used: {error}") from error
+    model.temperature, model.picture_size = None, task.train.store.shape[1]
+    return model.to(task.run.device, memory_format=torch.channels_last)
+
+
 def prompts_of(task: Task) -> Prompts:
     """The prompts of the task as an expert on frozen features."""
     base, tax = copy.deepcopy(task.base).cpu(), task.train.taxonomy
@@ -188,8 +212,10 @@ def train_row(task: Task, name: str, loss: LossConfig, config: FitConfig, folder
 
 
 def _train(task: Task, label: str, loss: LossConfig, config: FitConfig, folder: Path, seed: int) -> HierLoraCLIP:
-    model, run = build_model(task, config, seed), task.run
-    plan = stages(model, task.train, task.features, config, offsets=task.offsets, save_every=run.config.save_every)
+    model, run = build_model(task, config, seed) if task.start is None else warm_model(task), task.run
+    plan = stages(
+        model, task.train, task.features, config, offsets=task.offsets, seed=seed, save_every=run.config.save_every
+    )
     fit(
         Objective(model, loss).to(run.device), plan, folder,
         seed=seed, label=label, stop=run.stop, accelerator=run.accelerator, tensorboard=run.config.tensorboard,
