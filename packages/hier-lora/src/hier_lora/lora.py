@@ -4,10 +4,14 @@ LoRA: Hu et al., 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; an 
 """
 
 import re
+import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig
 from torch import nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 TOWERS = ("vision", "text", "both")
 
@@ -20,7 +24,7 @@ def lora_config(
     lora_alpha: int = 32,
     lora_dropout: float = 0.0,
     targets: str | None = None,
-) -> LoraConfig:
+) -> "LoraConfig":
     """A `peft.LoraConfig` for the chosen towers of a dual encoder.
 
     Args:
@@ -46,6 +50,8 @@ def lora_config(
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
     chosen = ["vision", "text"] if towers == "both" else [towers]
     pattern = targets or "|".join(f"({model.lora_targets[name]})" for name in chosen)
+    from peft import LoraConfig
+
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -100,7 +106,19 @@ def _count(encoder: nn.Module, prefixes: tuple[str, ...]) -> LoraOverhead:
     return LoraOverhead(adapter, base)
 
 
-def check_targets(model: nn.Module, lora: LoraConfig, *, text_is_frozen: bool) -> None:
+def add_lora(model: nn.Module, lora: "LoraConfig") -> nn.Module:
+    """Put adapters into a dual encoder, in place; peft is imported here, because it costs more than all the rest."""
+    from peft import get_peft_model
+
+    return get_peft_model(model, lora)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether peft made a module; nothing is adapted where nobody imported peft."""
+    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
+
+
+def check_targets(model: nn.Module, lora: "LoraConfig", *, text_is_frozen: bool) -> None:
     """Refuse LoRA layers that would never be used, before peft changes the model.
 
     Args:

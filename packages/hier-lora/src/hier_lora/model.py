@@ -6,18 +6,18 @@ z = exp(logit_scale) * cos(image, text of the node), for all N nodes on all leve
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hier_lora import saving
 from hier_lora.calibration import fit_sigmoid, fit_temperatures, guarded
-from hier_lora.lora import check_targets
+from hier_lora.lora import add_lora, check_targets, is_adapted
 from hier_lora.predict import (
     LabelPrediction,
     Prediction,
@@ -30,6 +30,9 @@ from hier_lora.prompts import PromptSet
 from hier_lora.text import PLAIN_CHUNK, TEXT_MODES, embed_sentences, sample_nodes, spread
 from hier_losses import LabelGraph, Taxonomy, TaxonomyUpdate, match_taxonomies
 from hier_losses.functional import mcm
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 class HierLoraCLIP(nn.Module):
@@ -63,7 +66,7 @@ class HierLoraCLIP(nn.Module):
         self,
         model: nn.Module,
         tax: Taxonomy | LabelGraph,
-        lora: LoraConfig | None = None,
+        lora: "LoraConfig | None" = None,
         text: str = "cached",
         *,
         prompts: PromptSet | None = None,
@@ -90,7 +93,7 @@ class HierLoraCLIP(nn.Module):
             check_targets(model, lora, text_is_frozen=text == "cached")
         model.requires_grad_(False)
         self._set_up(
-            model if lora is None else get_peft_model(model, lora), tax, prompts, model.logit_scale,
+            model if lora is None else add_lora(model, lora), tax, prompts, model.logit_scale,
             text=text, train_logit_scale=train_logit_scale, train_logit_bias=train_logit_bias, center_text=center_text,
             picture_size=picture_size, text_chunk=text_chunk, num_negatives=num_negatives,
         )  # fmt: skip
@@ -118,7 +121,7 @@ class HierLoraCLIP(nn.Module):
     @property
     def dual_encoder(self) -> nn.Module:
         """The dual encoder, with the adapter's layers inside."""
-        return self.encoder.get_base_model() if isinstance(self.encoder, PeftModel) else self.encoder
+        return self.encoder.get_base_model() if is_adapted(self.encoder) else self.encoder
 
     def train(self, mode: bool = True) -> "HierLoraCLIP":
         """Switch to training mode, with every BatchNorm left in evaluation mode: its statistics belong to the base model."""
@@ -344,7 +347,7 @@ class HierLoraCLIP(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator["HierLoraCLIP"]:
         """Score as the base model does, inside a `with` block: LoRA, trained heads and the trained scale are set aside."""
-        if not isinstance(self.encoder, PeftModel):
+        if not is_adapted(self.encoder):
             yield self
             return
         scale, bias = self.dual_encoder.logit_scale.data, self.logit_bias
@@ -364,7 +367,7 @@ class HierLoraCLIP(nn.Module):
         Returns:
             The model itself.
         """
-        if isinstance(self.encoder, PeftModel):
+        if is_adapted(self.encoder):
             self.encoder = self.encoder.merge_and_unload()
             self.encoder.requires_grad_(False)
             self.merged = True

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hier_lora.__about__ import __version__
 from hier_lora.dual_encoder import load_dual_encoder
+from hier_lora.lora import is_adapted
 from hier_lora.prompts import PromptSet
 from hier_losses import LabelGraph, Taxonomy
 
@@ -42,7 +42,7 @@ def save(model: "HierLoraCLIP", folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(base, "save_preprocessing"):
         base.save_preprocessing(folder)
-    adapted = isinstance(model.encoder, PeftModel)
+    adapted = is_adapted(model.encoder)
     if adapted:
         model.encoder.peft_config["default"].base_model_name_or_path = locator
         # The text tower's vocabulary never changes; without this peft looks the locator up as a hub name.
@@ -89,6 +89,8 @@ def load(cls: type["HierLoraCLIP"], folder: Path, model: nn.Module | None, train
     model.requires_grad_(False)
     encoder = model
     if adapted:
+        from peft import PeftModel
+
         try:
             encoder = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
