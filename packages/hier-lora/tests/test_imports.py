@@ -8,7 +8,7 @@ import sys
 import torch
 import hier_lora
 
-heavy = {"peft", "transformers"}
+heavy = {"peft", "transformers", "huggingface_hub"}
 assert not heavy & set(sys.modules), sorted(heavy & set(sys.modules))
 
 from hier_losses import Taxonomy
