@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from peft import get_peft_model
 
 from hier_lora import HFDualEncoder, PromptSet, load_dual_encoder, lora_config, lora_overhead
+from hier_lora.lora import add_lora
 from hier_losses import Taxonomy
 
 
@@ -76,7 +76,7 @@ def test_overhead_of_clip_vit_b_32_is_exact():
     plain = lora_overhead(model)
     assert (plain["vision"].base, plain["text"].base) == (87_849_216, 63_428_096)
     with torch.device("meta"):
-        get_peft_model(model, lora_config(model, r=16))
+        add_lora(model, lora_config(model, r=16))
     found = lora_overhead(model)
     assert (found["vision"].adapter, found["text"].adapter, found["total"].adapter) == (589_824, 393_216, 983_040)
     assert [round(found[k].percent, 3) for k in ("vision", "text", "total")] == [0.671, 0.620, 0.650]
@@ -86,7 +86,7 @@ def test_overhead_of_all_six_linears():
     model = vit_b_32()
     targets = r".*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
     with torch.device("meta"):
-        get_peft_model(model, lora_config(model, r=16, targets=targets))
+        add_lora(model, lora_config(model, r=16, targets=targets))
     found = lora_overhead(model)
     assert (found["vision"].adapter, found["text"].adapter) == (2_654_208, 1_769_472)
     assert [round(found[k].percent, 2) for k in ("vision", "text")] == [3.02, 2.79]

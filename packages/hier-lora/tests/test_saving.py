@@ -60,7 +60,7 @@ def test_a_hub_ready_folder(tiny_clip, tax, tmp_path):
     assert "5 leaves, 7 nodes on 2 levels" in card.text
     assert "calibrated on held-out pictures" in card.text
     assert f"{sum(p.numel() for n, p in model.named_parameters() if '.lora_' in n):,}" in card.text
-    assert json.loads((tmp_path / "hier_lora.json").read_text())["format"] == 2
+    assert json.loads((tmp_path / "hier_lora.json").read_text())["format"] == 3
 
 
 def test_saved_preprocessing_is_used(tiny_clip, tax, tmp_path):

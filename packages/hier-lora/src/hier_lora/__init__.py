@@ -1,6 +1,7 @@
 """LoRA fine-tuning of CLIP-like models with a taxonomy."""
 
 from hier_lora.__about__ import __version__
+from hier_lora._attention import project_attention
 from hier_lora.calibration import fit_sigmoid, fit_temperature, fit_temperatures
 from hier_lora.dual_encoder import DualEncoder, load_dual_encoder, register_locator
 from hier_lora.experts import Expert, PoolSettings, ProductOfExperts, choose, pool
@@ -44,6 +45,7 @@ __all__ = [
     "pool",
     "predict_paths",
     "predict_top",
+    "project_attention",
     "register_locator",
     "sample_nodes",
 ]

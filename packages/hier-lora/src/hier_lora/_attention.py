@@ -74,12 +74,32 @@ def can_project(attention: nn.MultiheadAttention) -> bool:
     return plain and attention._qkv_same_embed_dim
 
 
-def project_attention(model: nn.Module) -> None:
-    """Replace every `torch.nn.MultiheadAttention` inside a model that can be replaced."""
+def project_attention(model: nn.Module) -> nn.Module:
+    """Replace every `torch.nn.MultiheadAttention` inside a model that can be replaced, in place; the function stays.
+
+    `OpenClipDualEncoder` does it. Its adapters fit a plain open_clip model after the same call:
+    `PeftModel.from_pretrained(project_attention(model), folder)`.
+
+    Returns:
+        The model itself.
+    """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.MultiheadAttention) and can_project(child):
                 setattr(module, name, ProjectedAttention(child).train(child.training))
+    return model
+
+
+def joined_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model after `project_attention`, under the names that they had before."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, ProjectedAttention):
+            for kind in ("weight", "bias"):
+                parts = [state.pop(f"{name}.{letter}_proj.{kind}", None) for letter in "qkv"]
+                if parts[0] is not None:
+                    state[f"{name}.in_proj_{kind}"] = torch.cat(parts)
+    return state
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

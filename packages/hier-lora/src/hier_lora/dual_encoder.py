@@ -5,6 +5,7 @@ CLIP: Radford et al., 2021, "Learning Transferable Visual Models From Natural La
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,8 +22,10 @@ class DualEncoder(Protocol):
 
     `lora_targets` maps "vision" and "text" to the regular expression of the module names that LoRA adapts in that tower;
     `tower_modules` maps them to the prefixes of the tower's parameter names; `modules_to_save` names small heads that train
-    in full beside the adapter; `locator` names the source of the weights. `save_preprocessing(folder)` and
-    `load_preprocessing(folder)` are optional: they keep the tokenizer and the picture settings beside an adapter.
+    in full beside the adapter; `locator` names the source of the weights. Optional members: `save_preprocessing(folder)` and
+    `load_preprocessing(folder)` keep the tokenizer and the picture settings beside an adapter; `plain_model` is the model
+    inside a wrapper, whose module names the first three then use; `options` are arguments of the loader that a saved
+    adapter remembers; `save_merged(folder)` writes the weights.
     """
 
     locator: str
@@ -44,12 +47,12 @@ class DualEncoder(Protocol):
         ...
 
 
-Loader = Callable[[str], nn.Module]
+Loader = Callable[..., nn.Module]
 _LOADERS: dict[str, Loader] = {}
 
 
 def register_locator(prefix: str, loader: Loader) -> None:
-    """Make `load_dual_encoder("<prefix>:<name>")` call `loader(name)`.
+    """Make `load_dual_encoder("<prefix>:<name>", **options)` call `loader(name, **options)`.
 
     Distributions can do the same without being imported, through the entry point group `hier_lora.locators`.
 
@@ -65,18 +68,20 @@ def register_locator(prefix: str, loader: Loader) -> None:
     _LOADERS[prefix] = loader
 
 
-def load_dual_encoder(locator: str) -> nn.Module:
+def load_dual_encoder(locator: str, **options: object) -> nn.Module:
     """Load the dual encoder that a locator names.
 
     Args:
-        locator: `hf:<name or folder>` (Hugging Face CLIP and SigLIP families), `open_clip:<architecture>[@<pretrained tag
+        locator: `hf:<name or folder>` (CLIP-like families of transformers), `open_clip:<architecture>[@<pretrained tag
             or file>]`, or any prefix registered by another package, such as `pip:lite0-minilm`.
+        options: for the loader. `hf:` takes `revision`, `dtype`, `device_map` and `quantization_config`, as
+            `from_pretrained` does; an adapter remembers the first two.
 
     Returns:
         A module with the members of `DualEncoder`; its `locator` is the argument.
 
     Raises:
-        ValueError: if the prefix is unknown; the message lists the known ones.
+        ValueError: if the prefix is unknown, the message lists the known ones; or if its loader takes no such option.
     """
     prefix, colon, name = locator.partition(":")
     found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
@@ -84,6 +89,10 @@ def load_dual_encoder(locator: str) -> nn.Module:
         known = sorted(set(_LOADERS) | set(found))
         raise ValueError(f"locator must be '<prefix>:<name>' with a prefix of {known}, got {locator!r}")
     loader = _LOADERS[prefix] if prefix in _LOADERS else found[prefix].load()
-    model = loader(name)
+    try:
+        signature(loader).bind(name, **options)
+    except TypeError as error:
+        raise ValueError(f"options must be what {prefix!r} takes, got {sorted(options)}: {error}") from error
+    model = loader(name, **options)
     model.locator = locator
     return model

@@ -1,4 +1,4 @@
-"""Dual encoders over the CLIP and SigLIP families of Hugging Face transformers.
+"""Dual encoders over the CLIP-like families of Hugging Face transformers.
 
 CLIP: Radford et al., 2021. SigLIP: Zhai et al., 2023, "Sigmoid Loss for Language Image Pre-Training".
 """
@@ -7,35 +7,54 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
 from hier_lora.dual_encoder import register_locator
 
+# Model types whose adapters a test puts back on the plain model. SigLIP2 checkpoints of a fixed size are of type "siglip".
+FAMILIES = (
+    "aimv2", "altclip", "chinese_clip", "clip", "groupvit", "metaclip_2", "siglip", "vision-text-dual-encoder",
+)  # fmt: skip
+_REASONS = {
+    "siglip2": ": SigLIP2 NaFlex takes pictures as lists of patches; take a SigLIP2 of a fixed size",
+    "align": ": ALIGN has a temperature where the others have a scale of the cosines",
+    "xclip": ": X-CLIP embeds videos",
+}
+
 
 class HFDualEncoder(nn.Module):
-    """A CLIP or SigLIP model of `transformers` with its own preprocessing and tokenizer.
+    """A CLIP-like model of `transformers` with its own preprocessing and tokenizer.
 
     Args:
-        model: `CLIPModel`, `SiglipModel` or a model with the same `get_image_features` / `get_text_features`.
+        model: `CLIPModel`, `SiglipModel` or another model whose `config.model_type` is in `FAMILIES`.
         processor: the matching processor (image processor and tokenizer).
+
+    Raises:
+        ValueError: for a model of another family.
     """
 
     def __init__(self, model: nn.Module, processor) -> None:
         super().__init__()
+        check_family(model.config.model_type)
         self.model = model
         self.processor = processor
         self.locator = ""
-        self.lora_targets = {
-            "vision": r"model\.vision_model\..*\.(q_proj|v_proj)",
-            "text": r"model\.text_model\..*\.(q_proj|v_proj)",
-        }
+        self.options: dict[str, str] = {}
+        layers = r"(q_proj|v_proj|query|value)"
+        self.lora_targets = {"vision": rf"vision_model\..*\.{layers}", "text": rf"text_model\..*\.{layers}"}
         self.tower_modules = {
-            "vision": ["model.vision_model.", "model.visual_projection."],
-            "text": ["model.text_model.", "model.text_projection."],
+            "vision": ["vision_model.", "visual_projection."],
+            "text": ["text_model.", "text_projection."],
         }
         self.modules_to_save: list[str] = []
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The model of `transformers`: an adapter uses its names, so that peft alone can put it back."""
+        return self.model
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -70,14 +89,50 @@ class HFDualEncoder(nn.Module):
         """Take the image processor and the tokenizer that were saved with an adapter."""
         self.processor = type(self.processor).from_pretrained(folder, local_files_only=True)
 
+    def save_merged(self, folder: Path) -> None:
+        """Write model and processor as `transformers` reads them; see `HierLoraCLIP.save_merged`."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
-def load_hf(name: str) -> HFDualEncoder:
-    """Load a CLIP or SigLIP model and its processor with `from_pretrained`."""
-    from transformers import AutoModel, AutoProcessor
 
-    return HFDualEncoder(AutoModel.from_pretrained(name), AutoProcessor.from_pretrained(name)).eval()
+def check_family(model_type: str) -> None:
+    """Refuse a model that would fail later, or give other numbers than its authors'.
+
+    Raises:
+        ValueError: if no test covers the family.
+    """
+    if model_type not in FAMILIES:
+        reason = _REASONS.get(model_type, "")
+        raise ValueError(f"model must be of one of the families {FAMILIES}, got {model_type!r}{reason}")
+
+
+def load_hf(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: object = None,
+    quantization_config: object = None,
+) -> HFDualEncoder:
+    """Load a CLIP-like model and its processor with `from_pretrained`, which gets the options that are not None.
+
+    Raises:
+        ValueError: for a model of another family, before its weights are read.
+    """
+    from transformers import AutoConfig, AutoModel, AutoProcessor
+
+    source = {} if revision is None else {"revision": revision}
+    check_family(AutoConfig.from_pretrained(name, **source).model_type)
+    chosen = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    encoder = HFDualEncoder(
+        AutoModel.from_pretrained(name, **source, **chosen), AutoProcessor.from_pretrained(name, **source)
+    ).eval()
+    # Where the weights lie and how they are packed belongs to a machine; what they are belongs to the adapter.
+    encoder.options = source | ({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
+    return encoder
 
 
 register_locator("hf", load_hf)
 
-__all__ = ["HFDualEncoder", "load_hf"]
+__all__ = ["FAMILIES", "HFDualEncoder", "check_family", "load_hf"]

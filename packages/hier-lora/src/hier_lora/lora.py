@@ -4,12 +4,19 @@ LoRA: Hu et al., 2022, "LoRA: Low-Rank Adaptation of Large Language Models"; an 
 """
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig
 from torch import nn
 
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
 TOWERS = ("vision", "text", "both")
+ALL_LINEAR = "all-linear"
 
 
 def lora_config(
@@ -20,7 +27,7 @@ def lora_config(
     lora_alpha: int = 32,
     lora_dropout: float = 0.0,
     targets: str | None = None,
-) -> LoraConfig:
+) -> "LoraConfig":
     """A `peft.LoraConfig` for the chosen towers of a dual encoder.
 
     Args:
@@ -30,7 +37,8 @@ def lora_config(
         lora_alpha: the update is scaled by lora_alpha / r.
         lora_dropout: dropout on the input of the update, in [0, 1).
         targets: a regular expression over module names that replaces the model's own choice, such as
-            `r".*\\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"` for all six linear layers of CLIP's blocks.
+            `r".*\\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"` for all six linear layers of CLIP's blocks; or "all-linear".
+            Names are those of the plain model: `vision_model.encoder...` for CLIP in transformers.
 
     Returns:
         A config for `HierLoraCLIP(model, tax, lora=...)`.
@@ -46,6 +54,8 @@ def lora_config(
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
     chosen = ["vision", "text"] if towers == "both" else [towers]
     pattern = targets or "|".join(f"({model.lora_targets[name]})" for name in chosen)
+    from peft import LoraConfig
+
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -86,13 +96,14 @@ def lora_overhead(model: nn.Module) -> dict[str, LoraOverhead]:
     towers = getattr(encoder, "tower_modules", None)
     if towers is None:
         raise ValueError(f"model must have `tower_modules`, got {type(encoder).__name__}")
-    counts = {name: _count(encoder, tuple(modules)) for name, modules in towers.items()}
-    return {**counts, "total": _count(encoder, ("",))}
+    plain = plain_model(encoder)
+    counts = {name: _count(plain, tuple(modules)) for name, modules in towers.items()}
+    return {**counts, "total": _count(plain, ("",))}
 
 
-def _count(encoder: nn.Module, prefixes: tuple[str, ...]) -> LoraOverhead:
+def _count(plain: nn.Module, prefixes: tuple[str, ...]) -> LoraOverhead:
     adapter = base = 0
-    for name, parameter in encoder.named_parameters():
+    for name, parameter in plain.named_parameters():
         if name.startswith(prefixes) and ".modules_to_save." not in name:
             adapter, base = (
                 (adapter + parameter.numel(), base) if ".lora_" in name else (adapter, base + parameter.numel())
@@ -100,7 +111,28 @@ def _count(encoder: nn.Module, prefixes: tuple[str, ...]) -> LoraOverhead:
     return LoraOverhead(adapter, base)
 
 
-def check_targets(model: nn.Module, lora: LoraConfig, *, text_is_frozen: bool) -> None:
+def plain_model(encoder: nn.Module) -> nn.Module:
+    """The module whose names an adapter uses: the library's own model inside a wrapper, else the dual encoder itself."""
+    return getattr(encoder, "plain_model", encoder)
+
+
+def add_lora(encoder: nn.Module, lora: "LoraConfig") -> "PeftModel":
+    """Put adapters into the plain model of a dual encoder, in place. peft costs more to import than all the rest."""
+    from peft import get_peft_model
+
+    with quiet():
+        return get_peft_model(plain_model(encoder), lora)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what nobody here can change: peft 0.21 asks transformers 5.23 for a property that has a new name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
+def check_targets(model: nn.Module, lora: "LoraConfig", *, text_is_frozen: bool) -> None:
     """Refuse LoRA layers that would never be used, before peft changes the model.
 
     Args:
@@ -111,23 +143,27 @@ def check_targets(model: nn.Module, lora: LoraConfig, *, text_is_frozen: bool) -
     Raises:
         ValueError: naming the first such layer.
     """
-    prefixes = tuple(getattr(model, "tower_modules", {}).get("text", ()))
-    ignored = {f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
-    for name, _ in model.named_modules():
-        if not _is_target(name, lora.target_modules):
-            continue
-        if name in ignored and not _is_target(name.rpartition(".")[0], lora.target_modules):
+    plain, prefixes = plain_model(model), tuple(getattr(model, "tower_modules", {}).get("text", ()))
+    ignored = {f"{name}.out_proj" for name, m in plain.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    chosen = set(target_names(plain, lora.target_modules))
+    for name in sorted(chosen & ignored):
+        if name.rpartition(".")[0] not in chosen:
             raise ValueError(
                 f"targets must not name {name}: torch.nn.MultiheadAttention reads its weight without calling it, so LoRA "
                 "there has no effect; leave it out, or name the whole attention module"
             )
-        if text_is_frozen and prefixes and name.startswith(prefixes):
-            raise ValueError(
-                f"text must be 'live', 'chunked' or 'sampled' when LoRA adapts the text tower ({name}), got 'cached'"
-            )
+    frozen = sorted(name for name in chosen if text_is_frozen and prefixes and name.startswith(prefixes))
+    if frozen:
+        raise ValueError(
+            f"text must be 'live', 'chunked' or 'sampled' when LoRA adapts the text tower ({frozen[0]}), got 'cached'"
+        )
 
 
-def _is_target(name: str, targets: str | set[str] | list[str] | None) -> bool:
+def target_names(model: nn.Module, targets: str | set[str] | list[str] | None) -> list[str]:
+    """The modules of a model that peft's `target_modules` means: a regular expression, names or their ends, "all-linear"."""
+    modules = dict(model.named_modules())
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets or ())
+        return [name for name in modules if re.fullmatch(targets, name)]
+    return [name for name in modules if any(f".{name}".endswith(f".{target}") for target in targets or ())]

@@ -3,21 +3,21 @@
 z = exp(logit_scale) * cos(image, text of the node), for all N nodes on all levels. LoRA: Hu et al., 2022.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hier_lora import saving
 from hier_lora.calibration import fit_sigmoid, fit_temperatures, guarded
-from hier_lora.lora import check_targets
+from hier_lora.lora import add_lora, check_targets
 from hier_lora.predict import (
     LabelPrediction,
     Prediction,
@@ -30,6 +30,9 @@ from hier_lora.prompts import PromptSet
 from hier_lora.text import PLAIN_CHUNK, TEXT_MODES, embed_sentences, sample_nodes, spread
 from hier_losses import LabelGraph, Taxonomy, TaxonomyUpdate, match_taxonomies
 from hier_losses.functional import mcm
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 
 class HierLoraCLIP(nn.Module):
@@ -63,7 +66,7 @@ class HierLoraCLIP(nn.Module):
         self,
         model: nn.Module,
         tax: Taxonomy | LabelGraph,
-        lora: LoraConfig | None = None,
+        lora: "LoraConfig | None" = None,
         text: str = "cached",
         *,
         prompts: PromptSet | None = None,
@@ -90,15 +93,19 @@ class HierLoraCLIP(nn.Module):
             check_targets(model, lora, text_is_frozen=text == "cached")
         model.requires_grad_(False)
         self._set_up(
-            model if lora is None else get_peft_model(model, lora), tax, prompts, model.logit_scale,
+            model, None if lora is None else add_lora(model, lora), tax, prompts, model.logit_scale,
             text=text, train_logit_scale=train_logit_scale, train_logit_bias=train_logit_bias, center_text=center_text,
             picture_size=picture_size, text_chunk=text_chunk, num_negatives=num_negatives,
         )  # fmt: skip
         if text == "cached":
             self.refresh_text()
 
-    def _set_up(self, encoder: nn.Module, tax, prompts: PromptSet, base_scale: Tensor, **settings) -> None:
-        self.encoder, self.tax, self.prompts = encoder, tax, prompts
+    def _set_up(
+        self, encoder: nn.Module, adapter: "PeftModel | None", tax, prompts: PromptSet, base_scale: Tensor, **settings
+    ) -> None:
+        self.dual_encoder, self.tax, self.prompts = encoder, tax, prompts
+        # Its layers lie inside the dual encoder: registered as well, every weight would have two names.
+        object.__setattr__(self, "adapter", adapter)
         self.text = settings["text"]
         self.train_logit_scale = settings["train_logit_scale"]
         self.train_logit_bias = settings["train_logit_bias"]
@@ -115,10 +122,13 @@ class HierLoraCLIP(nn.Module):
         self.register_buffer("temperature", None)
         self.register_buffer("sigmoid", None)
 
-    @property
-    def dual_encoder(self) -> nn.Module:
-        """The dual encoder, with the adapter's layers inside."""
-        return self.encoder.get_base_model() if isinstance(self.encoder, PeftModel) else self.encoder
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HierLoraCLIP":
+        """Move or cast the model; features and temperatures stay in single precision: bfloat16 has 8 bits for a cosine."""
+        kept = {name: value for name, value in self.named_buffers(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
     def train(self, mode: bool = True) -> "HierLoraCLIP":
         """Switch to training mode, with every BatchNorm left in evaluation mode: its statistics belong to the base model."""
@@ -167,6 +177,7 @@ class HierLoraCLIP(nn.Module):
 
     def encode_image(self, pixels: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim"]:
         """Embed preprocessed pictures: unit vectors, in single precision."""
+        pixels = pixels.to(self.dual_encoder.logit_scale.dtype)
         return F.normalize(self.dual_encoder.encode_image(pixels).float(), dim=-1)
 
     def score(
@@ -344,13 +355,13 @@ class HierLoraCLIP(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator["HierLoraCLIP"]:
         """Score as the base model does, inside a `with` block: LoRA, trained heads and the trained scale are set aside."""
-        if not isinstance(self.encoder, PeftModel):
+        if self.adapter is None:
             yield self
             return
         scale, bias = self.dual_encoder.logit_scale.data, self.logit_bias
-        with self.encoder.disable_adapter():
+        with self.adapter.disable_adapter():
             try:
-                self.dual_encoder.logit_scale.data = self.base_logit_scale.to(scale.device)
+                self.dual_encoder.logit_scale.data = self.base_logit_scale.to(scale)
                 self.logit_bias = None
                 yield self
             finally:
@@ -359,14 +370,15 @@ class HierLoraCLIP(nn.Module):
     def merge_and_unload(self) -> "HierLoraCLIP":
         """Add the update to the base weights, which saves its time in every pass; in place, cannot be undone.
 
-        The merged model predicts as before but has no adapter to save: save it first.
+        The merged model predicts as before but has no adapter to save: save it first. `save_merged` writes the weights.
 
         Returns:
             The model itself.
         """
-        if isinstance(self.encoder, PeftModel):
-            self.encoder = self.encoder.merge_and_unload()
-            self.encoder.requires_grad_(False)
+        if self.adapter is not None:
+            self.adapter.merge_and_unload()
+            object.__setattr__(self, "adapter", None)
+            self.dual_encoder.requires_grad_(False)
             self.merged = True
         return self
 
@@ -398,6 +410,39 @@ class HierLoraCLIP(nn.Module):
         """
         saving.save(self, Path(folder))
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub, made if it does not exist.
+
+        Args:
+            repo_id: "owner/name".
+            private: for a new repository; None takes the owner's default.
+            token: with the right to write; None takes the one that `huggingface_hub` has stored.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: as `save_pretrained`.
+        """
+        return saving.push(self, repo_id, private, token)
+
+    def save_merged(self, folder: str | Path) -> None:
+        """Write the weights after `merge_and_unload` in the format of their own library, which needs neither peft nor this one.
+
+        `CLIPModel.from_pretrained(folder)` reads those of transformers, `open_clip.create_model(..., pretrained=folder +
+        "/open_clip_model.safetensors")` those of open_clip. Taxonomy and prompts are not among them.
+
+        Raises:
+            ValueError: before `merge_and_unload`, or if the dual encoder has no `save_merged` of its own.
+        """
+        if not self.merged:
+            raise ValueError("the adapter must be merged into the base model: call merge_and_unload before save_merged")
+        if not hasattr(self.dual_encoder, "save_merged"):
+            kind = type(self.dual_encoder).__name__
+            raise ValueError(f"model must have `save_merged` to write its weights, got {kind}: save its state_dict")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.dual_encoder.save_merged(Path(folder))
+
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, model: nn.Module | None = None, *, trainable: bool = False
@@ -405,7 +450,7 @@ class HierLoraCLIP(nn.Module):
         """Load what `save_pretrained` wrote.
 
         Args:
-            folder: the folder.
+            folder: the folder; or "hf:owner/name", a repository of the Hugging Face hub.
             model: the base model; loaded through the stored locator if None.
             trainable: leave the adapter open for more training, such as a few pictures of new classes.
 
@@ -415,4 +460,4 @@ class HierLoraCLIP(nn.Module):
         Raises:
             ValueError: if a file is missing or damaged; the message names it.
         """
-        return saving.load(cls, Path(folder), model, trainable)
+        return saving.load(cls, folder, model, trainable)

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hier_lora._attention import project_attention
+from hier_lora._attention import joined_state, project_attention
 from hier_lora.dual_encoder import register_locator
 
-PREPROCESSING = "open_clip_preprocess.json"
+PREPROCESSING, WEIGHTS = "open_clip_preprocess.json", "open_clip_model.safetensors"
 
 
 class OpenClipDualEncoder(nn.Module):
@@ -39,13 +40,18 @@ class OpenClipDualEncoder(nn.Module):
         self.locator = ""
         layers = r"(q_proj|v_proj|qkv|query|value)"
         self.lora_targets = {
-            "vision": rf"model\.visual\..*\.{layers}",
-            "text": rf"model\.(text\.)?transformer\..*\.{layers}",
+            "vision": rf"visual\..*\.{layers}",
+            "text": rf"(text\.)?transformer\..*\.{layers}",
         }
         loose = ["transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection"]
         text = ["text."] if hasattr(model, "text") else loose
-        self.tower_modules = {"vision": ["model.visual."], "text": [f"model.{name}" for name in text]}
+        self.tower_modules = {"vision": ["visual."], "text": text}
         self.modules_to_save: list[str] = []
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The model of `open_clip`, with `ProjectedAttention` inside: an adapter uses its names."""
+        return self.model
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -82,6 +88,12 @@ class OpenClipDualEncoder(nn.Module):
     def save_preprocessing(self, folder: Path) -> None:
         """Write the settings of the transform and of the tokenizer."""
         (folder / PREPROCESSING).write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+
+    def save_merged(self, folder: Path) -> None:
+        """Write the weights under open_clip's own names; see `HierLoraCLIP.save_merged`."""
+        state = {name: value.detach().cpu().contiguous() for name, value in joined_state(self.model).items()}
+        save_file(state, folder / WEIGHTS)
+        self.save_preprocessing(folder)
 
 
 def load_open_clip(name: str) -> OpenClipDualEncoder:

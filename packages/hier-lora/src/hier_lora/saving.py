@@ -5,28 +5,31 @@ Model cards: Mitchell et al., 2019.
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hier_lora.__about__ import __version__
 from hier_lora.dual_encoder import load_dual_encoder
+from hier_lora.lora import add_lora, plain_model, quiet, target_names
 from hier_lora.prompts import PromptSet
 from hier_losses import LabelGraph, Taxonomy
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+    from peft import PeftModel
+
     from hier_lora.model import HierLoraCLIP
 
 STATE, SETTINGS, TREE, CARD = "hier_lora.safetensors", "hier_lora.json", "taxonomy.json", "README.md"
 # transformers 5 writes the first, older versions wrote the second.
 _PREPROCESSING = ("processor_config.json", "preprocessor_config.json")
-# Settings of format 1, written by the first version, and what they stood for.
-_DEFAULTS = {"train_logit_bias": False, "text_chunk": 256, "num_negatives": 256, "kind": "taxonomy"}
+# Settings that formats 1 and 2 lack, and what they stood for.
+_DEFAULTS = {"train_logit_bias": False, "text_chunk": 256, "num_negatives": 256, "kind": "taxonomy", "options": {}}
 _KEPT = ("text", "train_logit_scale", "train_logit_bias", "center_text", "picture_size", "text_chunk", "num_negatives")
 _TENSORS = ("node_features", "text_center", "temperature", "sigmoid", "logit_bias")
 
@@ -34,7 +37,9 @@ _TENSORS = ("node_features", "text_center", "temperature", "sigmoid", "logit_bia
 def save(model: "HierLoraCLIP", folder: Path) -> None:
     """Write a model; see `HierLoraCLIP.save_pretrained`."""
     if model.merged:
-        raise ValueError("the adapter must not be merged into the base model: save before merge_and_unload")
+        raise ValueError(
+            "the adapter must not be merged into the base model: save before merge_and_unload, or save_merged"
+        )
     base = model.dual_encoder
     locator = getattr(base, "locator", "")
     if not locator:
@@ -42,16 +47,18 @@ def save(model: "HierLoraCLIP", folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(base, "save_preprocessing"):
         base.save_preprocessing(folder)
-    adapted = isinstance(model.encoder, PeftModel)
-    if adapted:
-        model.encoder.peft_config["default"].base_model_name_or_path = locator
+    options = getattr(base, "options", {})
+    if model.adapter is not None:
+        config = model.adapter.peft_config["default"]
+        # As peft writes them: a plain name, and the version of the weights.
+        config.base_model_name_or_path, config.revision = locator.removeprefix("hf:"), options.get("revision")
         # The text tower's vocabulary never changes; without this peft looks the locator up as a hub name.
-        model.encoder.save_pretrained(str(folder), save_embedding_layers=False)
+        model.adapter.save_pretrained(str(folder), save_embedding_layers=False)
     state = {name: getattr(model, name) for name in _TENSORS if getattr(model, name) is not None}
     state["logit_scale"] = base.logit_scale.detach().reshape(1)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
-    settings = {"format": 2, "locator": locator, "adapter": adapted, "kind": "taxonomy"}
-    settings |= {name: getattr(model, name) for name in _KEPT}
+    settings = {"format": 3, "locator": locator, "options": options, "adapter": model.adapter is not None}
+    settings |= {"kind": "taxonomy"} | {name: getattr(model, name) for name in _KEPT}
     if isinstance(model.tax, LabelGraph):
         settings["kind"] = "graph"
         edges = torch.stack([model.tax.edge_parent, model.tax.edge_child], 1).tolist()
@@ -64,8 +71,25 @@ def save(model: "HierLoraCLIP", folder: Path) -> None:
     _card(model, locator).save(folder / CARD)
 
 
-def load(cls: type["HierLoraCLIP"], folder: Path, model: nn.Module | None, trainable: bool) -> "HierLoraCLIP":
+def push(model: "HierLoraCLIP", repo_id: str, private: bool | None, token: str | None) -> str:
+    """Upload a model; see `HierLoraCLIP.push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    with TemporaryDirectory() as folder:
+        save(model, Path(folder))
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        message = f"hier-lora {__version__}"
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message).commit_url
+
+
+def load(cls: type["HierLoraCLIP"], folder: str | Path, model: nn.Module | None, trainable: bool) -> "HierLoraCLIP":
     """Read a model; see `HierLoraCLIP.from_pretrained`."""
+    if str(folder).startswith("hf:"):
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(str(folder).removeprefix("hf:"))
+    folder = Path(folder)
     try:
         settings = _DEFAULTS | json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         state = load_file(folder / STATE)
@@ -82,20 +106,20 @@ def load(cls: type["HierLoraCLIP"], folder: Path, model: nn.Module | None, train
             raise ValueError(f"{len(prompts)} prompts for {tax.num_nodes} nodes")
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"folder must hold a complete saved model, got {folder}: {error}") from error
-    model = load_dual_encoder(locator) if model is None else model
+    model = load_dual_encoder(locator, **settings["options"]) if model is None else model
     if hasattr(model, "load_preprocessing") and any((folder / name).exists() for name in _PREPROCESSING):
         model.load_preprocessing(folder)
     base_scale = model.logit_scale.detach().clone()
     model.requires_grad_(False)
-    encoder = model
+    adapter = None
     if adapted:
         try:
-            encoder = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+            adapter = _adapter(model, folder, settings["format"], trainable)
+        except (OSError, KeyError, SafetensorError, RuntimeError, ValueError) as error:
             raise ValueError(f"folder must hold a readable adapter of {locator}, got {folder}: {error}") from error
     found = cls.__new__(cls)
     nn.Module.__init__(found)
-    found._set_up(encoder, tax, prompts, base_scale, **chosen)
+    found._set_up(model, adapter, tax, prompts, base_scale, **chosen)
     with torch.no_grad():
         found.dual_encoder.logit_scale.copy_(scale.reshape(found.dual_encoder.logit_scale.shape))
         if found.logit_bias is not None:
@@ -107,7 +131,27 @@ def load(cls: type["HierLoraCLIP"], folder: Path, model: nn.Module | None, train
     return found.eval()
 
 
-def _card(model: "HierLoraCLIP", locator: str) -> ModelCard:
+def _adapter(encoder: nn.Module, folder: Path, number: int, trainable: bool) -> "PeftModel":
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+
+    plain = plain_model(encoder)
+    if number > 2 or plain is encoder:
+        with quiet():
+            return PeftModel.from_pretrained(plain, str(folder), is_trainable=trainable)
+    # Until format 2 the names began at the wrapper, where the plain model is called `model`.
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode, config.base_model_name_or_path = not trainable, None
+    config.target_modules = [name.removeprefix("model.") for name in target_names(encoder, config.target_modules)]
+    adapter = add_lora(encoder, config)
+    weights = load_file(folder / "adapter_model.safetensors")
+    old, new = "base_model.model.model.", "base_model.model."
+    set_peft_model_state_dict(adapter, {name.replace(old, new, 1): value for name, value in weights.items()})
+    return adapter
+
+
+def _card(model: "HierLoraCLIP", locator: str) -> "ModelCard":
+    from huggingface_hub import ModelCard, ModelCardData
+
     prefix, _, name = locator.partition(":")
     data = ModelCardData(
         library_name="hier-lora",
