@@ -90,6 +90,7 @@ def trained(colours, command, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "colours"
     cache = out.parent / "cache"
     args = ["--data", str(colours), "--cache-dir", str(cache), "--out", str(out)]
-    status, _, err = command("apps/train", "folder", *args, *QUICK)
+    status, printed, err = command("apps/train", "folder", *args, *QUICK)
     assert status == 0, err
+    (out.parent / "printed").write_text(printed)
     return out

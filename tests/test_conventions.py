@@ -55,7 +55,10 @@ def test_torch_load_reads_weights_only():
 
 
 def test_the_limit_on_pixels_stays_on():
-    assert offenders(r"MAX_IMAGE_PIXELS\s*=", SOURCES) == []
+    """One function may raise it, to a number that a person gave."""
+    (one,) = offenders(r"MAX_IMAGE_PIXELS\s*=[^=]", SOURCES)
+    assert "read/pictures.py" in one
+    assert one.endswith("Image.MAX_IMAGE_PIXELS = round(1e6 * limit)")
 
 
 def test_libraries_do_not_print_or_read_the_environment():

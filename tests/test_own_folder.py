@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from app_eval.ask.frozen import FrozenClassifier
+from app_eval.ask.predict import find_model
 from hier_lora import HierLoraCLIP, load_dual_encoder
 
 
@@ -42,6 +43,7 @@ def test_a_run_leaves_everything(trained):
     assert 0 <= low <= value <= high <= 1
     assert (trained / "config.resolved.yaml").exists()
     assert (trained / "skipped.jsonl").read_text() == ""
+    assert "LoRA: 8 steps, about 1 minutes" in (trained.parent / "printed").read_text()
     assert not list((trained / "seed-0" / "trained").glob("checkpoint-*"))
     lines = [json.loads(line) for line in (trained / "seed-0" / "trained" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
@@ -368,6 +370,18 @@ def test_a_run_goes_on_from_another_with_a_new_class(trained, colours, command, 
     plain = [option for option in quick if option != "--lora"]
     fails(train(command, more, tmp_path / "other", plain, "--from-run", str(trained)), "--from-run goes with --lora")
     fails(train(command, more, tmp_path / "other", quick, "--from-run", str(colours)), "no trained model")
+
+
+def test_lora_is_a_candidate_where_validation_pictures_judge(trained, colours, command, tmp_path):
+    """Its time is said first; `predict` asks the row with the lower distance."""
+    result = json.loads((trained / "result.json").read_text())
+    assert set(result["chosen"]["ahd"]) == {"product", "trained"}
+    assert result["chosen"]["row"] == min(result["chosen"]["ahd"], key=result["chosen"]["ahd"].get)
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    for row, folder in (("product", "product/model"), ("trained", "trained/adapter")):
+        (copy / "result.json").write_text(json.dumps({**result, "chosen": {"row": row}}))
+        assert find_model(copy) == copy / "seed-0" / folder
 
 
 def test_wordnet_suggests_and_is_never_applied(flat, command, quick, tmp_path):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from app_data.read.pictures import PictureSet, load_picture, on_white, square
-from app_data.store.errors import UnreadablePicture
+from app_data.read.labelled import Decoding, PictureFile, decode_files
+from app_data.read.pictures import PictureSet, allow_megapixels, load_picture, on_white, square
+from app_data.store.errors import DataError, UnreadablePicture
 from hier_losses import Taxonomy
 
 
@@ -168,6 +169,21 @@ def test_decompression_bomb(tmp_path, monkeypatch, make_picture, limit):
                 load_picture(path, 8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     load_picture(path, 8)
+
+
+def test_a_person_may_raise_the_limit(tmp_path, monkeypatch, make_picture):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    path = make_picture(tmp_path / "a.png", shape=(10, 10))
+    decoding = Decoding(size=8, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match="see max_megapixels"):
+        decode_files([PictureFile(path, "a.png")], decoding)
+    allow_megapixels(None)
+    assert Image.MAX_IMAGE_PIXELS == 50
+    allow_megapixels(1e-4)
+    assert decode_files([PictureFile(path, "a.png")], decoding).pixels.shape == (1, 8, 8, 3)
+    for bad in (0, -1, float("nan")):
+        with pytest.raises(DataError, match="max_megapixels must be above 0"):
+            allow_megapixels(bad)
 
 
 def test_limit_of_pillow_stays_on():

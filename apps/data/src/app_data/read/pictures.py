@@ -156,7 +156,7 @@ def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
                 )
             picture = upright(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadablePicture(f"it has too many pixels ({error})") from error
+        raise UnreadablePicture(f"it has too many pixels, see max_megapixels ({error})") from error
     except UnidentifiedImageError as error:
         raise UnreadablePicture(f"it is not a picture of a known format ({', '.join(FORMATS)})") from error
     except FileNotFoundError as error:

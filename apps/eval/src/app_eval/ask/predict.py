@@ -27,15 +27,24 @@ HOPELESS = -1e6  # a score so low that no temperature brings it back
 
 
 def find_model(run: Path) -> Path:
-    """The saved model of a run: the folder itself, the product on frozen features, or the only trained row below it.
+    """The saved model of a run: the folder itself, the row that the run chose, the product, or the only trained row below it.
 
     Raises:
         DataError: If there is none, or more than one.
     """
-    for folder in (run, run / "seed-0" / "product" / "model"):
+    for folder in (run, *_chosen(run), run / "seed-0" / "product" / "model"):
         if (folder / BACKBONE).exists() or (folder / "hier_lora.json").exists():
             return folder
     return find_adapter(run)
+
+
+def _chosen(run: Path) -> list[Path]:
+    """Where the model of the row lies that a finished run chose; empty if it chose none."""
+    try:
+        row = json.loads((run / "result.json").read_text(encoding="utf-8"))["chosen"]["row"]
+        return [run / "seed-0" / row / name for name in ("model", "adapter")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def find_adapter(run: Path) -> Path:

@@ -10,6 +10,7 @@ and their product are fitted to the training pictures; the product is chosen on 
 training pictures where there are none, and saved for `hier predict`. The test pictures only score.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -25,19 +26,22 @@ from app_data.store.atomic import write_text
 from app_data.store.errors import DataError
 from app_eval.ask.frozen import FrozenClassifier
 from app_eval.ask.predict import find_adapter
-from app_eval.measure.embed import run_batches, tower_features
+from app_eval.measure.embed import node_logits, run_batches, tower_features
 from app_eval.measure.paths import outcome
 from app_eval.measure.results import summarise
 from app_train.core.errors import RunError
-from app_train.core.run_folder import Run
+from app_train.core.run_folder import Run, finished
 from app_train.recipes.lora.classifiers import Classifiers, Features
 from app_train.recipes.lora.compare import Line, Story, compare, read_back, zero_shot_line
 from app_train.recipes.lora.frozen import HEADLINE, FrozenRows, Loaded, headline
 from app_train.recipes.lora.losses import LOSSES
 from app_train.recipes.lora.settings import FolderConfig
-from app_train.recipes.lora.task import Task, check_template, cuts_for, load_base, prompts_of, train_row
+from app_train.recipes.lora.task import Task, check_template, cuts_for, load_base, prompts_of, say_time, train_row
+from hier_lora import HierLoraCLIP
+from hier_losses.decoding import bottom_up
+from hier_losses.metrics import average_hierarchical_distance
 
-FOLDS = 5
+FOLDS, TRAINED = 5, "trained"
 
 
 def run(config: FolderConfig) -> dict:
@@ -78,10 +82,12 @@ def run(config: FolderConfig) -> dict:
         if config.lora:
 
             def trained(folder: Path, seed: int) -> dict:
-                facts = run.facts("trained", config.seed)
+                facts = run.facts(TRAINED, config.seed)
+                if finished(folder, facts) is None and not (folder / "adapter").exists():
+                    say_time(task, config.fit)
                 return train_row(task, "training", config.loss, config.fit, folder, config.seed, facts)
 
-            lines.append(Line("trained", "LoRA", trained))
+            lines.append(Line(TRAINED, "LoRA", trained))
         chosen_on = f"{FOLDS} folds of the training pictures" if val is None else f"{len(val)} validation pictures"
         story = Story(
             title=f"{config.data.name}: {len(train)} training pictures",
@@ -91,7 +97,31 @@ def run(config: FolderConfig) -> dict:
             tables=HEADLINE,
             hint="predict: hier predict {run} PATH...",
         )
-        return compare(task, lines, 1, story, lambda: {"headline": headline(task), **_apart(task, unseen)})
+
+        def more() -> dict:
+            chosen = _choose(task) if config.lora else {"row": HEADLINE}
+            return {"headline": headline(task), "chosen": chosen, **_apart(task, unseen)}
+
+        return compare(task, lines, 1, story, more)
+
+
+def _choose(task: Task) -> dict:
+    """Which of product and LoRA `hier predict` asks: the one with the lower AHD on the validation pictures."""
+    if task.val is None or not len(task.val):
+        why = "LoRA has seen every picture that could choose it"
+        print(f"{why}: hier predict asks the product; give a val part, or name the adapter")  # noqa: T201
+        return {"row": HEADLINE}
+    folder, tax = task.run.out / "seed-0", task.train.taxonomy
+    ours = FrozenClassifier.load(folder / HEADLINE / "model").product.settings.ahd
+    model = HierLoraCLIP.from_pretrained(folder / TRAINED / "adapter", copy.deepcopy(task.base).cpu())
+    model.to(task.run.device)
+    logits = node_logits(model, task.val, label="LoRA on the validation pictures", check=task.run.check)
+    found = bottom_up(logits, tax)
+    ahd = {
+        HEADLINE: ours,
+        TRAINED: float(average_hierarchical_distance(found, torch.from_numpy(task.val.targets), tax)),
+    }
+    return {"row": min(ahd, key=ahd.__getitem__), "ahd": ahd}
 
 
 def _read(config: FolderConfig, run: Run) -> dict[str, PictureSet]:

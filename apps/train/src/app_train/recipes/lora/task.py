@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from app_data.read.pictures import PictureSet
-from app_eval.measure.embed import embedding, node_logits, tower_features
+from app_eval.measure.embed import embedding, node_logits, prepare, tower_features
 from app_eval.measure.paths import outcome
 from app_eval.measure.results import save_outcome, save_row, summarise
 from app_train.core.checkpoint import remove_checkpoints
@@ -25,6 +26,7 @@ from hier_lora import HierLoraCLIP, LinearHead, PromptSet, load_dual_encoder, lo
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts, count_cuts, cut_at, sample_cuts
 
+PROBE = 16  # pictures that time a step
 LEAST_HELD_OUT = 20  # pictures; fewer leave a temperature to chance
 
 
@@ -230,6 +232,23 @@ def _train(task: Task, label: str, loss: LossConfig, config: FitConfig, folder: 
                 print(f"{label}: not calibrated, {len(task.val)} held-out pictures say too little")  # noqa: T201
             model.save_pretrained(target)
     return model
+
+
+def say_time(task: Task, config: FitConfig) -> None:
+    """Print how long the LoRA stage will take, from one step on a few pictures."""
+    few = min(PROBE, config.lora.batch_size, len(task.train))
+    count = -(-len(task.train) // config.lora.batch_size) * config.lora.epochs
+    if not task.run.main or not count:
+        return
+    model = build_model(task, config, 0).train()
+    pixels = prepare(model.dual_encoder, task.train.batch(range(few))).to(task.run.device)
+    start = time.perf_counter()
+    model(pixels, torch.from_numpy(task.train.targets[:few]).to(task.run.device)).logsumexp(1).sum().backward()
+    if pixels.is_cuda:
+        torch.cuda.synchronize()
+    each = (time.perf_counter() - start) / few / task.run.accelerator.num_processes
+    minutes = each * len(task.train) * config.lora.epochs / 60
+    print(f"LoRA: {count} steps, about {max(1, round(minutes))} minutes, scoring not counted")  # noqa: T201
 
 
 def score_row(task: Task, model: HierLoraCLIP, folder: Path, facts: dict) -> dict:
