@@ -251,8 +251,10 @@ def test_other_families_are_refused_before_any_work(family, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     with pytest.raises(ValueError, match=words):
         load_dual_encoder(f"hf:{tmp_path}")
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(model_type=family)
     with pytest.raises(ValueError, match=words):
-        HFDualEncoder(SimpleNamespace(config=SimpleNamespace(model_type=family)), None)
+        HFDualEncoder(model, None)
 
 
 @pytest.mark.parametrize("make", ["tiny_clip", "tiny"])

@@ -169,6 +169,8 @@ def _card(model: "HierLoraCLIP", locator: str) -> "ModelCard":
         call = "predict(pictures)"
     calibrated = model.temperature is not None or model.sigmoid is not None
     trained = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+    has_plain = plain_model(model.dual_encoder) is not model.dual_encoder
+    plain = " and with the names of the plain model, for `PeftModel.from_pretrained`" if has_plain else ""
     text = f"""---
 {data.to_yaml()}
 ---
@@ -192,7 +194,7 @@ found = model.{call}
 | probabilities | {"calibrated on held-out pictures" if calibrated else "not calibrated"} |
 | training data, intended use, limits | not stated: fill in before sharing |
 
-The taxonomy is in `{TREE}`, prompts and settings in `{SETTINGS}`, the adapter in peft's own format. The weights of the base
+The taxonomy is in `{TREE}`, prompts and settings in `{SETTINGS}`, the adapter in peft's own format{plain}. The weights of the base
 model are not part of this folder; its licence applies to them.
 """
     return ModelCard(text)
