@@ -428,11 +428,10 @@ def test_draw(t11):
         t11.draw(max_nodes=5)
 
 
-def test_plain_import_loads_no_plotting_or_graph_library():
-    # Only what this package adds counts: torchmetrics, which the metrics need, loads matplotlib where it finds it.
-    code = (
-        "import sys, torch; before = set(sys.modules); import hier_losses; "
-        "print(sorted({'matplotlib', 'networkx'} & (set(sys.modules) - before)))"
-    )
+@pytest.mark.parametrize("line", ["import hier_losses", "from hier_losses.metrics import path_scores, tice, mta"])
+def test_import_loads_nothing_slow(line):
+    """torchmetrics, which the classes need, loads matplotlib, torchvision and transformers where it finds them: ten seconds."""
+    slow = "{'matplotlib', 'networkx', 'torchmetrics', 'torchvision', 'transformers'}"
+    code = f"import sys, torch; before = set(sys.modules); {line}; print(sorted({slow} & (set(sys.modules) - before)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

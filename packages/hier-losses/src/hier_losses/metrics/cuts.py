@@ -3,8 +3,6 @@
 Reference: Wu, Ho, Vasconcelos 2024, "ProTeCt: Prompt Tuning for Taxonomic Open Set Classification" (arXiv 2306.02240).
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,37 +10,8 @@ from torch import Tensor
 from hier_losses._cuts import TreeCuts
 from hier_losses.functional._inputs import IGNORE, check_matrix, check_target
 from hier_losses.functional._terms import over_sibling_groups
-from hier_losses.metrics._base import HierarchicalMetric, ratio
+from hier_losses.metrics._counts import ratio
 from hier_losses.taxonomy import Taxonomy
-
-
-class HCA(HierarchicalMetric):
-    """Hierarchical consistent accuracy, see `hca`."""
-
-    def __init__(self, tax: Taxonomy, *, validate_args: bool = True, **kwargs: Any):
-        """See `HierarchicalMetric` for the arguments."""
-        super().__init__(tax, validate_args=validate_args, **kwargs)
-        zero = torch.tensor(0)
-        self.add_sums({"correct": zero, "total": zero.clone()})
-
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            logits: (B, N) one score per node.
-            target: (B,) node ids.
-
-        Raises:
-            ValueError: wrong width, target out of range or not integers.
-        """
-        self.add(
-            _sum(hca_samples(*_checked(logits, target, self.tax, self.validate_args, self.ignore_index), self.tax))
-        )
-
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the value over all samples so far; NaN without samples."""
-        sums = self.totals()
-        return ratio(sums["correct"], sums["total"])
 
 
 def hca(
@@ -66,40 +35,8 @@ def hca(
     Raises:
         ValueError: wrong width, target out of range or not integers.
     """
-    sums = _sum(hca_samples(*_checked(logits, target, tax, True, ignore_index), tax))
+    sums = total(hca_samples(*labelled(logits, target, tax, True, ignore_index), tax))
     return ratio(sums["correct"], sums["total"])
-
-
-class MTA(HierarchicalMetric):
-    """Mean tree-cut accuracy, see `mta`."""
-
-    def __init__(
-        self, tax: Taxonomy, cuts: TreeCuts, *, per_cut: bool = False, validate_args: bool = True, **kwargs: Any
-    ):
-        """See `mta` for `cuts` and `per_cut` and `HierarchicalMetric` for the rest."""
-        super().__init__(tax, validate_args=validate_args, **kwargs)
-        self.cuts = checked_cuts(cuts, tax)
-        self.per_cut = per_cut
-        zero = torch.zeros(len(cuts), dtype=torch.int64)
-        self.add_sums({"correct": zero, "total": zero.clone()}, per_cut, hash(tuple(map(tuple, cuts.node_ids))))
-
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            logits: (B, N) one score per node.
-            target: (B,) node ids.
-
-        Raises:
-            ValueError: wrong width, target out of range or not integers.
-        """
-        self.add(
-            _sum(mta_samples(*_checked(logits, target, self.tax, self.validate_args, self.ignore_index), self.cuts))
-        )
-
-    def compute(self) -> Float[Tensor, "*cuts"]:
-        """Return the value over all samples so far; NaN without samples."""
-        return _mta_value(self.totals(), self.per_cut)
 
 
 def mta(
@@ -130,8 +67,8 @@ def mta(
     Raises:
         ValueError: wrong width, target out of range or not integers, cuts of another taxonomy.
     """
-    return _mta_value(
-        _sum(mta_samples(*_checked(logits, target, tax, True, ignore_index), checked_cuts(cuts, tax))), per_cut
+    return mta_value(
+        total(mta_samples(*labelled(logits, target, tax, True, ignore_index), checked_cuts(cuts, tax))), per_cut
     )
 
 
@@ -162,7 +99,7 @@ def mta_majority_baseline(target: Tensor, cuts: TreeCuts, reference: Tensor | No
     return ratio(torch.stack(hits).sum(), torch.stack(totals).sum())
 
 
-def _checked(logits: Tensor, target: Tensor, tax: Taxonomy, validate: bool, ignore_index: int) -> tuple[Tensor, Tensor]:
+def labelled(logits: Tensor, target: Tensor, tax: Taxonomy, validate: bool, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Return the scores and int64 targets of what is labelled."""
     logits = check_matrix("logits", logits, tax.num_nodes)
     if validate:
@@ -209,11 +146,13 @@ def mta_samples(logits: Tensor, target: Tensor, cuts: TreeCuts) -> dict[str, Ten
     return {"correct": torch.stack(correct, 1), "total": torch.stack(total, 1)}
 
 
-def _sum(samples: dict[str, Tensor]) -> dict[str, Tensor]:
+def total(samples: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sum the marks over samples."""
     return {name: part.sum(0) for name, part in samples.items()}
 
 
-def _mta_value(sums: dict[str, Tensor], per_cut: bool) -> Tensor:
+def mta_value(sums: dict[str, Tensor], per_cut: bool) -> Tensor:
+    """Accuracy of each cut, or over all of them."""
     if per_cut:
         return ratio(sums["correct"], sums["total"])
     return ratio(sums["correct"].sum(), sums["total"].sum())

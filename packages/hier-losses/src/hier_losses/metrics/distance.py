@@ -5,15 +5,13 @@ Barz and Denzler 2019, "Hierarchy-based Image Embeddings for Semantic Image Retr
 its mean over ranks); Garg et al. 2022, "Learning Hierarchy Aware Features for Reducing Mistake Severity".
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hier_losses.functional._inputs import IGNORE
-from hier_losses.metrics._base import (
-    PathMetric,
+from hier_losses.metrics._counts import (
+    PathCounts,
     judged_node,
     lowest_common_ancestor,
     node_distance,
@@ -42,15 +40,8 @@ def _distance(paths: Tensor, target: Tensor, tax: Taxonomy) -> Tensor:
     return node_distance(judged_node(end_of_paths(paths), target, tax), target, tax)
 
 
-class MistakeSeverity(PathMetric):
-    """Mean distance over the mistakes, see `mistake_severity`. Print accuracy and average distance beside it."""
-
-    higher_is_better = False
-    plot_upper_bound = None
-
-    def __init__(self, tax: Taxonomy, *, validate_args: bool = True, **kwargs: Any):
-        """See `HierarchicalMetric` for the arguments."""
-        super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
+class MistakeSeverityCounts(PathCounts):
+    """The counts behind `MistakeSeverity`."""
 
     @staticmethod
     def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
@@ -82,18 +73,11 @@ def mistake_severity(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return MistakeSeverity.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
+    return MistakeSeverityCounts.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
 
 
-class AverageHierarchicalDistance(PathMetric):
-    """Mean distance of the first k predictions, see `average_hierarchical_distance`."""
-
-    higher_is_better = False
-    plot_upper_bound = None
-
-    def __init__(self, tax: Taxonomy, k: int = 1, *, validate_args: bool = True, **kwargs: Any):
-        """See `average_hierarchical_distance` for `k` and `HierarchicalMetric` for the rest."""
-        super().__init__(tax, validate_args=validate_args, metric_options=kwargs, k=k)
+class AverageHierarchicalDistanceCounts(PathCounts):
+    """The counts behind `AverageHierarchicalDistance`."""
 
     @staticmethod
     def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, k: int) -> dict[str, Tensor]:
@@ -123,17 +107,11 @@ def average_hierarchical_distance(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, k out of [1, K], too few ranks.
     """
-    return AverageHierarchicalDistance.evaluate(pred_paths, target, tax, k=k, ignore_index=ignore_index)
+    return AverageHierarchicalDistanceCounts.evaluate(pred_paths, target, tax, k=k, ignore_index=ignore_index)
 
 
-class HierarchicalPrecisionAtK(PathMetric):
-    """Similarity of the first k predictions relative to the best k, see `hierarchical_precision_at_k`."""
-
-    def __init__(
-        self, tax: Taxonomy, k: int = 1, *, over_ranks: bool = False, validate_args: bool = True, **kwargs: Any
-    ):
-        """See `hierarchical_precision_at_k` for `k` and `over_ranks` and `HierarchicalMetric` for the rest."""
-        super().__init__(tax, validate_args=validate_args, metric_options=kwargs, k=k, over_ranks=over_ranks)
+class HierarchicalPrecisionAtKCounts(PathCounts):
+    """The counts behind `HierarchicalPrecisionAtK`."""
 
     @staticmethod
     def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, k: int, over_ranks: bool) -> dict[str, Tensor]:
@@ -191,20 +169,13 @@ def hierarchical_precision_at_k(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, k out of [1, K], too few ranks.
     """
-    return HierarchicalPrecisionAtK.evaluate(
+    return HierarchicalPrecisionAtKCounts.evaluate(
         pred_paths, target, tax, k=k, over_ranks=over_ranks, ignore_index=ignore_index
     )
 
 
-class EdgeDistance(PathMetric):
-    """Mean number of edges between prediction and target, see `edge_distance`."""
-
-    higher_is_better = False
-    plot_upper_bound = None
-
-    def __init__(self, tax: Taxonomy, *, validate_args: bool = True, **kwargs: Any):
-        """See `HierarchicalMetric` for the arguments."""
-        super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
+class EdgeDistanceCounts(PathCounts):
+    """The counts behind `EdgeDistance`."""
 
     @staticmethod
     def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
@@ -236,4 +207,4 @@ def edge_distance(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return EdgeDistance.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
+    return EdgeDistanceCounts.evaluate(pred_paths, target, tax, ignore_index=ignore_index)

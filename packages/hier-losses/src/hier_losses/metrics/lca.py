@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hier_losses.functional._inputs import IGNORE, check_choice
-from hier_losses.metrics._base import PathMetric, judged_node, lowest_common_ancestor, ratio
+from hier_losses.metrics._base import PathMetric
+from hier_losses.metrics._counts import judged_node, lowest_common_ancestor, ratio
 from hier_losses.path_ops import end_of_paths
 from hier_losses.taxonomy import Taxonomy
 

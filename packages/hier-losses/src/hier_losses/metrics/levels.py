@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hier_losses.functional._inputs import IGNORE, check_matrix, check_target
-from hier_losses.metrics._base import HierarchicalMetric, PathMetric, ratio
-from hier_losses.metrics.paths import WeightedAveragePrecision
+from hier_losses.metrics._base import HierarchicalMetric, PathMetric
+from hier_losses.metrics._counts import ratio
+from hier_losses.metrics.paths import WeightedAveragePrecisionCounts
 from hier_losses.path_ops import end_of_paths, extend_paths
 from hier_losses.probabilities import extended_level
 from hier_losses.taxonomy import Taxonomy
@@ -67,7 +68,7 @@ class LevelPRF(PathMetric):
 
     @classmethod
     def _sums(cls, paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
-        return WeightedAveragePrecision._sums(paths, target, tax, "precision")
+        return WeightedAveragePrecisionCounts._sums(paths, target, tax, "precision")
 
     @staticmethod
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from torchmetrics.utilities import dim_zero_cat
 
 from hier_losses.functional._inputs import check_choice, check_matrix, require
 from hier_losses.graph import LabelGraph
-from hier_losses.metrics._base import HierarchicalMetric, ratio
+from hier_losses.metrics._base import HierarchicalMetric
+from hier_losses.metrics._counts import ratio
 from hier_losses.taxonomy import Taxonomy
 
 

@@ -4,31 +4,18 @@ References: Park et al. 2025, "Visually Consistent Hierarchical Image Classifica
 Segmentations" (H-CAST, ICLR 2025): full-path accuracy, tree-based inconsistency error rate, weighted average precision.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hier_losses.functional._inputs import IGNORE, check_choice
-from hier_losses.metrics._base import PathMetric, extended_pair, ratio
+from hier_losses.metrics._counts import PathCounts, extended_pair, ratio
 from hier_losses.path_ops import end_of_paths, extend_paths
 from hier_losses.taxonomy import Taxonomy
 
 
-class FullPathAccuracy(PathMetric):
-    """Share of samples whose path is right on every level, see `full_path_accuracy`.
-
-    >>> tax = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b",)])
-    >>> metric = FullPathAccuracy(tax)
-    >>> metric.update(torch.tensor([[0, 2], [1, 1]]), torch.tensor([3, 1]))
-    >>> metric.compute().item()
-    0.5
-    """
-
-    def __init__(self, tax: Taxonomy, *, validate_args: bool = True, **kwargs: Any):
-        """See `HierarchicalMetric` for the arguments."""
-        super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
+class FullPathAccuracyCounts(PathCounts):
+    """The counts behind `FullPathAccuracy`."""
 
     @staticmethod
     def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
@@ -58,17 +45,11 @@ def full_path_accuracy(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return FullPathAccuracy.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
+    return FullPathAccuracyCounts.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
 
 
-class TICE(PathMetric):
-    """Share of predicted paths that are no path of the tree, see `tice`. `update` takes a target and ignores it."""
-
-    higher_is_better = False
-
-    def __init__(self, tax: Taxonomy, *, validate_args: bool = True, **kwargs: Any):
-        """See `HierarchicalMetric` for the arguments."""
-        super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
+class TICECounts(PathCounts):
+    """The counts behind `TICE`."""
 
     @staticmethod
     def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
@@ -102,27 +83,11 @@ def tice(pred_paths: Tensor, tax: Taxonomy) -> Float[Tensor, ""]:
     >>> tice(torch.tensor([[0, 2], [1, 2]]), tax).item()
     0.5
     """
-    return TICE.evaluate(pred_paths, pred_paths.new_zeros(pred_paths.shape[:1], dtype=torch.int64), tax)
+    return TICECounts.evaluate(pred_paths, pred_paths.new_zeros(pred_paths.shape[:1], dtype=torch.int64), tax)
 
 
-class LevelAccuracy(PathMetric):
-    """Accuracy of every level, see `level_accuracy`.
-
-    With `as_dict` the result is one named scalar per level, `level_accuracy_1` for the top: the form that loggers and
-    a `MetricCollection` take.
-    """
-
-    def __init__(self, tax: Taxonomy, as_dict: bool = False, *, validate_args: bool = True, **kwargs: Any):
-        """Keep `as_dict`; see `HierarchicalMetric` for the rest."""
-        super().__init__(tax, validate_args=validate_args, metric_options=kwargs)
-        self.as_dict = as_dict
-
-    def compute(self) -> Tensor | dict[str, Tensor]:
-        """Return the values over all samples so far; NaN where no sample counts."""
-        value = super().compute()
-        if not self.as_dict or isinstance(value, dict):
-            return value
-        return {f"level_accuracy_{level + 1}": part for level, part in enumerate(value)}
+class LevelAccuracyCounts(PathCounts):
+    """The counts behind `LevelAccuracy`."""
 
     @staticmethod
     def _samples(paths: Tensor, target: Tensor, tax: Taxonomy) -> dict[str, Tensor]:
@@ -151,15 +116,11 @@ def level_accuracy(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range.
     """
-    return LevelAccuracy.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
+    return LevelAccuracyCounts.evaluate(pred_paths, target, tax, ignore_index=ignore_index)
 
 
-class LeafAccuracy(PathMetric):
-    """Accuracy at the leaves, see `leaf_accuracy`."""
-
-    def __init__(self, tax: Taxonomy, average: str = "micro", *, validate_args: bool = True, **kwargs: Any):
-        """See `leaf_accuracy` for `average` and `HierarchicalMetric` for the rest."""
-        super().__init__(tax, validate_args=validate_args, metric_options=kwargs, average=average)
+class LeafAccuracyCounts(PathCounts):
+    """The counts behind `LeafAccuracy`."""
 
     @staticmethod
     def _samples(paths: Tensor, target: Tensor, tax: Taxonomy, average: str) -> dict[str, Tensor]:
@@ -196,15 +157,11 @@ def leaf_accuracy(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, unknown average.
     """
-    return LeafAccuracy.evaluate(pred_paths, target, tax, average=average, ignore_index=ignore_index)
+    return LeafAccuracyCounts.evaluate(pred_paths, target, tax, average=average, ignore_index=ignore_index)
 
 
-class WeightedAveragePrecision(PathMetric):
-    """Precision per level, weighted by the size of the level, see `weighted_average_precision`."""
-
-    def __init__(self, tax: Taxonomy, per_level: str = "precision", *, validate_args: bool = True, **kwargs: Any):
-        """See `weighted_average_precision` for `per_level` and `HierarchicalMetric` for the rest."""
-        super().__init__(tax, validate_args=validate_args, metric_options=kwargs, per_level=per_level)
+class WeightedAveragePrecisionCounts(PathCounts):
+    """The counts behind `WeightedAveragePrecision`."""
 
     @staticmethod
     def _check(tax: Taxonomy, per_level: str) -> None:
@@ -260,4 +217,6 @@ def weighted_average_precision(
     Raises:
         ValueError: wrong shape or dtype, an entry out of range, unknown per_level.
     """
-    return WeightedAveragePrecision.evaluate(pred_paths, target, tax, per_level=per_level, ignore_index=ignore_index)
+    return WeightedAveragePrecisionCounts.evaluate(
+        pred_paths, target, tax, per_level=per_level, ignore_index=ignore_index
+    )

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hier_losses.functional._inputs import IGNORE
-from hier_losses.metrics._base import PathMetric, extended_pair, ratio
+from hier_losses.metrics._base import PathMetric
+from hier_losses.metrics._counts import extended_pair, ratio
 from hier_losses.taxonomy import Taxonomy
 
 

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from hier_losses._cuts import TreeCuts
 from hier_losses.functional._inputs import IGNORE, check_matrix, check_target
-from hier_losses.metrics._base import PathMetric, check_paths, ratio
+from hier_losses.metrics._counts import PathCounts, check_paths, ratio
 from hier_losses.metrics.cuts import checked_cuts, hca_samples, mta_samples
-from hier_losses.metrics.distance import AverageHierarchicalDistance, EdgeDistance, MistakeSeverity
-from hier_losses.metrics.paths import TICE, FullPathAccuracy, LeafAccuracy, LevelAccuracy
+from hier_losses.metrics.distance import AverageHierarchicalDistanceCounts, EdgeDistanceCounts, MistakeSeverityCounts
+from hier_losses.metrics.paths import FullPathAccuracyCounts, LeafAccuracyCounts, LevelAccuracyCounts, TICECounts
 from hier_losses.taxonomy import Taxonomy
 
-_PATH_METRICS: dict[str, tuple[type[PathMetric], dict]] = {
-    "leaf_accuracy": (LeafAccuracy, {"average": "micro"}),
-    "full_path_accuracy": (FullPathAccuracy, {}),
-    "tice": (TICE, {}),
-    "mistake_severity": (MistakeSeverity, {}),
-    "average_hierarchical_distance": (AverageHierarchicalDistance, {"k": 1}),
-    "edge_distance": (EdgeDistance, {}),
-    "level_accuracy": (LevelAccuracy, {}),
+_PATH_METRICS: dict[str, tuple[type[PathCounts], dict]] = {
+    "leaf_accuracy": (LeafAccuracyCounts, {"average": "micro"}),
+    "full_path_accuracy": (FullPathAccuracyCounts, {}),
+    "tice": (TICECounts, {}),
+    "mistake_severity": (MistakeSeverityCounts, {}),
+    "average_hierarchical_distance": (AverageHierarchicalDistanceCounts, {"k": 1}),
+    "edge_distance": (EdgeDistanceCounts, {}),
+    "level_accuracy": (LevelAccuracyCounts, {}),
 }
 
 

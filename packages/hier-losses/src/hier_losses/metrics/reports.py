@@ -12,9 +12,9 @@ from torch import Tensor
 from hier_losses import decoding
 from hier_losses._order import show_path
 from hier_losses.functional._inputs import IGNORE, check_choice, check_matrix
-from hier_losses.metrics._base import check_paths
+from hier_losses.metrics._counts import check_paths
 from hier_losses.metrics.levels import PRF, class_table, level_calibration, level_prf, top_k_accuracy
-from hier_losses.metrics.paths import WeightedAveragePrecision
+from hier_losses.metrics.paths import WeightedAveragePrecisionCounts
 from hier_losses.metrics.samples import logit_scores, path_scores
 from hier_losses.taxonomy import Taxonomy
 
@@ -195,7 +195,7 @@ def report(
 
 
 def _class_rows(paths: Tensor, target: Tensor, tax: Taxonomy) -> tuple[ClassRow, ...]:
-    counts = WeightedAveragePrecision._sums(paths, target, tax, "precision")
+    counts = WeightedAveragePrecisionCounts._sums(paths, target, tax, "precision")
     # Each class on its own level: below it, a shallow leaf would be counted again.
     own = {name: part[tax.depth - 1, torch.arange(tax.num_nodes, device=part.device)] for name, part in counts.items()}
     table = {name: column.tolist() for name, column in class_table(own).items()}
