@@ -12,7 +12,7 @@ from PIL import Image
 from app_data.store.errors import DataError
 from app_eval.ask.harness import with_demos
 from app_eval.ask.pool import DemoPool, PoolItem, codes, fit_bank, read_items
-from app_eval.measure.selection_study import Study, score, study_rows
+from app_eval.ask.selection_study import Study, score, study_rows
 from app_eval.show.stories.icl import COMPARED
 from app_train.cli import hier
 from app_train.recipes.icl.lift import train_lift

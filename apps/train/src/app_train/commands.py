@@ -51,13 +51,13 @@ COMMANDS: dict[str, Command] = {
     "eval icl": Command(
         "judge selection and calibration by a trained icl-mini",
         "EvalIcl",
-        "app_eval.measure.demonstration_study:run",
+        "app_eval.ask.demonstration_study:run",
         lift=True,
     ),
     "eval selection": Command(
         "judge selectors without a language model",
         "EvalSelection",
-        "app_eval.measure.selection_study:run",
+        "app_eval.ask.selection_study:run",
         lift=True,
     ),
     "page": Command("write a results page from stored results", "Page", "app_eval.show.commands:run"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from app_data.store.errors import DataError
-from app_eval.measure.demonstration_task import BLIND, OURS, SEEDED, ZERO
+from app_eval.ask.demonstration_task import BLIND, OURS, SEEDED, ZERO
 from app_eval.measure.interval import Interval, mean_over_seeds, over_seeds, resamples, unpaired
 from app_eval.show.commands import read_json
 from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table, tally

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from app_data.sets.episodes import WEIGHTS, IclMini, Shown, load_icl_mini
 from app_data.store.atomic import new_folder
+from app_eval.ask.demonstration_study import read_cell
+from app_eval.ask.demonstration_task import Task, easy_vqa_tasks
 from app_eval.measure.answers import AnswerReader
-from app_eval.measure.demonstration_study import read_cell
-from app_eval.measure.demonstration_task import Task, easy_vqa_tasks
 from app_eval.show.stories.icl import OURS
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.fit import fit

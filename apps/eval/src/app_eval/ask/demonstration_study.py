@@ -23,10 +23,7 @@ from app_data.sets.episodes import (
 )
 from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
-from app_eval.ask.pool import TrainLift
-from app_eval.ask.settings import EvalIcl
-from app_eval.measure.answers import AnswerReader
-from app_eval.measure.demonstration_task import (
+from app_eval.ask.demonstration_task import (
     BLIND,
     CURVATURES,
     MU,
@@ -37,6 +34,9 @@ from app_eval.measure.demonstration_task import (
     easy_vqa_tasks,
     emoji_task,
 )
+from app_eval.ask.pool import TrainLift
+from app_eval.ask.settings import EvalIcl
+from app_eval.measure.answers import AnswerReader
 from app_eval.measure.interval import resamples
 from hyper_icl import (
     DemoSelection,
