@@ -126,9 +126,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Run every Python block of the README files and the docs, and follow every relative link."""
-    _install(session, "assets", "more-assets", "test", "peers")
+    """Run every Python block of the README files and the docs, follow every relative link, and build the site into site/."""
+    _install(session, "assets", "more-assets", "test", "peers", "lint", "site")
     session.run("pytest", "-q", "tests/test_docs.py", env=TEST_ENV)
+    session.run("mkdocs", "build", "--strict", env={**TEST_ENV, "NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

@@ -7,8 +7,6 @@ import re
 import tomllib
 from pathlib import Path
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hier-losses", "hyper-geom", "hier-lora", "mat-align", "hyper-blip", "hyper-icl")
 # Pages of the site whose source lies elsewhere or under another name.
@@ -32,6 +30,8 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 def on_files(files, config):
     """Add the pages that are not in `docs/`."""
+    from mkdocs.structure.files import File
+
     files.remove(files.get_file_from_path("index.md"))
     for source, uri in PAGES.items():
         files.append(File.generated(config, uri, content=(ROOT / source).read_text(encoding="utf-8")))
