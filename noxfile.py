@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 import tomllib
 from pathlib import Path
@@ -155,8 +156,14 @@ def build(session: nox.Session) -> None:
     """Build wheels and source archives of all packages into dist/, with the project's address in links and metadata."""
     for name in session.posargs or PACKAGES:
         with tempfile.TemporaryDirectory() as folder:
-            session.run("python", "release.py", name, folder)
+            session.run("python", "release.py", "copy", name, folder)
             session.run(_uv(), "build", "--quiet", f"{folder}/{name}", "--out-dir", "dist", external=True)
+
+
+@nox.session(venv_backend="none")
+def bump(session: nox.Session) -> None:
+    """Give a package its next version, in module and changelog: `nox -s bump -- hier-losses 0.2.0`."""
+    session.run(sys.executable, "release.py", "bump", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")

@@ -1,4 +1,7 @@
-"""Copy a package with the project's address in its README and metadata, for building: `python release.py NAME FOLDER`.
+"""Releases: copy a package for building, and give it its next version.
+
+    python release.py copy NAME FOLDER      with the project's address in README and metadata; `nox -s build` calls it
+    python release.py bump NAME 0.2.0       version, and the changelog's "Unreleased" under that version and today's date
 
 The address is one setting, `address` under `[tool.project]` in the root pyproject.toml; while it is empty the copy is the
 package as it is. On an index a README stands alone, so relative links become links to the main branch at the address.
@@ -10,6 +13,7 @@ import re
 import shutil
 import sys
 import tomllib
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parent
@@ -55,16 +59,56 @@ def prepare(name: str, out: Path, address: str) -> Path:
     return copy
 
 
-def main() -> None:
-    """Read the command line and name the copy."""
+def bump(name: str, version: str, day: date, root: Path = ROOT) -> None:
+    """Give `packages/name` a version, in its module and its changelog.
+
+    Raises:
+        ValueError: no such package, a version that does not follow the present one, or an empty changelog.
+    """
+    package = root / "packages" / name
+    about, log = package / "src" / name.replace("-", "_") / "__about__.py", package / "CHANGELOG.md"
+    if not about.exists():
+        known = ", ".join(
+            sorted(path.name for path in (root / "packages").iterdir() if (path / "pyproject.toml").exists())
+        )
+        raise ValueError(f"name must be one of {known}, got {name!r}")
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        raise ValueError(f"version must be three numbers such as 0.2.0, got {version!r}")
+    text = about.read_text(encoding="utf-8")
+    old = re.search(r'__version__ = "([^"]+)"', text)[1]
+    if tuple(map(int, version.split("."))) <= tuple(map(int, old.split("."))):
+        raise ValueError(f"version must come after {old}, got {version}")
+    changes = log.read_text(encoding="utf-8")
+    head, mark, rest = changes.partition("## [Unreleased]\n")
+    if not mark or not rest.partition("\n## [")[0].strip():
+        raise ValueError(f"{log} must have entries under '## [Unreleased]'")
+    log.write_text(f"{head}{mark}\n## [{version}] - {day.isoformat()}\n{rest}", encoding="utf-8")
+    about.write_text(text.replace(f'"{old}"', f'"{version}"'), encoding="utf-8")
+
+
+def main() -> int:
+    """Read the command line; bad input ends in one sentence and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="a package of this repository")
-    parser.add_argument("folder", type=Path, help="where the copy goes")
+    commands = parser.add_subparsers(dest="command", required=True)
+    copy = commands.add_parser("copy", help="copy a package for building")
+    copy.add_argument("name", help="a package of this repository")
+    copy.add_argument("folder", type=Path, help="where the copy goes")
     setting = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["project"]["address"]
-    parser.add_argument("--address", default=setting, help="in place of the setting")
+    copy.add_argument("--address", default=setting, help="in place of the setting")
+    new = commands.add_parser("bump", help="give a package its next version")
+    new.add_argument("name", help="a package of this repository")
+    new.add_argument("version", help="three numbers, such as 0.2.0")
     args = parser.parse_args()
-    sys.stdout.write(f"{prepare(args.name, args.folder, args.address)}\n")
+    try:
+        if args.command == "copy":
+            sys.stdout.write(f"{prepare(args.name, args.folder, args.address)}\n")
+        else:
+            bump(args.name, args.version, date.today())
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -21,7 +21,7 @@ WIDTH, ROOM, GAP, HEIGHT, FLOOR = 860, 150, 24, 44, 108
 def arrows() -> list[tuple[str, str]]:
     """Which room imports which; what another arrow leads to anyway is left out."""
     rooms = [room for floor in FLOORS for room in floor]
-    graph = grimp.build_graph(*sorted({room.partition(".")[0] for room in rooms}))
+    graph = grimp.build_graph(*sorted({room.partition(".")[0] for room in rooms}), cache_dir=None)
     inside = {room: {room, *graph.find_descendants(room)} for room in rooms}
     owner = {module: room for room, modules in inside.items() for module in modules}
     found = set()

@@ -14,6 +14,7 @@ PAGES = {
     "README.md": "index.md",
     "docs/index.md": "guides.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
     **{f"packages/{name}/README.md": f"packages/{name}.md" for name in PACKAGES},
     **{f"packages/{name}/CHANGELOG.md": f"packages/{name}-changelog.md" for name in PACKAGES},
 }

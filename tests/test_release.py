@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ PACKAGES = sorted(path.name for path in (ROOT / "packages").iterdir() if (path /
 
 
 def prepared(name: str, folder: Path, address: str) -> Path:
-    args = [sys.executable, str(ROOT / "release.py"), name, str(folder), "--address", address]
+    args = [sys.executable, str(ROOT / "release.py"), "copy", name, str(folder), "--address", address]
     done = subprocess.run(args, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return folder / name
@@ -45,3 +46,29 @@ def test_without_an_address_nothing_changes(tmp_path):
     copy, source = prepared("hier-losses", tmp_path, ""), ROOT / "packages" / "hier-losses"
     for name in ("README.md", "pyproject.toml"):
         assert (copy / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_the_next_version(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    import release
+
+    for name in ("src/hier_losses/__about__.py", "CHANGELOG.md", "pyproject.toml"):
+        there = tmp_path / "packages/hier-losses" / name
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes((ROOT / "packages/hier-losses" / name).read_bytes())
+    log = tmp_path / "packages/hier-losses/CHANGELOG.md"
+    log.write_text("# Changelog\n\n## [Unreleased]\n\n- A loss.\n\n## [0.1.0] - 2026-01-01\n\n- All.\n")
+    release.bump("hier-losses", "9.0.0", date(2027, 1, 2), tmp_path)
+    assert "## [Unreleased]\n\n## [9.0.0] - 2027-01-02\n\n- A loss.\n\n## [0.1.0]" in log.read_text()
+    about = tmp_path / "packages/hier-losses/src/hier_losses/__about__.py"
+    assert '__version__ = "9.0.0"' in about.read_text()
+    before = log.read_text(), about.read_text()
+    for name, version, words in (
+        ("hier-losses", "9.1.0", "must have entries"),
+        ("hier-losses", "8.0.0", "come after 9.0.0, got 8.0.0"),
+        ("hier-losses", "9.1", "three numbers such as 0.2.0, got '9.1'"),
+        ("losses", "9.1.0", "one of hier-losses, got 'losses'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            release.bump(name, version, date(2027, 1, 2), tmp_path)
+    assert (log.read_text(), about.read_text()) == before
