@@ -25,6 +25,42 @@ WITHOUT_DEPENDENCIES = {
 }
 # Recipes that need no more than the main job, which a newcomer should not wait for.
 LIGHT_RECIPES = ("emoji", "folder", "lora")
+# What a machine with its own torch, transformers, peft, accelerate and timm lacks for tools/gpu_check.py.
+WHEELHOUSE = [
+    "beartype",
+    "contourpy",
+    "cycler",
+    "docstring-parser",
+    "execnet",
+    "fonttools",
+    "ftfy",
+    "hypothesis",
+    "iniconfig",
+    "jaxtyping",
+    "kiwisolver",
+    "lightning-utilities",
+    "matplotlib",
+    "mpmath",
+    "annotated-types",
+    "open-clip-torch",
+    "pluggy",
+    "pydantic",
+    "pydantic-core",
+    "pygments",
+    "pyparsing",
+    "pytest",
+    "pytest-xdist",
+    "python-dateutil",
+    "scipy",
+    "sortedcontainers",
+    "torchmetrics",
+    "typeguard",
+    "typing-inspection",
+    "tyro",
+    "wadler-lindig",
+    "wcwidth",
+]
+WHEELHOUSE_MIB = 60
 # What the tests of a package may import beside the package itself; peers and plots are skipped where they are absent.
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "beartype", "mpmath", "scipy", "psutil"]
 TEST_ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
@@ -158,6 +194,26 @@ def build(session: nox.Session) -> None:
         with tempfile.TemporaryDirectory() as folder:
             session.run("python", "release.py", "copy", name, folder)
             session.run(_uv(), "build", "--quiet", f"{folder}/{name}", "--out-dir", "dist", external=True)
+
+
+@nox.session(venv_backend="virtualenv")
+def wheelhouse(session: nox.Session) -> None:
+    """Collect into wheelhouse/ what tools/gpu_check.py needs on a machine without an index (Linux x86-64, Python 3.12)."""
+    out = ROOT / "wheelhouse"
+    shutil.rmtree(out, ignore_errors=True)
+    kind = ["--only-binary", ":all:", "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64"]
+    kind += ["--platform", "manylinux2014_x86_64", "--implementation", "cp"]
+    session.run("pip", "download", "-q", "--no-deps", "-d", str(out), *kind, "-c", "constraints.txt", *WHEELHOUSE)
+    session.run(
+        "git", "archive", "--prefix", "repository/", "-o", str(out / "repository.tar.gz"), "HEAD", external=True
+    )
+    mib = sum(path.stat().st_size for path in out.iterdir()) / 2**20
+    session.log(f"{len(list(out.iterdir()))} files, {mib:.1f} MiB of at most {WHEELHOUSE_MIB}")
+    if mib > WHEELHOUSE_MIB:
+        session.error(f"wheelhouse/ holds {mib:.1f} MiB, more than {WHEELHOUSE_MIB}")
+    session.log(
+        "there: pip install --no-index --no-deps wheelhouse/*.whl; tar xf wheelhouse/repository.tar.gz; python repository/tools/gpu_check.py --out DIR"
+    )
 
 
 @nox.session(venv_backend="none")

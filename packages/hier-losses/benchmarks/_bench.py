@@ -120,12 +120,13 @@ def main(description: str, benches: list[Callable[[Bench], None]]) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run")
+    parser.add_argument("--cuda-only", action="store_true", help="leave out what runs on the CPU")
     names = [run.__name__.removeprefix("bench_") for run in benches]
     parser.add_argument("--only", choices=names, help="one of the benchmarks; its rows replace those in the file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
+    for device in devices[args.cuda_only :]:
         bench = Bench(device, args.quick)
         for name, run in zip(names, benches, strict=True):
             if args.only in (None, name):

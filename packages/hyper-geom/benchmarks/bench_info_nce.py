@@ -85,7 +85,8 @@ def main() -> None:
     torch.set_num_threads(1)
     bench = Bench(2 if args.quick else 5)
     header()
-    cpu_rows(bench, args.quick)
+    if not args.cuda_only:
+        cpu_rows(bench, args.quick)
     cuda_rows(bench, args.quick)
     bench.write(args.json)
 

@@ -164,11 +164,14 @@ def main() -> None:
     bench = Bench(2 if args.quick else 5)
     header()
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
+    for device in devices[args.cuda_only :]:
         compare(bench, 128 if args.quick else 4096, 32 if args.quick else 512, device)
         compare_compiled(bench, 64 if args.quick else 2048, 32 if args.quick else 512, device)
     if "cuda" not in devices:
         bench.add("pairwise_dist, forward+backward", "N=M=4096, d=512", None, device="cuda")
+    if args.cuda_only:
+        bench.write(args.json)
+        return
     compare_geoopt(bench, 32 if args.quick else 256, 32 if args.quick else 512)
     compare_small(bench)
     compare_kernels(bench, 64 if args.quick else 2048, 32 if args.quick else 512)

@@ -80,4 +80,5 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run")
+    parser.add_argument("--cuda-only", action="store_true", help="leave out what runs on the CPU")
     return parser

@@ -44,7 +44,8 @@ def main() -> None:
     bench = Bench(1 if args.quick else 2)
     header()
     size = (4, 100, 32) if args.quick else (64, 10_000, 512)
-    for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices[args.cuda_only :]:
         compare(bench, *size, device)
     if not torch.cuda.is_available():
         bench.add("gram against naive, forward+backward", "B=64, n=10000, d=512, M=3", None, device="cuda")
