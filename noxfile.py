@@ -27,39 +27,11 @@ WITHOUT_DEPENDENCIES = {
 LIGHT_RECIPES = ("emoji", "folder", "lora")
 # What a machine with its own torch, transformers, peft, accelerate and timm lacks for tools/gpu_check.py.
 WHEELHOUSE = [
-    "beartype",
-    "contourpy",
-    "cycler",
-    "docstring-parser",
-    "execnet",
-    "fonttools",
-    "ftfy",
-    "hypothesis",
-    "iniconfig",
-    "jaxtyping",
-    "kiwisolver",
-    "lightning-utilities",
-    "matplotlib",
-    "mpmath",
-    "annotated-types",
-    "open-clip-torch",
-    "pluggy",
-    "pydantic",
-    "pydantic-core",
-    "pygments",
-    "pyparsing",
-    "pytest",
-    "pytest-xdist",
-    "python-dateutil",
-    "scipy",
-    "sortedcontainers",
-    "torchmetrics",
-    "typeguard",
-    "typing-inspection",
-    "tyro",
-    "wadler-lindig",
-    "wcwidth",
-]
+    "beartype", "contourpy", "cycler", "docstring-parser", "execnet", "fonttools", "ftfy", "hypothesis", "iniconfig",
+    "jaxtyping", "kiwisolver", "lightning-utilities", "matplotlib", "mpmath", "annotated-types", "open-clip-torch",
+    "pluggy", "pydantic", "pydantic-core", "pygments", "pyparsing", "pytest", "pytest-xdist", "python-dateutil",
+    "sortedcontainers", "torchmetrics", "typeguard", "typing-inspection", "tyro", "wadler-lindig", "wcwidth",
+]  # fmt: skip
 WHEELHOUSE_MIB = 60
 # What the tests of a package may import beside the package itself; peers and plots are skipped where they are absent.
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "beartype", "mpmath", "scipy", "psutil"]
@@ -211,9 +183,8 @@ def wheelhouse(session: nox.Session) -> None:
     session.log(f"{len(list(out.iterdir()))} files, {mib:.1f} MiB of at most {WHEELHOUSE_MIB}")
     if mib > WHEELHOUSE_MIB:
         session.error(f"wheelhouse/ holds {mib:.1f} MiB, more than {WHEELHOUSE_MIB}")
-    session.log(
-        "there: pip install --no-index --no-deps wheelhouse/*.whl; tar xf wheelhouse/repository.tar.gz; python repository/tools/gpu_check.py --out DIR"
-    )
+    session.log("there: pip install --no-index --no-deps wheelhouse/*.whl; tar xf wheelhouse/repository.tar.gz")
+    session.log("then: python repository/tools/gpu_check.py --out DIR")
 
 
 @nox.session(venv_backend="none")
