@@ -103,3 +103,8 @@ def test_tested_versions_are_pinned_by_name_alone():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert len(lines) > 20
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+( ?;.*)?", line) for line in lines)
+
+
+def test_no_version_is_a_release_candidate():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9.]+(\.post[0-9]+)?", line)] == []

@@ -161,6 +161,20 @@ def test_a_wrong_value_in_yaml(command, tmp_path):
     fails(command("apps/train", "folder", "--config", str(path)), "loss.eps", "1.5")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", ("aliases are not allowed", "line 2")),
+        ("heads: " + "[" * 100_000, ("nested too deeply",)),
+    ],
+    ids=["aliases", "depth"],
+)
+def test_hostile_yaml(command, tmp_path, text, words):
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    fails(command("apps/train", "folder", "--config", str(config)), "c.yaml", *words)
+
+
 def test_an_unknown_recipe(command):
     fails(command("apps/train", "soup"), "soup", "emoji")
 

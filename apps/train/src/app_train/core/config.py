@@ -59,6 +59,15 @@ def config_hash(config: Frozen | Mapping[str, Any], **more: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases: nine lines of them can stand for a billion values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases are not allowed (line {self.peek_event().start_mark.line + 1})")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path, kind: type[Frozen]) -> Frozen:
     """Settings of a recipe with those of a YAML file put over its own defaults, group by group.
 
@@ -68,9 +77,11 @@ def read_yaml(path: Path, kind: type[Frozen]) -> Frozen:
         RunError: if the file cannot be read, or a key or value is wrong; the message names the key.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = _Plain(path.read_text(encoding="utf-8")).get_single_data() or {}
     except OSError as error:
         raise RunError(f"config file {path} cannot be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise RunError(f"config file {path} is nested too deeply") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
