@@ -172,7 +172,7 @@ def curvature_tensor(
 
 def _known_negative(value: Tensor) -> bool:
     """Whether an entry is <= 0, as far as that can be read without waiting for a device."""
-    return value.device.type == "cpu" and not known(value.detach() > 0, unread=True)
+    return value.device.type == "cpu" and not known(~(value.detach() <= 0), unread=True)
 
 
 def known(condition: Tensor, *, unread: bool) -> bool:
