@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mat_align import GaussianPromptAverage, MaPLePrompts, MATModel, PromptSRCPrompts, PromptSRCRegularizer
+from mat_align import (
+    HETEROGENEOUS,
+    GaussianPromptAverage,
+    MaPLePrompts,
+    MATModel,
+    PromptSRCPrompts,
+    PromptSRCRegularizer,
+    released,
+)
 from mat_align.prompts import encode_text, label_text, template_features
 from mat_align.prompts._text import text_tower, token_ids
 
@@ -15,11 +23,28 @@ NAMES = ("cat", "maple_tree", "fish_1")
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [("maple_tree", "maple tree"), ("crane_2", "crane"), ("n0_x", "n x"), ("cat", "cat"), ("a_b_", "a b")],
+    ("name", "kept", "dropped"),
+    [
+        ("maple_tree", "maple tree", "maple tree"),
+        ("crane_2", "crane 2", "crane"),
+        ("n0_x", "n0 x", "n x"),
+        ("cat", "cat", "cat"),
+        ("a_b_", "a b", "a b"),
+        ("737-300", "737-300", "-"),
+    ],
 )
-def test_label_text(name, text):
-    assert label_text(name) == text
+def test_label_text(name, kept, dropped):
+    assert label_text(name) == kept
+    assert label_text(name, drop_digits=True) == dropped
+
+
+def test_digits_reach_the_text_tower(clip):
+    names = ["737-300", "747-200"]
+    kept = MATModel(clip, None).encode_text(names)
+    assert not torch.allclose(kept[0], kept[1])
+    dropped = MATModel(clip, None, released(HETEROGENEOUS)).encode_text(names)
+    assert torch.equal(dropped[0], dropped[1])
+    assert torch.equal(*MATModel(clip, None, released(HETEROGENEOUS)).frozen_text(names))
 
 
 def test_tokens_are_those_of_open_clip():

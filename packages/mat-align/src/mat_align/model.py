@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+import torch.distributed as dist
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mat_align.head import MATHead
+from mat_align.head import MATHead, PathFeatures
 from mat_align.prompts import PromptLearner, encode_text, label_text, template_features
 from mat_align.prompts._learners import LEARNERS
 from mat_align.prompts._text import context_length, text_tower, token_ids
@@ -24,6 +25,8 @@ from mat_align.visual_tree import LayerTokens, StageTokens, VisualPrompts, relat
 from mat_align.visual_tree._layers import initial_mix
 
 _FORMAT = 1
+# Folders written before labels kept their digits.
+_DEFAULTS = {"drop_digits": True}
 _CONFIG, _WEIGHTS = "mat_align.json", "mat_align.safetensors"
 
 
@@ -34,11 +37,32 @@ class MATOutput(NamedTuple):
         logits: (B, n), one per picture and name.
         tokens: (B, M, d) layer tokens.
         text: (n, d) text features, not normalised.
+        paths: features along the paths that were asked for.
+        curvatures: c_img, c_txt and c_mid of the batch, with `paths`.
+        frozen: (B, d) picture and (k, d) text features of the frozen model, with `reference`.
     """
 
     logits: Tensor
     tokens: Tensor
     text: Tensor
+    paths: PathFeatures | None = None
+    curvatures: tuple[Tensor, Tensor, Tensor] | None = None
+    frozen: tuple[Tensor, Tensor] | None = None
+
+
+def gather(x: Tensor, group: Any) -> Tensor:
+    """The rows of all processes in rank order; alone, x itself.
+
+    Every process goes on to compute the loss of all rows. The gradient of its own rows is that loss's, times the number
+    of processes: the mean over processes that DistributedDataParallel takes is then their sum.
+    """
+    if group is None:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.detach().contiguous(), group=group)
+    if x.requires_grad:
+        parts[dist.get_rank(group)] = x.detach() + len(parts) * (x - x.detach())
+    return torch.cat(parts)
 
 
 class _Model(nn.Module):
@@ -69,15 +93,33 @@ class _Model(nn.Module):
         """Logits of labels for pictures that are encoded already."""
         return self.head.logits(tokens, text, self.logit_scale)
 
-    def forward(self, images: Tensor, names: Sequence[str]) -> MATOutput:
-        """Encode pictures and labels once and score all pairs.
+    def forward(
+        self,
+        images: Tensor,
+        names: Sequence[str],
+        paths: Int[Tensor, "B H"] | None = None,
+        length: Int[Tensor, " B"] | None = None,
+        reference: Sequence[str] | None = None,
+        group: Any = None,
+    ) -> MATOutput:
+        """Encode pictures and labels once and score all pairs: all that trains takes part here, for wrappers such as DDP.
 
         Args:
             images: what `encode_image` takes.
             names: texts of the labels.
+            paths: rows of `names`, the nodes on each picture's path, for its features and the curvatures.
+            length: number of nodes on each path.
+            reference: labels whose features of the frozen model are wanted too.
+            group: processes whose pictures are scored too, equally many in each; `paths` and `length` are then of all.
         """
-        tokens, text = self.encode_image(images), self.encode_text(names)
-        return MATOutput(self.score(tokens, text), tokens, text)
+        tokens, text = gather(self.encode_image(images), group), self.encode_text(names)
+        found = curvatures = frozen = None
+        if paths is not None and length is not None:
+            found = self.head.path_features(tokens, text[paths])
+            curvatures = self.head.curvatures(found, length)
+        if reference is not None:
+            frozen = gather(self.frozen_image(images).float(), group), self.frozen_text(reference)
+        return MATOutput(self.score(tokens, text), tokens, text, found, curvatures, frozen)
 
 
 class MATModel(_Model):
@@ -109,17 +151,25 @@ class MATModel(_Model):
     ) -> None:
         """Freeze the model and add the trained parts."""
         super().__init__()
-        self.clip = clip.requires_grad_(False)
+        self.clip = clip.requires_grad_(False).eval()
         self.prompts = prompts
         num_blocks = len(clip.visual.transformer.resblocks) if hasattr(clip.visual, "transformer") else 0
         if layers is None and variant.feature == "last" and num_blocks:
             layers = (num_blocks - 1,)
         self.layers = LayerTokens(clip.visual, layers, variant.pass_through, variant.mix)
+        if variant.feature == "last" and not self.layers.ends:
+            raise ValueError(f"layers must end with the last block for feature='last', got {self.layers.layers}")
         projection = text_tower(clip).text_projection
         dim = clip.visual.output_dim if projection is None else _out_features(projection)
         self.head = MATHead(dim, variant, radius=radius, **settings)
         self._ids: dict[str, Tensor] = {}
         self._frozen_text: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> "MATModel":
+        """Training mode of the trained parts; the frozen model stays in evaluation mode."""
+        super().train(mode)
+        self.clip.eval()
+        return self
 
     @property
     def logit_scale(self) -> Tensor:
@@ -141,7 +191,7 @@ class MATModel(_Model):
         """Features of labels in the learned prompt.
 
         Args:
-            names: node names; digits and underscores are cleaned by `label_text`.
+            names: node names, cleaned by `label_text`.
 
         Returns:
             Features `(n d)`, not normalised.
@@ -153,7 +203,7 @@ class MATModel(_Model):
         sentence = "a photo of a {}.".format if learner is None else learner.prompt
         new = [name for name in dict.fromkeys(names) if name not in self._ids]
         if new:
-            rows = token_ids([sentence(label_text(name)) for name in new], context_length(self.clip))
+            rows = token_ids([sentence(self._label_text(name)) for name in new], context_length(self.clip))
             self._ids.update(zip(new, rows, strict=True))
         if not len(names):
             raise ValueError("names must hold at least one label, got n = 0")
@@ -170,7 +220,7 @@ class MATModel(_Model):
         """Unit text features of the frozen model over 60 templates, computed once for each name."""
         new = [name for name in dict.fromkeys(names) if name not in self._frozen_text]
         if new:
-            rows = template_features(self.clip, [label_text(name) for name in new])
+            rows = template_features(self.clip, [self._label_text(name) for name in new])
             self._frozen_text.update(zip(new, rows, strict=True))
         return torch.stack([self._frozen_text[name] for name in names]).to(self.logit_scale.device)
 
@@ -217,12 +267,15 @@ class MATModel(_Model):
         if config["prompts"] is not None:
             chosen = dict(config["prompts"])
             prompts = LEARNERS[chosen.pop("kind")](clip, **chosen)
-        model = cls(clip, prompts, Variant(**config["variant"]), config["layers"], **config["head"])
+        model = cls(clip, prompts, Variant(**_DEFAULTS | config["variant"]), config["layers"], **config["head"])
         stored, expected = load_file(folder / _WEIGHTS), set(_without_aliases(model.trained_state()))
         if set(stored) != expected:
             raise ValueError(f"{folder / _WEIGHTS} must hold {sorted(expected)}, got {sorted(stored)}")
         model.load_state_dict(stored, strict=False)
         return model
+
+    def _label_text(self, name: str) -> str:
+        return label_text(name, self.variant.drop_digits)
 
     def _visual_prompts(self) -> VisualPrompts | None:
         return None if self.prompts is None else self.prompts.visual_prompts()

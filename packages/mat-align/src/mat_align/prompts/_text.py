@@ -11,13 +11,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
-def label_text(name: str) -> str:
-    """The text of a node's name: digits dropped, then a trailing underscore, and underscores become spaces.
+def label_text(name: str, drop_digits: bool = False) -> str:
+    """The text of a node's name: a trailing underscore is dropped, and underscores become spaces.
 
-    >>> label_text("crane_2"), label_text("maple_tree")
-    ('crane', 'maple tree')
+    Args:
+        name: a node's name, or a text that is finished already.
+        drop_digits: drop digits first, as the released code does, which numbers nodes of one name; "737-300" and
+            "747-200" are then one text.
+
+    >>> label_text("maple_tree_"), label_text("737-300"), label_text("crane_2", drop_digits=True)
+    ('maple tree', '737-300', 'crane')
     """
-    return "".join(ch for ch in name if not ch.isdigit()).removesuffix("_").replace("_", " ")
+    kept = "".join(ch for ch in name if not ch.isdigit()) if drop_digits else name
+    return kept.removesuffix("_").replace("_", " ")
 
 
 def text_tower(clip: nn.Module) -> nn.Module:

@@ -154,6 +154,8 @@ class LayerTokens(nn.Module):
         self.layers = relative_layers(num_blocks) if layers is None else check_layers(layers, num_blocks)
         self.pass_through = check_choice("pass_through", pass_through, ("value", "released"))
         self.mix = check_choice("mix", mix, ("fixed", "learned"))
+        # Whether the last token is the model's own feature.
+        self.ends = self.mix == "fixed" and self.layers[-1] == num_blocks - 1
         if mix == "learned":
             self.mix_logits = nn.Parameter(initial_mix(self.layers, num_blocks))
 
