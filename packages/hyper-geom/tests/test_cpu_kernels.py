@@ -108,7 +108,9 @@ def test_pairs_of_every_shape(kernels, points):
     torch.testing.assert_close(lorentz.dist(x.mT.contiguous().mT, y, c=c), exact.float())
     torch.testing.assert_close(lorentz.dist(x, y[:1, :1], c=0.5)[0, 0], exact.float()[0, 0])
     per_row = gradients(lambda c: lorentz.dist(x, y, c=c), c)[1]
-    torch.testing.assert_close(per_row, gradients(lambda c: lorentz.dist(x.double(), y.double(), c=c), c.double())[1].float())
+    torch.testing.assert_close(
+        per_row, gradients(lambda c: lorentz.dist(x.double(), y.double(), c=c), c.double())[1].float()
+    )
     assert lorentz.dist(x[:, :0], y[:, :0]).shape == (2, 0)
     leaf = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(lorentz.dist(leaf, x).sum(), leaf)
@@ -131,7 +133,10 @@ def test_pairs_under_transforms(kernels, points, transform):
     }
 
     def functions():
-        one, every = (lambda x, y, c: lorentz.dist(x, y, c=c)), (lambda x, y, c: lorentz.pairwise_dist(x[None], y[None], c=c[0]))
+        one, every = (
+            (lambda x, y, c: lorentz.dist(x, y, c=c)),
+            (lambda x, y, c: lorentz.pairwise_dist(x[None], y[None], c=c[0])),
+        )
         return calls[transform](one), *(() if transform == "vmap" else (calls[transform](every),))
 
     served = functions()

@@ -16,8 +16,8 @@ from mat_align import (
     PromptSRCRegularizer,
     released,
 )
+from mat_align.backbones import text_tower, token_ids
 from mat_align.prompts import encode_text, label_text, template_features
-from mat_align.prompts._text import text_tower, token_ids
 
 NAMES = ("cat", "maple_tree", "fish_1")
 
@@ -78,7 +78,7 @@ def test_custom_text_clip(make_clip):
 
 def test_deep_text_tokens(clip):
     """Against the tower run by hand."""
-    tower, ids = text_tower(clip), open_clip.tokenize(["a photo of a cat.", "a dog"])
+    tower, ids = text_tower(clip).module, open_clip.tokenize(["a photo of a cat.", "a dog"])
     g = torch.Generator().manual_seed(0)
     first, deep = (torch.randn(2, 16, generator=g) for _ in range(2))
     x = tower.token_embedding(ids).clone()

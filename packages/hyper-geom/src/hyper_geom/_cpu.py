@@ -143,7 +143,7 @@ def pairs_grad(x: Tensor, y: Tensor, c: Tensor, grad: Tensor) -> tuple[Tensor, T
 
 
 def _each(c: Tensor) -> tuple[Tensor, int]:
-    """c's memory and the step between its entries: 0 for one number expanded."""
+    """C's memory and the step between its entries: 0 for one number expanded."""
     return (c, 0) if not any(c.stride()) else (c.contiguous(), 1)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 from torch.distributions.utils import lazy_property
 
-from hyper_geom import convert, lorentz, poincare
 from hyper_geom import _numerics as nm
+from hyper_geom import convert, lorentz, poincare
 from hyper_geom._numerics import check_choice, check_positive, compute_dtype, curvature_tensor, full_precision, sq_norm
 
 

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mat_align.backbones import Backbone, backbone
 from mat_align.head import MATHead, PathFeatures
 from mat_align.prompts import PromptLearner, encode_text, label_text, template_features
 from mat_align.prompts._learners import LEARNERS
-from mat_align.prompts._text import context_length, text_tower, token_ids
 from mat_align.variants import HETEROGENEOUS, Variant
 from mat_align.visual_tree import LayerTokens, StageTokens, VisualPrompts, relative_layers
 from mat_align.visual_tree._layers import initial_mix
@@ -123,13 +123,14 @@ class _Model(nn.Module):
 
 
 class MATModel(_Model):
-    """A frozen open_clip model with learned prompts under the head of a variant.
+    """A frozen CLIP-like model with learned prompts under the head of a variant.
 
     Only prompts, attention, curvatures and radii (and a learned mix of layers) train; they are fp32.
 
     Args:
-        clip: open_clip model with a vision transformer with class token and a text transformer. Its parameters stop
-            asking for gradients. For OpenAI's weights build `ViT-B-16-quickgelu`: the state dict does not record it.
+        clip: open_clip model with a vision transformer (or EVA) with class token and a text transformer, transformers'
+            CLIP, or a `Backbone`; see `mat_align.backbones`. Its parameters stop asking for gradients. For OpenAI's
+            weights build `ViT-B-16-quickgelu`: the state dict does not record it.
         prompts: `MaPLePrompts` or `PromptSRCPrompts` of this model; None for the frozen model's own features.
         variant: what is computed.
         layers: 0-based blocks, see `LayerTokens`; the last one alone for a variant of the last token.
@@ -142,7 +143,7 @@ class MATModel(_Model):
 
     def __init__(
         self,
-        clip: nn.Module,
+        clip: nn.Module | Backbone,
         prompts: PromptLearner | None,
         variant: Variant = HETEROGENEOUS,
         layers: Sequence[int] | None = None,
@@ -151,16 +152,17 @@ class MATModel(_Model):
     ) -> None:
         """Freeze the model and add the trained parts."""
         super().__init__()
-        self.clip = clip.requires_grad_(False).eval()
+        self.backbone = backbone(clip)
+        self.clip = self.backbone.model.requires_grad_(False).eval()
         self.prompts = prompts
-        num_blocks = len(clip.visual.transformer.resblocks) if hasattr(clip.visual, "transformer") else 0
-        if layers is None and variant.feature == "last" and num_blocks:
-            layers = (num_blocks - 1,)
-        self.layers = LayerTokens(clip.visual, layers, variant.pass_through, variant.mix)
+        if layers is None and variant.feature == "last":
+            layers = (self.backbone.image.num_blocks - 1,)
+        self.layers = LayerTokens(self.backbone.image, layers, variant.pass_through, variant.mix)
         if variant.feature == "last" and not self.layers.ends:
             raise ValueError(f"layers must end with the last block for feature='last', got {self.layers.layers}")
-        projection = text_tower(clip).text_projection
-        dim = clip.visual.output_dim if projection is None else _out_features(projection)
+        dim = self.backbone.text.dim
+        if self.backbone.image.dim != dim:
+            raise ValueError(f"clip's towers must share a width, got {self.backbone.image.dim} and {dim}")
         self.head = MATHead(dim, variant, radius=radius, **settings)
         self._ids: dict[str, Tensor] = {}
         self._frozen_text: dict[str, Tensor] = {}
@@ -174,7 +176,7 @@ class MATModel(_Model):
     @property
     def logit_scale(self) -> Tensor:
         """Logarithm of the factor on the cosines, frozen."""
-        return self.clip.logit_scale
+        return self.backbone.logit_scale
 
     def encode_image(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B M d"]:
         """Layer tokens of preprocessed pictures, one pass for each.
@@ -203,24 +205,24 @@ class MATModel(_Model):
         sentence = "a photo of a {}.".format if learner is None else learner.prompt
         new = [name for name in dict.fromkeys(names) if name not in self._ids]
         if new:
-            rows = token_ids([sentence(self._label_text(name)) for name in new], context_length(self.clip))
+            rows = self.backbone.text.tokenize([sentence(self._label_text(name)) for name in new])
             self._ids.update(zip(new, rows, strict=True))
         if not len(names):
             raise ValueError("names must hold at least one label, got n = 0")
-        ids = torch.stack([self._ids[name] for name in names]).to(text_tower(self.clip).token_embedding.weight.device)
+        ids = torch.stack([self._ids[name] for name in names]).to(self.logit_scale.device)
         first, deeper = (None, ()) if learner is None else learner.text_prompts()
-        return encode_text(self.clip, ids, first, deeper)
+        return encode_text(self.backbone, ids, first, deeper)
 
     @torch.no_grad()
     def frozen_image(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B d"]:
         """CLIP features of the frozen model, for `PromptSRCRegularizer`."""
-        return self.clip.encode_image(images)
+        return self.backbone.encode_image(images)
 
     def frozen_text(self, names: Sequence[str]) -> Float[Tensor, "n d"]:
         """Unit text features of the frozen model over 60 templates, computed once for each name."""
         new = [name for name in dict.fromkeys(names) if name not in self._frozen_text]
         if new:
-            rows = template_features(self.clip, [self._label_text(name) for name in new])
+            rows = template_features(self.backbone, [self._label_text(name) for name in new])
             self._frozen_text.update(zip(new, rows, strict=True))
         return torch.stack([self._frozen_text[name] for name in names]).to(self.logit_scale.device)
 
@@ -249,12 +251,12 @@ class MATModel(_Model):
         (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, clip: nn.Module) -> "MATModel":
+    def from_pretrained(cls, folder: str | os.PathLike, clip: nn.Module | Backbone) -> "MATModel":
         """Rebuild what `save_pretrained` wrote, around the same frozen model.
 
         Args:
             folder: the folder.
-            clip: the open_clip model with the weights used in training.
+            clip: the model with the weights used in training.
 
         Raises:
             ValueError: a folder of another format, or weights that do not fit.
@@ -266,7 +268,10 @@ class MATModel(_Model):
         prompts = None
         if config["prompts"] is not None:
             chosen = dict(config["prompts"])
-            prompts = LEARNERS[chosen.pop("kind")](clip, **chosen)
+            kind = chosen.pop("kind")
+            if kind not in LEARNERS:
+                raise ValueError(f"prompts of kind {kind!r} must be defined first; known are {sorted(LEARNERS)}")
+            prompts = LEARNERS[kind](clip, **chosen)
         model = cls(clip, prompts, Variant(**_DEFAULTS | config["variant"]), config["layers"], **config["head"])
         stored, expected = load_file(folder / _WEIGHTS), set(_without_aliases(model.trained_state()))
         if set(stored) != expected:
@@ -355,10 +360,6 @@ class FeatureMATModel(_Model):
             raise ValueError(f"names must be known labels, at least one, got {missing[:3] or 'none'}")
         rows = torch.tensor([self._row[name] for name in names], device=self.table.device)
         return self.text_map(self.table[rows])
-
-
-def _out_features(projection: nn.Linear | Tensor) -> int:
-    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -275,13 +275,13 @@ class MATObjective:
         none = base.new_full((), math.nan)
         if paths is None:
             return MATLosses(total, leaf, cut_loss, node, zero, zero, zero, scl, none, none, none)
-        features, curvatures = out.paths, out.curvatures
+        features, (c_img, c_txt, c_mid) = out.paths, out.curvatures
         terms = entailment_terms(
-            features.img, features.txt, length, *curvatures, features.scale_img, features.scale_txt,
+            features.img, features.txt, length, c_img, c_txt, c_mid, features.scale_img, features.scale_txt,
             inner.head.min_radius, variant.padding,
         )  # fmt: skip
         total = total + self.entail_weight * sum(terms)
-        return MATLosses(total, leaf, cut_loss, node, *terms, scl, *(c.detach() for c in curvatures))
+        return MATLosses(total, leaf, cut_loss, node, *terms, scl, *(c.detach() for c in (c_img, c_txt, c_mid)))
 
     def nodes_in_use(self, target: Int[Tensor, " B"], cut: TreeCut) -> Int[Tensor, " k"]:
         """Ids of the nodes whose text a batch needs: the members of the cut and the children of every node on a path."""

@@ -79,8 +79,8 @@ def released(variant: Variant) -> Variant:
     """The variant with the defects of the released code that change what is computed, for reproduction.
 
     The pass-through without ln_1 and with a doubled residual, the curvature search and its backward, padding inside the
-    means, single-child nodes inside the node mean, and labels without digits. What a training loop adds (a scheduler stepped per iteration, the
-    same order in every epoch) belongs to the loop.
+    means, single-child nodes inside the node mean, and labels without digits. What a training loop adds (a scheduler
+    stepped per iteration, the same order in every epoch) belongs to the loop.
 
     Args:
         variant: any variant.
