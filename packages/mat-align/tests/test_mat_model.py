@@ -415,3 +415,64 @@ def test_features_in_a_learned_mix(tax):
     assert fixed.mix_logits is None
     with pytest.raises(ValueError, match="more than the last token"):
         FeatureMATModel(tokens, text, replace(PROTECT, mix="learned"))
+
+
+def stepped(model, tax, images, half=False, **options):
+    """Losses and gradients of one call."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        losses = MATObjective(tax, **options)(model, images, TARGET, seeded(2))
+    model.zero_grad()
+    losses.total.backward()
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ["maple", "promptsrc"])
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_chunks_change_nothing(clip, tax, images, method, chunk_size):
+    learner = MaPLePrompts(clip) if method == "maple" else PromptSRCPrompts(clip, depth_text=2, depth_vision=2)
+    torch.manual_seed(0)
+    whole = MATModel(copy.deepcopy(clip), learner, HETEROGENEOUS).double()
+    parts = copy.deepcopy(whole)
+    parts.chunk_size = chunk_size
+    calls = []
+    parts.clip.transformer.resblocks[0].register_forward_hook(lambda m, args, out: calls.append(len(out)))
+    source = {"regularizer": PromptSRCRegularizer()} if method == "promptsrc" else {}
+    (losses, expected), (got, gradients) = (stepped(m, tax, images.double(), **source) for m in (whole, parts))
+    torch.testing.assert_close(torch.stack(list(got)), torch.stack(list(losses)), rtol=1e-10, atol=1e-12)
+    assert gradients.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(gradients[name], value, rtol=1e-8, atol=1e-11, msg=name)
+    if chunk_size < 8 and method == "maple":
+        assert max(calls) <= chunk_size
+        assert len(calls) == 2 * -(-8 // chunk_size)  # each chunk again in the backward
+    with torch.no_grad():
+        torch.testing.assert_close(parts.encode_text(["cat", "dog"]), whole.encode_text(["cat", "dog"]))
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        MATModel(copy.deepcopy(clip), None, chunk_size=0)
+
+
+def test_half_precision_towers(clip, tax, images):
+    model = MATModel(copy.deepcopy(clip), MaPLePrompts(clip), HETEROGENEOUS, chunk_size=3)
+    losses, expected = stepped(model, tax, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images, tax.names)
+    half, gradients = stepped(model, tax, images, half=True)
+    assert out.tokens.dtype == out.text.dtype == out.logits.dtype == torch.float32
+    # The towers did run in half precision, the head did not: it scores the same tokens as outside.
+    assert not torch.equal(out.text, model(images, tax.names).text)
+    assert torch.equal(out.logits, model.score(out.tokens, out.text))
+    torch.testing.assert_close(half.total, losses.total, rtol=2e-2, atol=0)
+    for name, value in expected.items():
+        assert gradients[name].dtype == torch.float32
+        assert (gradients[name] - value).norm() <= 0.3 * value.norm() + 1e-4, name
+
+
+def test_padding_of_a_causal_tower_is_left_out(clip):
+    model, seen = MATModel(copy.deepcopy(clip), None), []
+    model.clip.transformer.resblocks[0].register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    got = model.encode_text(["cat", "a dog in the snow"])
+    assert seen == [len("a photo of a a dog in the snow .".split()) + 2]
+    import open_clip
+
+    expected = clip.encode_text(open_clip.tokenize(["a photo of a cat.", "a photo of a a dog in the snow."]))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)

@@ -5,7 +5,7 @@ Reference: Modality Alignment across Trees (arXiv 2510.27391).
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +15,14 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mat_align.backbones import Backbone, backbone
 from mat_align.head import MATHead, PathFeatures
 from mat_align.prompts import PromptLearner, encode_text, label_text, template_features
 from mat_align.prompts._learners import LEARNERS
 from mat_align.variants import HETEROGENEOUS, Variant
-from mat_align.visual_tree import LayerTokens, StageTokens, VisualPrompts, relative_layers
+from mat_align.visual_tree import LayerTokens, StageTokens, relative_layers
 from mat_align.visual_tree._layers import initial_mix
 
 _FORMAT = 1
@@ -114,12 +115,14 @@ class _Model(nn.Module):
         """
         tokens, text = gather(self.encode_image(images), group), self.encode_text(names)
         found = curvatures = frozen = None
-        if paths is not None and length is not None:
-            found = self.head.path_features(tokens, text[paths])
-            curvatures = self.head.curvatures(found, length)
         if reference is not None:
             frozen = gather(self.frozen_image(images).float(), group), self.frozen_text(reference)
-        return MATOutput(self.score(tokens, text), tokens, text, found, curvatures, frozen)
+        # Towers may run in half precision; cosines and curvatures may not.
+        with torch.autocast(tokens.device.type, enabled=False):
+            if paths is not None and length is not None:
+                found = self.head.path_features(tokens, text[paths])
+                curvatures = self.head.curvatures(found, length)
+            return MATOutput(self.score(tokens, text), tokens, text, found, curvatures, frozen)
 
 
 class MATModel(_Model):
@@ -135,6 +138,8 @@ class MATModel(_Model):
         variant: what is computed.
         layers: 0-based blocks, see `LayerTokens`; the last one alone for a variant of the last token.
         radius: see `MATHead`.
+        chunk_size: labels, and pictures, encoded at a time; the backward encodes each chunk again in place of holding its
+            states. None holds them all.
         **settings: further settings of `MATHead`.
 
     Raises:
@@ -148,10 +153,14 @@ class MATModel(_Model):
         variant: Variant = HETEROGENEOUS,
         layers: Sequence[int] | None = None,
         radius: str = "unit",
+        chunk_size: int | None = None,
         **settings: Any,
     ) -> None:
         """Freeze the model and add the trained parts."""
         super().__init__()
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.chunk_size = chunk_size
         self.backbone = backbone(clip)
         self.clip = self.backbone.model.requires_grad_(False).eval()
         self.prompts = prompts
@@ -164,7 +173,7 @@ class MATModel(_Model):
         if self.backbone.image.dim != dim:
             raise ValueError(f"clip's towers must share a width, got {self.backbone.image.dim} and {dim}")
         self.head = MATHead(dim, variant, radius=radius, **settings)
-        self._ids: dict[str, Tensor] = {}
+        self._ids: dict[str, list[int]] = {}
         self._frozen_text: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> "MATModel":
@@ -187,7 +196,8 @@ class MATModel(_Model):
         Returns:
             Tokens `(B M d)`, not normalised; the last is the prompted CLIP feature.
         """
-        return self.layers(images, self._visual_prompts())
+        prompts = None if self.prompts is None else self.prompts.visual_prompts()
+        return self._in_chunks(self.layers, images, prompts)
 
     def encode_text(self, names: Sequence[str]) -> Float[Tensor, "n d"]:
         """Features of labels in the learned prompt.
@@ -205,13 +215,29 @@ class MATModel(_Model):
         sentence = "a photo of a {}.".format if learner is None else learner.prompt
         new = [name for name in dict.fromkeys(names) if name not in self._ids]
         if new:
-            rows = self.backbone.text.tokenize([sentence(self._label_text(name)) for name in new])
-            self._ids.update(zip(new, rows, strict=True))
+            tower = self.backbone.text
+            rows = tower.tokenize([sentence(self._label_text(name)) for name in new])
+            ends = (tower.end(rows) + 1).tolist() if tower.causal else [rows.shape[1]] * len(rows)
+            self._ids.update((name, row[:end].tolist()) for name, row, end in zip(new, rows, ends, strict=True))
         if not len(names):
             raise ValueError("names must hold at least one label, got n = 0")
-        ids = torch.stack([self._ids[name] for name in names]).to(self.logit_scale.device)
+        # What follows the end token of a causal tower changes nothing: only the longest sentence decides the length.
+        rows = [self._ids[name] for name in names]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.logit_scale.device)
         first, deeper = (None, ()) if learner is None else learner.text_prompts()
-        return encode_text(self.backbone, ids, first, deeper)
+        return self._in_chunks(lambda part: encode_text(self.backbone, part, first, deeper), ids)
+
+    def _in_chunks(self, encode: Callable[..., Tensor], rows: Tensor, *rest: Any) -> Tensor:
+        """`encode` of all rows, in fp32 or wider."""
+        if self.chunk_size is None or len(rows) <= self.chunk_size:
+            found = encode(rows, *rest)
+        elif not torch.is_grad_enabled():
+            found = torch.cat([encode(part, *rest) for part in rows.split(self.chunk_size)])
+        else:
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            found = torch.cat([checkpoint(encode, part, *rest, **options) for part in rows.split(self.chunk_size)])
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     @torch.no_grad()
     def frozen_image(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B d"]:
@@ -281,9 +307,6 @@ class MATModel(_Model):
 
     def _label_text(self, name: str) -> str:
         return label_text(name, self.variant.drop_digits)
-
-    def _visual_prompts(self) -> VisualPrompts | None:
-        return None if self.prompts is None else self.prompts.visual_prompts()
 
 
 class FeatureMATModel(_Model):

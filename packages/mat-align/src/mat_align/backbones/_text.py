@@ -24,6 +24,7 @@ class TextTower:
         embedding: of the words.
         length: number of positions.
         start: position of a sentence's first word.
+        causal: no position sees later ones, so that what follows the end token may be left out.
         dim: of the features.
     """
 
@@ -33,6 +34,7 @@ class TextTower:
     ) -> None:  # fmt: skip
         self.module, self.blocks, self.embedding, self.length = module, blocks, embedding, length
         self.start, self.dim, self.num_blocks, self._tokenizer = start, dim, len(blocks), tokenizer
+        self.causal = False
 
     def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "n length"]:
         """Ids of texts."""
@@ -45,6 +47,10 @@ class TextTower:
 
     def positions(self) -> Float[Tensor, "length w"]:
         """Embeddings of the positions."""
+        raise NotImplementedError
+
+    def end(self, ids: Int[Tensor, "n length"]) -> Int[Tensor, " n"]:
+        """The position at which each sentence is pooled."""
         raise NotImplementedError
 
     def block(self, number: int, x: Float[Tensor, "n length w"]) -> Float[Tensor, "n length w"]:
@@ -65,6 +71,7 @@ class OpenClipText(TextTower):
         dim = width if projection is None else projection.out_features if linear else projection.shape[1]
         length, blocks = tower.positional_embedding.shape[0], tower.transformer.resblocks
         super().__init__(tower, blocks, tower.token_embedding, length, 1, dim, tokenizer)
+        self.causal = tower.attn_mask is not None
 
     def positions(self) -> Float[Tensor, "length w"]:
         """See `TextTower`."""
@@ -72,13 +79,17 @@ class OpenClipText(TextTower):
 
     def block(self, number: int, x: Float[Tensor, "n length w"]) -> Float[Tensor, "n length w"]:
         """See `TextTower`."""
-        return self.blocks[number](x, attn_mask=self.module.attn_mask)
+        num, mask = x.shape[1], self.module.attn_mask
+        return self.blocks[number](x, attn_mask=None if mask is None else mask[:num, :num])
+
+    def end(self, ids: Int[Tensor, "n length"]) -> Int[Tensor, " n"]:
+        """See `TextTower`."""
+        eos = getattr(self.module, "text_eos_id", getattr(self.module, "eos_id", None))
+        return ids.argmax(dim=1) if text_pool(self.module) == "argmax" else (ids == eos).int().argmax(dim=1)
 
     def pool(self, x: Float[Tensor, "n length w"], ids: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
         """See `TextTower`."""
-        eos = getattr(self.module, "text_eos_id", getattr(self.module, "eos_id", None))
-        end = ids.argmax(dim=1) if text_pool(self.module) == "argmax" else (ids == eos).int().argmax(dim=1)
-        x = self.module.ln_final(x)[torch.arange(len(x), device=x.device), end]
+        x = self.module.ln_final(x)[torch.arange(len(x), device=x.device), self.end(ids)]
         projection = self.module.text_projection
         if projection is None:
             return x
@@ -90,13 +101,14 @@ class HFText(TextTower):
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
         tower = model.text_model
-        self.causal = hasattr(model, "text_projection")
-        if not self.causal and tokenizer is None:
+        causal = hasattr(model, "text_projection")
+        if not causal and tokenizer is None:
             raise ValueError("tokenizer must be given for SigLIP: texts to ids (n, length), padded as it was trained")
-        self.projection = model.text_projection if self.causal else tower.head
+        self.projection = model.text_projection if causal else tower.head
         blocks, embeddings = [Masked(layer) for layer in tower.encoder.layers], tower.embeddings
         length, dim = embeddings.position_embedding.num_embeddings, self.projection.out_features
-        super().__init__(tower, blocks, embeddings.token_embedding, length, int(self.causal), dim, tokenizer)
+        super().__init__(tower, blocks, embeddings.token_embedding, length, int(causal), dim, tokenizer)
+        self.causal = causal
 
     def positions(self) -> Float[Tensor, "length w"]:
         """See `TextTower`."""
@@ -107,14 +119,18 @@ class HFText(TextTower):
         mask = x.new_full((x.shape[1], x.shape[1]), -torch.inf).triu_(1)[None, None] if self.causal else None
         return self.blocks[number](x, mask)
 
+    def end(self, ids: Int[Tensor, "n length"]) -> Int[Tensor, " n"]:
+        """See `TextTower`."""
+        if not self.causal:
+            return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+        eos = self.module.config.eos_token_id
+        # Configurations from before the end token was named hold 2; it is the largest number of each sentence.
+        return ids.argmax(dim=1) if eos == 2 else (ids == eos).int().argmax(dim=1)
+
     def pool(self, x: Float[Tensor, "n length w"], ids: Int[Tensor, "n length"]) -> Float[Tensor, "n d"]:
         """See `TextTower`."""
-        x, eos = self.module.final_layer_norm(x), self.module.config.eos_token_id
-        if not self.causal:
-            return self.projection(x[:, -1])
-        # Configurations from before the end token was named hold 2; it is the largest number of each sentence.
-        end = ids.argmax(dim=1) if eos == 2 else (ids == eos).int().argmax(dim=1)
-        return self.projection(x[torch.arange(len(x), device=x.device), end])
+        x = self.module.final_layer_norm(x)
+        return self.projection(x[torch.arange(len(x), device=x.device), self.end(ids)])
 
 
 def text_tower(model: nn.Module, tokenizer: Tokenizer | None = None) -> TextTower:

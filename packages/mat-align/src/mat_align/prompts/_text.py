@@ -35,7 +35,7 @@ def encode_text(
 
     Args:
         clip: the model, see `mat_align.backbones`.
-        ids: tokens, see `TextTower.tokenize`.
+        ids: tokens, see `TextTower.tokenize`; a causal tower takes them without the padding that all share, too.
         first: (m, w) embeddings that replace those of the first m words.
         deeper: (m, w) for each of the blocks 1, 2, ..., which replace the states there.
 
@@ -51,7 +51,7 @@ def encode_text(
     x = tower.embedding(ids)
     if first is not None:
         x = _replaced(x, first, tower.start)
-    x = x + tower.positions().to(x.dtype)
+    x = x + tower.positions()[: x.shape[1]].to(x.dtype)
     for number in range(tower.num_blocks):
         if 1 <= number <= len(deeper):
             x = _replaced(x, deeper[number - 1], tower.start)
