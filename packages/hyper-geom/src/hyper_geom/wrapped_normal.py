@@ -6,6 +6,7 @@ References: Nagano et al., "A wrapped normal distribution on hyperbolic space fo
 
 import functools
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -245,7 +246,7 @@ class WrappedNormal(Distribution):
         dim = self.event_shape[0]
         scale = self.scale
         if self._diagonal and (self._equal or nm.known(scale == scale[..., :1], unread=False)):
-            t, weight = (v.to(scale) for v in _laguerre(int(dim), 48))
+            t, weight = (v.to(scale) for v in _laguerre(operator.index(dim), 48))
             squared = 2 * t * scale[..., :1].square()
             extra = (weight * _log_sinhc_of_square(self.c.unsqueeze(-1) * squared)).sum(-1)
         else:
