@@ -1,6 +1,6 @@
 """Errors of distances and of their gradients by regime: this package, geoopt and the usual acosh form, against mpmath.
 
-    python accuracy.py [--json OUT.json] [--write README.md] [--plot error.png] [--quick]
+    python accuracy.py [--json OUT.json] [--write README.md] [--plot error.png] [--kernels] [--quick]
 
 Every method gets the same stored points: Lorentz space components in the input dtype; geoopt's Lorentz gets the time
 component it computes itself, its ball the same points through a float64 conversion rounded to the input dtype. The
@@ -16,7 +16,7 @@ import torch
 from _bench import Bench, acosh_dist, arguments, header
 from mpmath import mp
 
-from hyper_geom import convert, lorentz, poincare
+from hyper_geom import build_cpu_kernels, convert, lorentz, poincare
 
 MARKERS = "<!-- accuracy -->", "<!-- /accuracy -->"
 DIM = 512
@@ -211,10 +211,13 @@ def plot(path: str, quick: bool) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--write", metavar="FILE", help=f"put the table between {MARKERS[0]} and {MARKERS[1]}")
+    parser.add_argument("--kernels", action="store_true", help="float32 through the compiled CPU kernels")
     parser.add_argument("--plot", metavar="FILE", help="error against radius, .png or .svg")
     args = parser.parse_args()
     torch.set_num_threads(1)
     mp.dps = 60
+    if args.kernels and not build_cpu_kernels():
+        raise SystemExit("no kernels: see the warning")
     bench = Bench(1)
     header()
     text = "\n\n".join(

@@ -118,6 +118,7 @@ def compare_kernels(bench: Bench, num: int, dim: int) -> None:
         for name in names:
             bench.add(name, setting + ", no compiler", None)
         return
+    compare_small(bench, ", kernels")
     x, y = (directions(num, dim, 1.5, seed) for seed in (0, 1))
     grad = torch.rand(num, num)
 
@@ -137,8 +138,8 @@ def compare_kernels(bench: Bench, num: int, dim: int) -> None:
         bench.add(f"{name}, forward+backward", setting, both_time, both_unit, "ms", targets[1])
 
 
-def compare_small(bench: Bench) -> None:
-    """A call on a few points, where the number of operations counts."""
+def compare_small(bench: Bench, form: str = "") -> None:
+    """A call on a few points, where the number of operations counts; the target is that of the kernels."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -155,7 +156,7 @@ def compare_small(bench: Bench) -> None:
         ("ball dist against geoopt ball", lambda: poincare.dist(p, q), lambda: ball.dist(p, q)),
     ):
         loops = [lambda f=f: [f() for _ in range(100)] for f in (ours, theirs)]
-        bench.add(name, "(8, 16), a call", *(10 * time for time in bench.times(*loops)), "us", "ratio <= 2")
+        bench.add(name + form, "(8, 16), a call", *(10 * time for time in bench.times(*loops)), "us", "ratio <= 2")
 
 
 def main() -> None:

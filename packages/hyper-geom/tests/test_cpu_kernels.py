@@ -8,6 +8,8 @@ import torch
 
 from hyper_geom import _cpu, _pairwise, build_cpu_kernels, distance_info_nce, lorentz, poincare
 
+# torch's own: the first forward-mode derivative of a process scripts its decompositions.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 needs_compiler = pytest.mark.skipif(
     not (shutil.which("ninja") and (shutil.which("c++") or shutil.which("g++"))),
     reason="needs a C++ compiler and ninja",
@@ -72,6 +74,76 @@ def test_gradients(kernels, points, model, shapes):
         assert (got - want).norm() <= 3 * (other - want).norm() + 2e-6 * want.norm()
 
 
+def riemannian_norm(x, g):
+    return ((g * g).sum(-1) + (x * g).sum(-1) ** 2).sqrt()
+
+
+@needs_compiler
+@pytest.mark.parametrize("gap", [1e-5, 1e-3, 0.1, 3.0])
+@pytest.mark.parametrize("radius", [0.01, 1, 5, 10])
+def test_pairs_against_float64(kernels, points, gap, radius):
+    x = points.at(radius, points.unit(50, 96), 1.0).float().double()
+    tangent = points.unit(50, 96)
+    tangent = tangent * gap / lorentz.norm(x, tangent).unsqueeze(-1)
+    y = lorentz.exp_map(x, tangent).float().double()
+    if gap < 1e-4 < 1 < radius:  # storage alone merges them
+        y = torch.where((x == y).all(-1, keepdim=True), 2 * x, y).float().double()
+    c = torch.tensor(1.0, dtype=torch.float64)
+    exact = gradients(lambda x, y, c: lorentz.dist(x, y, c=c), x, y, c)
+    served = gradients(lambda x, y, c: lorentz.dist(x, y, c=c), x.float(), y.float(), c.float())
+    assert worst(served[0], exact[0]) < 1e-7
+    for got, want in zip(served[1:3], exact[1:3], strict=True):
+        assert (got - want).norm(dim=-1).div(want.norm(dim=-1)).max() < 2e-6
+    torch.testing.assert_close(served[3].double(), exact[3], rtol=1e-5, atol=1e-5)
+    kernels(False)
+    assert not torch.equal(served[0], lorentz.dist(x.float(), y.float()))  # the kernel did run
+
+
+@needs_compiler
+def test_pairs_of_every_shape(kernels, points):
+    x, y = (0.4 * points.unit(2, 3, 4).float() for _ in range(2))
+    c = torch.tensor([0.5, 2.0]).unsqueeze(1)
+    exact = lorentz.dist(x.double(), y.double(), c=c.double())
+    torch.testing.assert_close(lorentz.dist(x, y, c=c), exact.float())
+    torch.testing.assert_close(lorentz.dist(x.mT.contiguous().mT, y, c=c), exact.float())
+    torch.testing.assert_close(lorentz.dist(x, y[:1, :1], c=0.5)[0, 0], exact.float()[0, 0])
+    per_row = gradients(lambda c: lorentz.dist(x, y, c=c), c)[1]
+    torch.testing.assert_close(
+        per_row, gradients(lambda c: lorentz.dist(x.double(), y.double(), c=c), c.double())[1].float()
+    )
+    assert lorentz.dist(x[:, :0], y[:, :0]).shape == (2, 0)
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(lorentz.dist(leaf, x).sum(), leaf)
+    assert g.abs().max() == 0
+    double = torch.func.hessian(lambda v: lorentz.dist(v, y[0, 0]).square())(x[0, 0])
+    kernels(False)
+    torch.testing.assert_close(double, torch.func.hessian(lambda v: lorentz.dist(v, y[0, 0]).square())(x[0, 0]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "jacrev"])
+def test_pairs_under_transforms(kernels, points, transform):
+    x, y = (0.4 * points.unit(3, 4).float() for _ in range(2))
+    c = torch.full((3,), 0.7)
+    calls = {
+        "grad": lambda f: torch.func.grad(lambda *a: f(*a).sum(), argnums=(0, 1, 2))(x, y, c),
+        "vmap": lambda f: torch.func.vmap(f)(x, y, c),
+        "jvp": lambda f: torch.func.jvp(f, (x, y, c), (y, x, c)),
+        "jacrev": lambda f: torch.func.jacrev(f, argnums=(0, 1, 2))(x, y, c),
+    }
+
+    def functions():
+        one, every = (
+            (lambda x, y, c: lorentz.dist(x, y, c=c)),
+            (lambda x, y, c: lorentz.pairwise_dist(x[None], y[None], c=c[0])),
+        )
+        return calls[transform](one), *(() if transform == "vmap" else (calls[transform](every),))
+
+    served = functions()
+    kernels(False)
+    torch.testing.assert_close(served, functions(), rtol=2e-5, atol=2e-6)
+
+
 @needs_compiler
 def test_near_pairs_keep_the_guard(kernels, points):
     for radius in (0.1, 1, 5):
@@ -80,8 +152,7 @@ def test_near_pairs_keep_the_guard(kernels, points):
         leaf = x.float().requires_grad_()
         weight = torch.eye(100)
         (g,) = torch.autograd.grad((lorentz.pairwise_dist(leaf, y) * weight).sum(), leaf)
-        g = g.double()
-        assert ((g * g).sum(-1) + (x * g).sum(-1) ** 2).sqrt().max() <= 1.01
+        assert riemannian_norm(x, g.double()).max() <= 1.01
 
 
 @needs_compiler

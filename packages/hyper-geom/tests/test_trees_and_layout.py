@@ -153,3 +153,9 @@ def test_svg_and_html():
         to_svg(picture, labels=["one"])
     with pytest.raises(ValueError, match="picture"):
         to_svg(torch.zeros(3, 3))
+
+
+def test_number_of_nodes_from_the_edges():
+    edges = torch.tensor([[0, 1], [0, 2], [2, 3]])
+    torch.testing.assert_close(embed_tree(edges), embed_tree(edges, 4))
+    assert embed_tree(edges[:0]).shape == (1, 2)

@@ -7,19 +7,44 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mat_align import GaussianPromptAverage, MaPLePrompts, MATModel, PromptSRCPrompts, PromptSRCRegularizer
+from mat_align import (
+    HETEROGENEOUS,
+    GaussianPromptAverage,
+    MaPLePrompts,
+    MATModel,
+    PromptSRCPrompts,
+    PromptSRCRegularizer,
+    released,
+)
+from mat_align.backbones import text_tower, token_ids
 from mat_align.prompts import encode_text, label_text, template_features
-from mat_align.prompts._text import text_tower, token_ids
 
 NAMES = ("cat", "maple_tree", "fish_1")
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [("maple_tree", "maple tree"), ("crane_2", "crane"), ("n0_x", "n x"), ("cat", "cat"), ("a_b_", "a b")],
+    ("name", "kept", "dropped"),
+    [
+        ("maple_tree", "maple tree", "maple tree"),
+        ("crane_2", "crane 2", "crane"),
+        ("n0_x", "n0 x", "n x"),
+        ("cat", "cat", "cat"),
+        ("a_b_", "a b", "a b"),
+        ("737-300", "737-300", "-"),
+    ],
 )
-def test_label_text(name, text):
-    assert label_text(name) == text
+def test_label_text(name, kept, dropped):
+    assert label_text(name) == kept
+    assert label_text(name, drop_digits=True) == dropped
+
+
+def test_digits_reach_the_text_tower(clip):
+    names = ["737-300", "747-200"]
+    kept = MATModel(clip, None).encode_text(names)
+    assert not torch.allclose(kept[0], kept[1])
+    dropped = MATModel(clip, None, released(HETEROGENEOUS)).encode_text(names)
+    assert torch.equal(dropped[0], dropped[1])
+    assert torch.equal(*MATModel(clip, None, released(HETEROGENEOUS)).frozen_text(names))
 
 
 def test_tokens_are_those_of_open_clip():
@@ -53,7 +78,7 @@ def test_custom_text_clip(make_clip):
 
 def test_deep_text_tokens(clip):
     """Against the tower run by hand."""
-    tower, ids = text_tower(clip), open_clip.tokenize(["a photo of a cat.", "a dog"])
+    tower, ids = text_tower(clip).module, open_clip.tokenize(["a photo of a cat.", "a dog"])
     g = torch.Generator().manual_seed(0)
     first, deep = (torch.randn(2, 16, generator=g) for _ in range(2))
     x = tower.token_embedding(ids).clone()

@@ -32,9 +32,9 @@ _ROWS = 1024
 _POINTER = c_void_p
 _SIDES = [_POINTER, c_int64, _POINTER]
 _SIGNATURES = {
-    "hyper_geom_dist": [_POINTER, _POINTER, *_SIDES, c_int64, c_int64, c_int32, c_int32],
+    "hyper_geom_dist": [_POINTER, _POINTER, *_SIDES, c_int64, c_int64, c_float, c_int32, c_int32],
     "hyper_geom_grad": [
-        *[_POINTER] * 3, *_SIDES, c_int64, c_int64, c_float, c_float, _POINTER, _POINTER, c_int32
+        *[_POINTER] * 3, *_SIDES, c_int64, c_int64, c_float, c_float, c_float, _POINTER, _POINTER, c_int32
     ],
     "hyper_geom_lse": [
         _POINTER, *_SIDES, c_float, _POINTER, c_int64, c_int64, _POINTER, _POINTER, _POINTER, c_int32
@@ -42,14 +42,17 @@ _SIGNATURES = {
     "hyper_geom_lse_grad": [
         _POINTER, *_SIDES, c_float, _POINTER, c_int64, c_int64, *[_POINTER] * 4, c_float, c_float, *[_POINTER] * 3, c_int32
     ],
+    "hyper_geom_pairs": [_POINTER, _POINTER, _POINTER, c_int64, _POINTER, c_int64, c_int64, c_int32],
+    "hyper_geom_pairs_grad": [_POINTER, _POINTER, _POINTER, c_int64, *[_POINTER] * 4, c_int64, c_int64, c_int32],
     "hyper_geom_tangential": [*[_POINTER] * 3, c_int64, c_int64, c_int32],
 }  # fmt: skip
 _library: Any = None
 
 
 def build_cpu_kernels() -> bool:
-    """Compile (the first time on this machine) and use the one-pass CPU kernels of `pairwise_dist` and the contrastive loss.
+    """Compile (the first time on this machine) and use the one-pass CPU kernels of `dist`, `pairwise_dist` and the loss.
 
+    They are those of `lorentz.dist`, both models' `pairwise_dist` and the chunked `distance_info_nce`.
     They serve float32 on the CPU outside `torch.compile`; everything else keeps the eager form, whose values they match
     to rounding. The library lies in torch's extension cache and is compiled once for each kind of processor.
 
@@ -117,8 +120,35 @@ def _matrices(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:]).contiguous()
 
 
-def dist(x: Polar, y: Polar, keep: bool) -> tuple[Tensor, Tensor]:
-    """K times the distances (*b n m), and the product part of h, empty unless `keep`."""
+def pairs(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+    """Distances (*b) of Lorentz points (*b d), c (*b); computed in double and rounded once."""
+    x, y = x.contiguous(), y.contiguous()
+    found, (c, step) = x.new_empty(x.shape[:-1]), _each(c)
+    _library.hyper_geom_pairs(
+        x.data_ptr(), y.data_ptr(), c.data_ptr(), step, found.data_ptr(), found.numel(), x.shape[-1],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def pairs_grad(x: Tensor, y: Tensor, c: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, y and c."""
+    x, y, grad, (one, step) = x.contiguous(), y.contiguous(), grad.contiguous(), _each(c)
+    found = torch.empty_like(x), torch.empty_like(y), torch.empty_like(grad)
+    _library.hyper_geom_pairs_grad(
+        x.data_ptr(), y.data_ptr(), one.data_ptr(), step, grad.data_ptr(), *(v.data_ptr() for v in found), grad.numel(),
+        x.shape[-1], torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def _each(c: Tensor) -> tuple[Tensor, int]:
+    """C's memory and the step between its entries: 0 for one number expanded."""
+    return (c, 0) if not any(c.stride()) else (c.contiguous(), 1)
+
+
+def dist(x: Polar, y: Polar, keep: bool, unit: float) -> tuple[Tensor, Tensor]:
+    """`unit` times k times the distances (*b n m), and the product part of h, empty unless `keep`."""
     batch, (n, m) = x.vector.shape[:-2], (x.vector.shape[-2], y.vector.shape[-2])
     dot = x.vector @ y.vector.mT
     found = torch.empty_like(dot) if keep else dot
@@ -128,12 +158,14 @@ def dist(x: Polar, y: Polar, keep: bool) -> tuple[Tensor, Tensor]:
     for i, y_side in enumerate(sides[1]):
         _library.hyper_geom_dist(
             dot.data_ptr() + 4 * i * sizes, found.data_ptr() + 4 * i * sizes, sides[0][0, i].data_ptr(), step,
-            y_side.data_ptr(), n, m, keep, threads,
+            y_side.data_ptr(), n, m, unit, keep, threads,
         )  # fmt: skip
     return found, dot if keep else dot.new_empty((*batch, 0, 0))
 
 
-def dist_grad(x: Polar, y: Polar, product: Tensor, grad: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dist_grad(
+    x: Polar, y: Polar, product: Tensor, grad: Tensor, noise: float, unit: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x's vectors and radii, and of y's."""
     (n, m), threads = product.shape[-2:], torch.get_num_threads()
     grad_x, grad_y = torch.empty_like(x.vector, memory_format=torch.contiguous_format), torch.zeros_like(y.vector)
@@ -150,7 +182,7 @@ def dist_grad(x: Polar, y: Polar, product: Tensor, grad: Tensor, noise: float) -
             slab = weight[: rows.stop - start]
             _library.hyper_geom_grad(
                 part[rows].data_ptr(), given[rows].data_ptr(), slab.data_ptr(), x_side[0, rows].data_ptr(), n,
-                y_side.data_ptr(), len(slab), m, noise, _TINY, row_sum[rows].data_ptr(), columns.data_ptr(), threads,
+                y_side.data_ptr(), len(slab), m, noise, _TINY, unit, row_sum[rows].data_ptr(), columns.data_ptr(), threads,
             )  # fmt: skip
             torch.mm(slab, b, out=into_a[rows])
             into_b.addmm_(slab.mT, a[rows])

@@ -95,12 +95,12 @@ constexpr int64_t TILE = 1024;  // columns at a time, so that what two passes sh
 // Columns first .. first + num of a row: the product part of h and dL/ddist to weights; adds to the three sums.
 inline void grad_columns(
     const float* p, const float* g, float* w, const Row& row, const float* y, int64_t m, int64_t num, float floor,
-    float tiny, float* column, float& angular_total, float& radial_total) {
+    float tiny, float unit, float* column, float& angular_total, float& radial_total) {
   float angular_sum = 0.0f, radial_sum = 0.0f;
 #pragma omp simd reduction(+ : angular_sum, radial_sum)
   for (int64_t j = 0; j < num; ++j) {
     const float half = half_of(row, y[2 * m + j], y[3 * m + j]), half_sq = half * half;
-    const float slope = slope_of(g[j], half_sq + p[j], floor * y[m + j], tiny);
+    const float slope = slope_of(g[j] * unit, half_sq + p[j], floor * y[m + j], tiny);
     const float angular = slope * p[j], radial = slope * half * std::sqrt(1.0f + half_sq);
     angular_sum += angular;
     radial_sum += radial;
@@ -111,14 +111,85 @@ inline void grad_columns(
   radial_total += radial_sum;
 }
 
+// What one pair of points needs, in double: the float inputs are exact there, so only the last rounding is felt.
+struct Pair {
+  double q, x0, y0, dot_difference;  // the squared chord, both times k, and (x - y).(x + y)
+
+  Pair(const float* x, const float* y, int64_t dim, double c) {
+    double xx = 0, yy = 0, xy = 0, dt = 0, tt = 0, cross = 0;
+#pragma omp simd reduction(+ : xx, yy, xy, dt, tt)
+    for (int64_t k = 0; k < dim; ++k) {
+      const double a = x[k], b = y[k], delta = a - b, total = a + b;
+      xx += a * a, yy += b * b, xy += a * b, dt += delta * total, tt += total * total;
+    }
+    const double X = c * xx, Y = c * yy;
+    x0 = std::sqrt(1 + X), y0 = std::sqrt(1 + Y), dot_difference = dt;
+    // `chord_sq` of lorentz/_metric.py derives both forms.
+    if (xy > 0) {
+      const double along = dt / tt;
+#pragma omp simd reduction(+ : cross)
+      for (int64_t k = 0; k < dim; ++k) {
+        const double rest = (double(x[k]) - y[k]) - along * (double(x[k]) + y[k]);
+        cross += rest * rest;
+      }
+      const double s_sq = c * tt, s0 = x0 + y0;
+      const double E = 2 + 2 * x0 * y0 + 4 * (X / s_sq) * Y + 2 * (c * xy) * ((X + Y) / s_sq);
+      q = c * cross * (s0 * (s0 / E)) + 4 * (along * along * s_sq) / E;
+    } else {
+      const double w = 1 + x0 * y0, direct = 2 * ((X + Y) / w + X * (Y / w) - c * xy);
+      q = direct < 0 ? 0 : direct;
+    }
+  }
+};
+
 }  // namespace
 
 extern "C" {
 
-// Inner products (n, m) to distances; they become the product part of h where `keep`, else `dist` may be `dot` itself.
-void hyper_geom_dist(
-    float* dot, float* dist, const float* x, int64_t x_step, const float* y, int64_t n, int64_t m, int32_t keep,
+// Distances of n pairs; c is one number where `c_step` is 0.
+void hyper_geom_pairs(
+    const float* x, const float* y, const float* c, int64_t c_step, float* dist, int64_t n, int64_t dim,
     int32_t threads) {
+  share_rows(n, threads, [=](int64_t first, int64_t last, int64_t) {
+    for (int64_t i = first; i < last; ++i) {
+      const double curvature = c[i * c_step];
+      const Pair pair(x + i * dim, y + i * dim, dim, curvature);
+      dist[i] = static_cast<float>(2 * std::asinh(std::sqrt(pair.q) / 2) / std::sqrt(curvature));
+    }
+  });
+}
+
+// dL/dx, dL/dy and each pair's dL/dc. With v = (y0/x0) x - y, dq/dx = 2c v, dq/dy = -2c (x0/y0) v, dq/dc = |v|^2 x0/y0.
+void hyper_geom_pairs_grad(
+    const float* x, const float* y, const float* c, int64_t c_step, const float* grad, float* grad_x, float* grad_y,
+    float* grad_c, int64_t n, int64_t dim, int32_t threads) {
+  share_rows(n, threads, [=](int64_t first, int64_t last, int64_t) {
+    for (int64_t i = first; i < last; ++i) {
+      const float *a = x + i * dim, *b = y + i * dim;
+      const double curvature = c[i * c_step], k = std::sqrt(curvature);
+      const Pair pair(a, b, dim, curvature);
+      const double slope = pair.q == 0 ? 0 : grad[i] / (2 * k * std::sqrt(pair.q) * std::sqrt(1 + pair.q / 4));
+      // y0 - x0 without cancellation.
+      const double lag = -curvature * pair.dot_difference / (pair.x0 + pair.y0) / pair.x0, ratio = pair.x0 / pair.y0;
+      const double by_x = 2 * curvature * slope, by_y = -by_x * ratio;
+      double v_sq = 0;
+#pragma omp simd reduction(+ : v_sq)
+      for (int64_t j = 0; j < dim; ++j) {
+        const double v = (double(a[j]) - b[j]) + lag * a[j];
+        v_sq += v * v;
+        grad_x[i * dim + j] = static_cast<float>(by_x * v);
+        grad_y[i * dim + j] = static_cast<float>(by_y * v);
+      }
+      const double d = 2 * std::asinh(std::sqrt(pair.q) / 2) / k;
+      grad_c[i] = static_cast<float>(slope * v_sq * ratio - grad[i] * d / (2 * curvature));
+    }
+  });
+}
+
+// Inner products (n, m) to `unit` times k times the distances; they become the product part of h where `keep`, else `dist` may be `dot` itself.
+void hyper_geom_dist(
+    float* dot, float* dist, const float* x, int64_t x_step, const float* y, int64_t n, int64_t m, float unit,
+    int32_t keep, int32_t threads) {
   share_rows(n, threads, [=](int64_t first, int64_t last, int64_t) {
     for (int64_t i = first; i < last; ++i) {
       const Row row(x, x_step, i);
@@ -130,13 +201,13 @@ void hyper_geom_dist(
           const float product = product_of(from[j], row, y[j], y[m + j]);
           const float half = half_of(row, y[2 * m + j], y[3 * m + j]);
           from[j] = product;
-          to[j] = dist_of(half * half + product);
+          to[j] = dist_of(half * half + product) * unit;
         }
       } else {
 #pragma omp simd
         for (int64_t j = 0; j < m; ++j) {
           const float half = half_of(row, y[2 * m + j], y[3 * m + j]);
-          to[j] = dist_of(half * half + product_of(from[j], row, y[j], y[m + j]));
+          to[j] = dist_of(half * half + product_of(from[j], row, y[j], y[m + j])) * unit;
         }
       }
     }
@@ -147,7 +218,7 @@ void hyper_geom_dist(
 // `row_sum` (n), and one row of `col_sum` (threads, m) for each thread, which starts at 0.
 void hyper_geom_grad(
     const float* product, const float* grad, float* weight, const float* x, int64_t x_step, const float* y, int64_t n,
-    int64_t m, float noise, float tiny, float* row_sum, float* col_sum, int32_t threads) {
+    int64_t m, float noise, float tiny, float unit, float* row_sum, float* col_sum, int32_t threads) {
   share_rows(n, threads, [=](int64_t first, int64_t last, int64_t thread) {
     float* column = col_sum + thread * m;
     for (int64_t i = first; i < last; ++i) {
@@ -155,7 +226,7 @@ void hyper_geom_grad(
       const float floor = noise * row.sinh;
       float angular_sum = 0.0f, radial_sum = 0.0f;
       grad_columns(
-          product + i * m, grad + i * m, weight + i * m, row, y, m, m, floor, tiny, column, angular_sum, radial_sum);
+          product + i * m, grad + i * m, weight + i * m, row, y, m, m, floor, tiny, unit, column, angular_sum, radial_sum);
       row_sum[i] = angular_sum * row.coth + radial_sum;
     }
   });
@@ -239,7 +310,7 @@ void hyper_geom_lse_grad(
         }
         weighted -= part;
         grad_columns(
-            product, share, w, row, side, m, num, floor, tiny, col_sum + thread * m + start, angular_sum, radial_sum);
+            product, share, w, row, side, m, num, floor, tiny, 1.0f, col_sum + thread * m + start, angular_sum, radial_sum);
       }
       row_sum[i] = angular_sum * row.coth + radial_sum;
       scale_sum[i] = weighted;

@@ -72,7 +72,7 @@ def raw_targets(labels: Tensor, targets: Tensor | None, num_columns: int, dtype:
     """E (n m): 1 for each label, or the given weights, 0 for extra negatives."""
     if targets is not None:
         return torch.nn.functional.pad(targets.to(dtype), (0, num_columns - targets.shape[1]))
-    found = torch.zeros(len(labels), num_columns + 1, dtype=dtype, device=labels.device)
+    found = torch.zeros(labels.shape[0], num_columns + 1, dtype=dtype, device=labels.device)
     return found.scatter(1, torch.where(labels < 0, num_columns, labels), 1.0)[:, :num_columns]
 
 
@@ -147,7 +147,7 @@ def _totals(args: tuple) -> tuple[Tensor, Tensor]:
     x, y, c, _, labels, targets, mask, setting, chunk_size = args
     total = torch.zeros(setting.columns, dtype=c.dtype, device=x.device)
     count = torch.zeros_like(total)
-    for rows in _slabs(len(labels), chunk_size):
+    for rows in _slabs(labels.shape[0], chunk_size):
         raw = raw_targets(labels[rows], None if targets is None else targets[rows], y.shape[-2], c.dtype)
         keep = keep_positives(None if mask is None else mask[rows], raw)
         total += raw[:, : setting.columns].sum(0)
@@ -162,10 +162,10 @@ def _rows(x: Tensor, rows: slice, c: Tensor) -> Tensor:
 def _forward(*args):
     x, y, c, scale, labels, _, _, setting, chunk_size = args
     totals = _totals(args)
-    row_loss, row_lse = (torch.empty(len(labels), dtype=c.dtype, device=x.device) for _ in range(2))
+    row_loss, row_lse = (torch.empty(labels.shape[0], dtype=c.dtype, device=x.device) for _ in range(2))
     column_lse = torch.full((setting.columns,), -torch.inf, dtype=c.dtype, device=x.device)
     column_dot = torch.zeros_like(column_lse)
-    for rows in _slabs(len(labels), chunk_size):
+    for rows in _slabs(labels.shape[0], chunk_size):
         logits = -scale * distances(_rows(x, rows, c), y, c, labels[rows], setting)
         row_target, column_target, keep = _slab_targets(args, rows, totals)
         if keep is not None:
@@ -184,7 +184,7 @@ def _backward(inputs: list, outputs: tuple, grads: tuple) -> tuple:
     (row_lse, column_lse), (grad_row, grad_column) = outputs, grads
     totals = _totals(tuple(inputs))
     total = [torch.zeros_like(v) for v in (x, y, c, scale)]
-    for rows in _slabs(len(labels), chunk_size):
+    for rows in _slabs(labels.shape[0], chunk_size):
         with torch.enable_grad():
             leaves = [v.detach().requires_grad_() for v in (_rows(x, rows, c), y, c, scale)]
             part_x, part_y, part_c, part_scale = leaves

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hyper_geom._numerics import full_precision
 
@@ -110,11 +111,23 @@ def make_kernel(
     def apply(*args: Any) -> Any:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             return plain(*args)  # a graph that outlives this process holds operations, not Python functions
+        if not torch.compiler.is_compiling() and undisturbed(*args):
+            out = forward(*args)
+            return out if not num_kept else out[0] if len(out) == num_kept + 1 else out[:-num_kept]
         # torch.compile takes no Function that defines jvp.
         out = (Kernel if torch.compiler.is_compiling() else Transformed).apply(*args)
         return out if not num_kept else out[0] if len(out) == num_kept + 1 else out[:-num_kept]
 
     return apply
+
+
+def undisturbed(*args: Any) -> bool:
+    """Whether nothing differentiates these or transforms: autograd's bookkeeping, 27 us a call, is then spared."""
+    return (
+        not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args))
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _merged(tensors: tuple[Tensor, ...], options: tuple) -> list:

@@ -171,13 +171,18 @@ def curvature_tensor(
 
 
 def _known_negative(value: Tensor) -> bool:
-    """Whether an entry is <= 0, as far as that can be read without waiting for a device or breaking a trace."""
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
+    """Whether an entry is <= 0, as far as that can be read without waiting for a device."""
+    return value.device.type == "cpu" and not known(~(value.detach() <= 0), unread=True)
+
+
+def known(condition: Tensor, *, unread: bool) -> bool:
+    """Whether all entries hold; `unread` where a graph, vmap, a fake or a meta tensor has no value to read."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return unread
     try:
-        return bool((value.detach() <= 0).any())
-    except RuntimeError:  # a batched tensor of vmap or a fake tensor has no value
-        return False
+        return bool(condition.all())
+    except RuntimeError:
+        return unread
 
 
 def check_positive(name: str, value: Any) -> float:

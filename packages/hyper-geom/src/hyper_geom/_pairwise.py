@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyper_geom import _cpu
-from hyper_geom._kernel import make_kernel
+from hyper_geom._kernel import make_kernel, undisturbed
 from hyper_geom._numerics import check_choice, norm, safe_div
 from hyper_geom._polar import Polar, lorentz_polar, poincare_polar
 
@@ -41,40 +41,43 @@ def _pairwise_dist(x: Tensor, y: Tensor, c: Tensor, precision: str, polar: Calla
     # The expansion stays outside the kernel, so autograd sums its gradient.
     x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
     k = c.sqrt().unsqueeze(-1)
+    sides = polar(x, k), polar(y, k)
+    if k.numel() == 1 and _cpu.serves(*sides[0], *sides[1]) and undisturbed(k):
+        return polar_dist(*sides, unit=1 / k.item())  # a pass over the matrix less
     # In place: a second N x M buffer costs more than the division.
-    return polar_dist(polar(x, k), polar(y, k)).div_(k.unsqueeze(-1)).to(dtype)
+    return polar_dist(*sides).div_(k.unsqueeze(-1)).to(dtype)
 
 
-def polar_dist(x: Polar, y: Polar) -> Tensor:
-    """K times the distance matrix (*b n m)."""
+def polar_dist(x: Polar, y: Polar, unit: float = 1.0) -> Tensor:
+    """`unit` times k times the distance matrix (*b n m)."""
     keep = torch.is_grad_enabled() and any(part.requires_grad for part in (*x, *y))
-    return _polar_dist(*x, *y, keep)
+    return _polar_dist(*x, *y, keep, unit)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     """The matrix, and the product part of h for the backward: the one N x M buffer that is saved."""
-    *parts, keep = args
+    *parts, keep, unit = args
     x, y = Polar(*parts[:4]), Polar(*parts[4:])
     if _cpu.serves(*parts):
-        return _cpu.dist(x, y, keep)
+        return _cpu.dist(x, y, keep, unit)
     product = haversine_product(x, y)
     h = half_difference(x.radius, y.radius).square_().add_(product)
     if not keep:
         product = product.new_empty((*product.shape[:-2], 0, 0))
-    return dist_from_haversine(h), product
+    return dist_from_haversine(h).mul_(unit) if unit != 1 else dist_from_haversine(h), product
 
 
 def _backward(inputs: list, outputs: tuple, grads: tuple) -> tuple[Tensor | None, ...]:
-    (*parts, _), (product,), (grad,) = inputs, outputs, grads
+    (*parts, _, unit), (product,), (grad,) = inputs, outputs, grads
     x, y = Polar(*parts[:4]), Polar(*parts[4:])
     if product.shape != grad.shape:
         product = haversine_product(x, y)
     if _cpu.serves(*parts, product, grad):
-        grad_x, row_sum, grad_y, column_sum = _cpu.dist_grad(x, y, product, grad, matmul_noise(grad))
-        return grad_x, row_sum, None, None, grad_y, column_sum, None, None, None
-    weight, row_sum, column_sum = haversine_grad(x, y, product, grad)
+        grad_x, row_sum, grad_y, column_sum = _cpu.dist_grad(x, y, product, grad, matmul_noise(grad), unit)
+        return grad_x, row_sum, None, None, grad_y, column_sum, None, None, None, None
+    weight, row_sum, column_sum = haversine_grad(x, y, product, grad if unit == 1 else grad * unit)
     grad_x, grad_y = tangential(x, weight @ y.vector), tangential(y, weight.mT @ x.vector)
-    return grad_x, row_sum, None, None, grad_y, column_sum, None, None, None
+    return grad_x, row_sum, None, None, grad_y, column_sum, None, None, None, None
 
 
 def _plain(*args: Any) -> Tensor:
@@ -91,7 +94,7 @@ def _plain(*args: Any) -> Tensor:
     floor = matmul_noise(h) * (sinh_r.unsqueeze(-1) * sinh_s.unsqueeze(-2)).detach()
     guarded = 2 * ((h + floor).clamp(min=torch.finfo(h.dtype).tiny).sqrt() + (1 + h).sqrt()).log()
     exact = 2 * h.detach().sqrt().asinh()
-    return guarded + (exact - guarded).detach()
+    return args[-1] * (guarded + (exact - guarded).detach())
 
 
 def _scaled(x: Polar) -> tuple[Tensor, Tensor]:

@@ -259,15 +259,15 @@ def _general_loss(
         labels = torch.where(labels < 0, labels, labels + dist.get_rank(group) * num_columns)
         y = _gather.gather_rows(y.transpose(0, -2), group).transpose(0, -2)
         num_columns = y.shape[-2]
-    _check_general(len(labels), num_columns, targets, mask, label_smoothing, weights)
+    _check_general(labels.shape[0], num_columns, targets, mask, label_smoothing, weights)
     if negatives is not None:
         y = torch.cat([y, negatives.to(y.dtype)], dim=-2)
-    if len(labels) == 0:
+    if labels.shape[0] == 0:
         return (x.sum() + y.sum()) * 0.0 if reduction == "mean" else x.sum(dim=tuple(range(1, x.ndim)))
     chunk = general.slab_rows(x, y, c) if chunk_size is None else chunk_size
     setting = general.Setting(model, inputs, queries, label_smoothing, num_columns if symmetric else 0)
     targets = None if targets is None else targets.detach()
-    small = chunk_size is None and chunk * general._NUM_BUFFERS >= len(labels)
+    small = chunk_size is None and chunk * general._NUM_BUFFERS >= labels.shape[0]
     # A graph cannot hold the autograd inside the slabs' backward.
     eager = backend == "eager" or torch.compiler.is_compiling() or (backend == "auto" and small)
     losses = (general.whole if eager else general.in_slabs)(x, y, c, scale, labels, targets, mask, setting, chunk)
@@ -405,14 +405,14 @@ def _check_labels(labels: Tensor | None, x: Tensor, y: Tensor, rows: int, symmet
     if labels.device != device:
         raise ValueError(f"all tensors must be on one device, got labels on {labels.device}, x on {device}")
     # Values are read on CPU only, where that costs no synchronisation, and not while a graph is traced.
-    if labels.device.type == "cpu" and num > 0 and not torch.compiler.is_compiling():
-        low, high = (int(value) for value in labels.aminmax())
-        if low < -1 or high >= num_targets:
+    if labels.device.type == "cpu" and num > 0:
+        if not nm.known((labels >= -1) & (labels < num_targets), unread=True):
+            low, high = (int(value) for value in labels.aminmax())
             raise ValueError(f"labels must lie in 0..{num_targets - 1}, or be -1 for none, got {low}..{high}")
         first = labels if labels.ndim == 1 else labels[:, 0]
-        if symmetric and (first.unique().numel() != num or int(first.min()) < 0):
+        if symmetric and not nm.known(first.sort().values == torch.arange(num, device=device), unread=True):
             raise ValueError("labels must be a permutation where symmetric=True, got a repeated value")
-        if labels.ndim == 1 and low < 0:
+        if labels.ndim == 1 and not nm.known(labels >= 0, unread=True):
             return labels.unsqueeze(1)
     return labels
 

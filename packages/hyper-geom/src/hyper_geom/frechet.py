@@ -25,8 +25,8 @@ def frechet_mean(
 ) -> Float[Tensor, "*batch dim"]:
     """Weighted Frechet mean: the point with the least weighted sum of squared distances.
 
-    argmin_m sum_i w_i d(m, x_i)^2, by Newton steps from the midpoint; the last one carries the gradient, which is then
-    the implicit one: to the points, the weights and c.
+    argmin_m sum_i w_i d(m, x_i)^2, by Newton steps from the midpoint; the last two carry the gradient, which is then the
+    implicit one, and so are second derivatives: to the points, the weights and c.
 
     Args:
         x: points `(*batch n dim)`.
@@ -53,9 +53,11 @@ def frechet_mean(
         x = from_ball(x, c.unsqueeze(-1))
     with torch.no_grad():
         mean = lorentz.midpoint(x, weights, c=c)
-        for _ in range(num_steps - 1):
+        for _ in range(num_steps - 2):
             mean = _step(mean, x, share, c)
-    mean = _step(mean.detach(), x, share, c)
+    # The last step alone has the implicit first derivative; a second step makes the second derivatives right.
+    for _ in range(min(2, num_steps)):
+        mean = _step(mean, x, share, c)
     return mean if model == "lorentz" else to_ball(mean, c)
 
 
@@ -66,15 +68,13 @@ def _step(mean: Tensor, x: Tensor, share: Tensor, c: Tensor) -> Tensor:
     """
     logs = lorentz.log_map_frame(mean.unsqueeze(-2), x, c=c.unsqueeze(-1))
     gradient = (share.unsqueeze(-1) * logs).sum(-2)
-    with torch.no_grad():
-        length_sq = nm.sq_norm(logs)
-        t = c.unsqueeze(-1) * length_sq
-        root = nm.safe_sqrt(t)
-        across = torch.where(root > 0, root / torch.where(root > 0, root, 1.0).tanh(), 1.0)
-        along = nm.safe_div(share * (1 - across), length_sq)
-        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        # A row of zero weights has no Hessian; its gradient is 0 too.
-        total = (share * across).sum(-1)
-        hessian = torch.where(total > 0, total, 1.0)[..., None, None] * eye
-        hessian = hessian + (along.unsqueeze(-1) * logs).mT @ logs
+    length_sq = nm.sq_norm(logs)
+    root = nm.safe_sqrt(c.unsqueeze(-1) * length_sq)
+    across = torch.where(root > 0, root / torch.where(root > 0, root, 1.0).tanh(), 1.0)
+    along = nm.safe_div(share * (1 - across), length_sq)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    # A row of zero weights has no Hessian; its gradient is 0 too.
+    total = (share * across).sum(-1)
+    hessian = torch.where(total > 0, total, 1.0)[..., None, None] * eye
+    hessian = hessian + (along.unsqueeze(-1) * logs).mT @ logs
     return lorentz.exp_map_frame(mean, torch.linalg.solve(hessian, gradient), c=c)

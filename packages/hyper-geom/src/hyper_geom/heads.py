@@ -58,7 +58,7 @@ def hyperplane_logits(
     """
     weight = _check_classes("weight", weight, x)
     if offset.shape != weight.shape[:1]:
-        raise ValueError(f"offset must have shape ({len(weight)},), got {tuple(offset.shape)}")
+        raise ValueError(f"offset must have shape ({weight.shape[0]},), got {tuple(offset.shape)}")
     x = _lorentz(x, c, model)
     size = nm.norm(weight)
     k = c.sqrt().unsqueeze(-1)

@@ -136,7 +136,7 @@ def _carry(vectors: Tensor, start: Tensor, end: Tensor) -> Tensor:
 
 def embed_tree(
     edges: Tensor,
-    num_nodes: int,
+    num_nodes: int | None = None,
     dim: int = 2,
     *,
     c: float = 1.0,
@@ -153,7 +153,7 @@ def embed_tree(
 
     Args:
         edges: int64 `(e 2)`, (parent, child).
-        num_nodes: number of nodes.
+        num_nodes: number of nodes; one more than the largest number in `edges` by default.
         dim: dimension of the space, at least 2.
         c: curvature parameter.
         edge_length: length that an edge should have, > 0.
@@ -176,6 +176,8 @@ def embed_tree(
     nm.check_positive("edge_length", edge_length)
     if dim < 2 or num_steps < 0:
         raise ValueError(f"dim must be at least 2 and num_steps at least 0, got {dim} and {num_steps}")
+    if num_nodes is None:
+        num_nodes = int(edges.max()) + 1 if edges.numel() else 1
     parent = _parents(edges, num_nodes)
     order = _order(parent)
     children: list[list[int]] = [[] for _ in parent]

@@ -6,21 +6,16 @@ References: Nagano et al., "A wrapped normal distribution on hyperbolic space fo
 
 import functools
 import math
+import operator
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 from torch.distributions.utils import lazy_property
 
+from hyper_geom import _numerics as nm
 from hyper_geom import convert, lorentz, poincare
-from hyper_geom._numerics import (
-    check_choice,
-    check_positive,
-    compute_dtype,
-    curvature_tensor,
-    full_precision,
-    sq_norm,
-)
+from hyper_geom._numerics import check_choice, check_positive, compute_dtype, curvature_tensor, full_precision, sq_norm
 
 
 class _OpenBall(constraints.Constraint):
@@ -128,9 +123,10 @@ class WrappedNormal(Distribution):
         self.c = curvature_tensor(c, dtype, loc.device, leading=loc.shape[:-1])
         if model == "poincare" and loc.dtype not in (torch.float32, torch.float64):
             loc = poincare.project(loc, c=self.c)  # rounding to half precision carries a point onto the rim
-        self._diagonal = scale_tril is None
+        self._given, self._diagonal = loc, scale_tril is None
         if self._diagonal and not isinstance(scale, Tensor):
             scale = torch.full((), check_positive("scale", scale), dtype=dtype, device=loc.device)
+        self._equal = isinstance(scale, Tensor) and (scale.ndim == 0 or scale.shape[-1] == 1)
         name, spread = ("scale", scale) if self._diagonal else ("scale_tril", scale_tril)
         batch_shape = _batch_shape(loc.shape, spread.shape, name)
         self.loc = loc.to(dtype).expand(batch_shape + loc.shape[-1:])
@@ -168,7 +164,7 @@ class WrappedNormal(Distribution):
         """The same law with its parameters expanded to a larger batch shape (no copies)."""
         new = self._get_checked_instance(WrappedNormal, _instance)
         batch_shape = torch.Size(batch_shape)
-        new.model, new._diagonal = self.model, self._diagonal
+        new.model, new._diagonal, new._equal, new._given = self.model, self._diagonal, self._equal, self._given
         new.c = self.c.expand(batch_shape) if self.c.ndim else self.c
         for name in ("loc", "scale", "scale_tril"):
             if name in self.__dict__:
@@ -238,7 +234,8 @@ class WrappedNormal(Distribution):
         """Differential entropy with respect to the Riemannian volume.
 
         H = H[N(0, Sigma)] + (d-1) E[log(sinh(k|w|)/(k|w|))]. For equal scales the expectation is generalised
-        Gauss-Laguerre quadrature over |w|, else a mean over normal samples.
+        Gauss-Laguerre quadrature over |w|, else a mean over normal samples. In a graph, whose values cannot be read, scales
+        are equal where `scale` was a number or ended in a dimension of 1.
 
         Args:
             num_samples: samples where the scales differ.
@@ -248,8 +245,8 @@ class WrappedNormal(Distribution):
         """
         dim = self.event_shape[0]
         scale = self.scale
-        if self._diagonal and dim > 1 and bool((scale == scale[..., :1]).all()):
-            t, weight = (torch.tensor(v, dtype=scale.dtype, device=scale.device) for v in _laguerre(dim, 48))
+        if self._diagonal and (self._equal or nm.known(scale == scale[..., :1], unread=False)):
+            t, weight = (v.to(scale) for v in _laguerre(operator.index(dim), 48))
             squared = 2 * t * scale[..., :1].square()
             extra = (weight * _log_sinhc_of_square(self.c.unsqueeze(-1) * squared)).sum(-1)
         else:
@@ -262,7 +259,8 @@ class WrappedNormal(Distribution):
         """Kullback-Leibler divergence KL(self || other) on one space.
 
         Where both laws have one location it is the divergence of the normals in the tangent space, in closed form: the
-        volume terms are equal. Else a mean over reparameterised samples.
+        volume terms are equal. Else a mean over reparameterised samples. In a graph, whose values cannot be read, both laws
+        must have been given the same tensor for the closed form.
 
         Args:
             other: a law of the same model, dimension and c.
@@ -275,9 +273,10 @@ class WrappedNormal(Distribution):
             ValueError: another model, dimension or c.
         """
         same = self.model == other.model and self.event_shape == other.event_shape
-        if not same or not torch.equal(self.c.double().expand_as(other.c), other.c.double()):
+        if not same or not nm.known(self.c.double() == other.c.double(), unread=True):
             raise ValueError("other must be of the same model, dimension and c")
-        if self.loc.shape != other.loc.shape or not torch.equal(self.loc, other.loc):
+        together = self._given is other._given or nm.known(self.loc == other.loc, unread=False)
+        if self.loc.shape != other.loc.shape or not together:
             samples = self.rsample((num_samples,))
             return (self.log_prob(samples) - other.log_prob(samples)).mean(0)
         if self._diagonal and other._diagonal:
@@ -294,14 +293,46 @@ class WrappedNormal(Distribution):
         return points if self.model == "lorentz" else convert.poincare_to_lorentz(points, c=self.c)
 
 
+@torch.compiler.assume_constant_result
+def _laguerre(dim: int, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Nodes t and weights of E[f(t)] for |w|^2 = 2 t sigma^2, t ~ Gamma(dim/2), in fp64."""
+    nodes, weights = _gauss(dim / 2 - 1, num_nodes)
+    return torch.tensor(nodes, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
+
+
 @functools.lru_cache(maxsize=16)
-def _laguerre(dim: int, num_nodes: int) -> tuple[list[float], list[float]]:
-    """Nodes t and weights of E[f(t)] for |w|^2 = 2 t sigma^2, t ~ Gamma(dim/2) (Golub and Welsch, 1969)."""
-    alpha = dim / 2 - 1
-    k = torch.arange(num_nodes, dtype=torch.float64)
-    off = (k[1:] * (k[1:] + alpha)).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(2 * k + alpha + 1) + torch.diag(off, 1) + torch.diag(off, -1))
-    return nodes.tolist(), vectors[0].square().tolist()
+def _gauss(alpha: float, num: int) -> tuple[list[float], list[float]]:
+    """Nodes and weights of sum 1 for t^alpha exp(-t): QL steps on the Jacobi matrix (Golub and Welsch, 1969).
+
+    In plain Python, because tensors have no values while a graph is exported.
+    """
+    diagonal = [2 * k + alpha + 1 for k in range(num)]
+    off = [math.sqrt(k * (k + alpha)) for k in range(1, num)] + [0.0]
+    first = [1.0] + [0.0] * (num - 1)  # first components of the eigenvectors
+    for low in range(num):
+        while True:
+            high = low
+            while high < num - 1 and abs(off[high]) > 1e-17 * (abs(diagonal[high]) + abs(diagonal[high + 1])):
+                high += 1
+            if high == low:
+                break
+            g = (diagonal[low + 1] - diagonal[low]) / (2 * off[low])
+            shift = diagonal[low] - off[low] / (g + math.copysign(math.hypot(g, 1.0), g))
+            g, sine, cosine, moved = diagonal[high] - shift, 1.0, 1.0, 0.0
+            for i in range(high - 1, low - 1, -1):
+                f, b = sine * off[i], cosine * off[i]
+                size = math.hypot(f, g)
+                off[i + 1], sine, cosine = size, f / size, g / size
+                g = diagonal[i + 1] - moved
+                rest = (diagonal[i] - g) * sine + 2 * cosine * b
+                moved = sine * rest
+                diagonal[i + 1] = g + moved
+                g = cosine * rest - b
+                a, b = first[i], first[i + 1]
+                first[i], first[i + 1] = cosine * a - sine * b, sine * a + cosine * b
+            diagonal[low] -= moved
+            off[low], off[high] = g, 0.0
+    return diagonal, [value * value for value in first]
 
 
 @register_kl(WrappedNormal, WrappedNormal)

@@ -3,8 +3,9 @@
 `visual_tree`, `intermediate`, `objective`, `prompts` and `variants` hold the parts; `MATModel` and `FeatureMATModel` put them together.
 """
 
-from mat_align import intermediate, objective, prompts, variants, visual_tree
+from mat_align import backbones, intermediate, objective, prompts, variants, visual_tree
 from mat_align.__about__ import __version__
+from mat_align.backbones import Backbone
 from mat_align.head import MATHead, PathFeatures
 from mat_align.model import FeatureMATModel, MATModel, MATOutput
 from mat_align.objective import MATLosses, MATObjective, entailment_terms, fraction_met
@@ -28,6 +29,7 @@ __all__ = [
     "SEPARATE",
     "SHARED",
     "VANILLA",
+    "Backbone",
     "FeatureMATModel",
     "GaussianPromptAverage",
     "LayerTokens",
@@ -44,6 +46,7 @@ __all__ = [
     "TextQueriedAttention",
     "Variant",
     "__version__",
+    "backbones",
     "entailment_terms",
     "fraction_met",
     "intermediate",

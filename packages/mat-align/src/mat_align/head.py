@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -191,6 +191,21 @@ class MATHead(nn.Module):
             radii = released_radii(norm_img, norm_txt, c_img.detach(), c_txt.detach())
             return intermediate_curvature(c_img, c_txt, *radii, method="released")
         return intermediate_curvature(c_img, c_txt, method=method)
+
+    def curvatures(self, features: PathFeatures, length: Int[Tensor, " B"]) -> tuple[Tensor, Tensor, Tensor]:
+        """c_img, c_txt and c_mid for a batch; c_mid may depend on the ratio of the mean features' norms.
+
+        Args:
+            features: what `path_features` returns.
+            length: number of nodes on each path.
+        """
+        with torch.no_grad():
+            valid = torch.arange(features.img.shape[1], device=length.device) < length[:, None]
+            norms = [
+                (scale * x)[valid].mean(dim=0).norm().clamp(min=1e-6) if bool(valid.any()) else 1.0
+                for x, scale in ((features.img, features.scale_img), (features.txt, features.scale_txt))
+            ]
+        return self.c_img(), self.c_txt(), self.c_mid(*norms)
 
     @torch.no_grad()
     def clamp_(self) -> "MATHead":

@@ -5,25 +5,29 @@ Reference: Modality Alignment across Trees (arXiv 2510.27391).
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+import torch.distributed as dist
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mat_align.head import MATHead
+from mat_align.backbones import Backbone, backbone
+from mat_align.head import MATHead, PathFeatures
 from mat_align.prompts import PromptLearner, encode_text, label_text, template_features
 from mat_align.prompts._learners import LEARNERS
-from mat_align.prompts._text import context_length, text_tower, token_ids
 from mat_align.variants import HETEROGENEOUS, Variant
-from mat_align.visual_tree import LayerTokens, StageTokens, VisualPrompts, relative_layers
+from mat_align.visual_tree import LayerTokens, StageTokens, relative_layers
 from mat_align.visual_tree._layers import initial_mix
 
 _FORMAT = 1
+# Folders written before labels kept their digits.
+_DEFAULTS = {"drop_digits": True}
 _CONFIG, _WEIGHTS = "mat_align.json", "mat_align.safetensors"
 
 
@@ -34,11 +38,32 @@ class MATOutput(NamedTuple):
         logits: (B, n), one per picture and name.
         tokens: (B, M, d) layer tokens.
         text: (n, d) text features, not normalised.
+        paths: features along the paths that were asked for.
+        curvatures: c_img, c_txt and c_mid of the batch, with `paths`.
+        frozen: (B, d) picture and (k, d) text features of the frozen model, with `reference`.
     """
 
     logits: Tensor
     tokens: Tensor
     text: Tensor
+    paths: PathFeatures | None = None
+    curvatures: tuple[Tensor, Tensor, Tensor] | None = None
+    frozen: tuple[Tensor, Tensor] | None = None
+
+
+def gather(x: Tensor, group: Any) -> Tensor:
+    """The rows of all processes in rank order; alone, x itself.
+
+    Every process goes on to compute the loss of all rows. The gradient of its own rows is that loss's, times the number
+    of processes: the mean over processes that DistributedDataParallel takes is then their sum.
+    """
+    if group is None:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.detach().contiguous(), group=group)
+    if x.requires_grad:
+        parts[dist.get_rank(group)] = x.detach() + len(parts) * (x - x.detach())
+    return torch.cat(parts)
 
 
 class _Model(nn.Module):
@@ -69,29 +94,52 @@ class _Model(nn.Module):
         """Logits of labels for pictures that are encoded already."""
         return self.head.logits(tokens, text, self.logit_scale)
 
-    def forward(self, images: Tensor, names: Sequence[str]) -> MATOutput:
-        """Encode pictures and labels once and score all pairs.
+    def forward(
+        self,
+        images: Tensor,
+        names: Sequence[str],
+        paths: Int[Tensor, "B H"] | None = None,
+        length: Int[Tensor, " B"] | None = None,
+        reference: Sequence[str] | None = None,
+        group: Any = None,
+    ) -> MATOutput:
+        """Encode pictures and labels once and score all pairs: all that trains takes part here, for wrappers such as DDP.
 
         Args:
             images: what `encode_image` takes.
             names: texts of the labels.
+            paths: rows of `names`, the nodes on each picture's path, for its features and the curvatures.
+            length: number of nodes on each path.
+            reference: labels whose features of the frozen model are wanted too.
+            group: processes whose pictures are scored too, equally many in each; `paths` and `length` are then of all.
         """
-        tokens, text = self.encode_image(images), self.encode_text(names)
-        return MATOutput(self.score(tokens, text), tokens, text)
+        tokens, text = gather(self.encode_image(images), group), self.encode_text(names)
+        found = curvatures = frozen = None
+        if reference is not None:
+            frozen = gather(self.frozen_image(images).float(), group), self.frozen_text(reference)
+        # Towers may run in half precision; cosines and curvatures may not.
+        with torch.autocast(tokens.device.type, enabled=False):
+            if paths is not None and length is not None:
+                found = self.head.path_features(tokens, text[paths])
+                curvatures = self.head.curvatures(found, length)
+            return MATOutput(self.score(tokens, text), tokens, text, found, curvatures, frozen)
 
 
 class MATModel(_Model):
-    """A frozen open_clip model with learned prompts under the head of a variant.
+    """A frozen CLIP-like model with learned prompts under the head of a variant.
 
     Only prompts, attention, curvatures and radii (and a learned mix of layers) train; they are fp32.
 
     Args:
-        clip: open_clip model with a vision transformer with class token and a text transformer. Its parameters stop
-            asking for gradients. For OpenAI's weights build `ViT-B-16-quickgelu`: the state dict does not record it.
+        clip: open_clip model with a vision transformer (or EVA) with class token and a text transformer, transformers'
+            CLIP, or a `Backbone`; see `mat_align.backbones`. Its parameters stop asking for gradients. For OpenAI's
+            weights build `ViT-B-16-quickgelu`: the state dict does not record it.
         prompts: `MaPLePrompts` or `PromptSRCPrompts` of this model; None for the frozen model's own features.
         variant: what is computed.
         layers: 0-based blocks, see `LayerTokens`; the last one alone for a variant of the last token.
         radius: see `MATHead`.
+        chunk_size: labels, and pictures, encoded at a time; the backward encodes each chunk again in place of holding its
+            states. None holds them all.
         **settings: further settings of `MATHead`.
 
     Raises:
@@ -100,31 +148,44 @@ class MATModel(_Model):
 
     def __init__(
         self,
-        clip: nn.Module,
+        clip: nn.Module | Backbone,
         prompts: PromptLearner | None,
         variant: Variant = HETEROGENEOUS,
         layers: Sequence[int] | None = None,
         radius: str = "unit",
+        chunk_size: int | None = None,
         **settings: Any,
     ) -> None:
         """Freeze the model and add the trained parts."""
         super().__init__()
-        self.clip = clip.requires_grad_(False)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.chunk_size = chunk_size
+        self.backbone = backbone(clip)
+        self.clip = self.backbone.model.requires_grad_(False).eval()
         self.prompts = prompts
-        num_blocks = len(clip.visual.transformer.resblocks) if hasattr(clip.visual, "transformer") else 0
-        if layers is None and variant.feature == "last" and num_blocks:
-            layers = (num_blocks - 1,)
-        self.layers = LayerTokens(clip.visual, layers, variant.pass_through, variant.mix)
-        projection = text_tower(clip).text_projection
-        dim = clip.visual.output_dim if projection is None else _out_features(projection)
+        if layers is None and variant.feature == "last":
+            layers = (self.backbone.image.num_blocks - 1,)
+        self.layers = LayerTokens(self.backbone.image, layers, variant.pass_through, variant.mix)
+        if variant.feature == "last" and not self.layers.ends:
+            raise ValueError(f"layers must end with the last block for feature='last', got {self.layers.layers}")
+        dim = self.backbone.text.dim
+        if self.backbone.image.dim != dim:
+            raise ValueError(f"clip's towers must share a width, got {self.backbone.image.dim} and {dim}")
         self.head = MATHead(dim, variant, radius=radius, **settings)
-        self._ids: dict[str, Tensor] = {}
+        self._ids: dict[str, list[int]] = {}
         self._frozen_text: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> "MATModel":
+        """Training mode of the trained parts; the frozen model stays in evaluation mode."""
+        super().train(mode)
+        self.clip.eval()
+        return self
 
     @property
     def logit_scale(self) -> Tensor:
         """Logarithm of the factor on the cosines, frozen."""
-        return self.clip.logit_scale
+        return self.backbone.logit_scale
 
     def encode_image(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B M d"]:
         """Layer tokens of preprocessed pictures, one pass for each.
@@ -135,13 +196,14 @@ class MATModel(_Model):
         Returns:
             Tokens `(B M d)`, not normalised; the last is the prompted CLIP feature.
         """
-        return self.layers(images, self._visual_prompts())
+        prompts = None if self.prompts is None else self.prompts.visual_prompts()
+        return self._in_chunks(self.layers, images, prompts)
 
     def encode_text(self, names: Sequence[str]) -> Float[Tensor, "n d"]:
         """Features of labels in the learned prompt.
 
         Args:
-            names: node names; digits and underscores are cleaned by `label_text`.
+            names: node names, cleaned by `label_text`.
 
         Returns:
             Features `(n d)`, not normalised.
@@ -153,24 +215,40 @@ class MATModel(_Model):
         sentence = "a photo of a {}.".format if learner is None else learner.prompt
         new = [name for name in dict.fromkeys(names) if name not in self._ids]
         if new:
-            rows = token_ids([sentence(label_text(name)) for name in new], context_length(self.clip))
-            self._ids.update(zip(new, rows, strict=True))
+            tower = self.backbone.text
+            rows = tower.tokenize([sentence(self._label_text(name)) for name in new])
+            ends = (tower.end(rows) + 1).tolist() if tower.causal else [rows.shape[1]] * len(rows)
+            self._ids.update((name, row[:end].tolist()) for name, row, end in zip(new, rows, ends, strict=True))
         if not len(names):
             raise ValueError("names must hold at least one label, got n = 0")
-        ids = torch.stack([self._ids[name] for name in names]).to(text_tower(self.clip).token_embedding.weight.device)
+        # What follows the end token of a causal tower changes nothing: only the longest sentence decides the length.
+        rows = [self._ids[name] for name in names]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.logit_scale.device)
         first, deeper = (None, ()) if learner is None else learner.text_prompts()
-        return encode_text(self.clip, ids, first, deeper)
+        return self._in_chunks(lambda part: encode_text(self.backbone, part, first, deeper), ids)
+
+    def _in_chunks(self, encode: Callable[..., Tensor], rows: Tensor, *rest: Any) -> Tensor:
+        """`encode` of all rows, in fp32 or wider."""
+        if self.chunk_size is None or len(rows) <= self.chunk_size:
+            found = encode(rows, *rest)
+        elif not torch.is_grad_enabled():
+            found = torch.cat([encode(part, *rest) for part in rows.split(self.chunk_size)])
+        else:
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            found = torch.cat([checkpoint(encode, part, *rest, **options) for part in rows.split(self.chunk_size)])
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     @torch.no_grad()
     def frozen_image(self, images: Float[Tensor, "B 3 height width"]) -> Float[Tensor, "B d"]:
         """CLIP features of the frozen model, for `PromptSRCRegularizer`."""
-        return self.clip.encode_image(images)
+        return self.backbone.encode_image(images)
 
     def frozen_text(self, names: Sequence[str]) -> Float[Tensor, "n d"]:
         """Unit text features of the frozen model over 60 templates, computed once for each name."""
         new = [name for name in dict.fromkeys(names) if name not in self._frozen_text]
         if new:
-            rows = template_features(self.clip, [label_text(name) for name in new])
+            rows = template_features(self.backbone, [self._label_text(name) for name in new])
             self._frozen_text.update(zip(new, rows, strict=True))
         return torch.stack([self._frozen_text[name] for name in names]).to(self.logit_scale.device)
 
@@ -199,12 +277,12 @@ class MATModel(_Model):
         (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, clip: nn.Module) -> "MATModel":
+    def from_pretrained(cls, folder: str | os.PathLike, clip: nn.Module | Backbone) -> "MATModel":
         """Rebuild what `save_pretrained` wrote, around the same frozen model.
 
         Args:
             folder: the folder.
-            clip: the open_clip model with the weights used in training.
+            clip: the model with the weights used in training.
 
         Raises:
             ValueError: a folder of another format, or weights that do not fit.
@@ -216,16 +294,19 @@ class MATModel(_Model):
         prompts = None
         if config["prompts"] is not None:
             chosen = dict(config["prompts"])
-            prompts = LEARNERS[chosen.pop("kind")](clip, **chosen)
-        model = cls(clip, prompts, Variant(**config["variant"]), config["layers"], **config["head"])
+            kind = chosen.pop("kind")
+            if kind not in LEARNERS:
+                raise ValueError(f"prompts of kind {kind!r} must be defined first; known are {sorted(LEARNERS)}")
+            prompts = LEARNERS[kind](clip, **chosen)
+        model = cls(clip, prompts, Variant(**_DEFAULTS | config["variant"]), config["layers"], **config["head"])
         stored, expected = load_file(folder / _WEIGHTS), set(_without_aliases(model.trained_state()))
         if set(stored) != expected:
             raise ValueError(f"{folder / _WEIGHTS} must hold {sorted(expected)}, got {sorted(stored)}")
         model.load_state_dict(stored, strict=False)
         return model
 
-    def _visual_prompts(self) -> VisualPrompts | None:
-        return None if self.prompts is None else self.prompts.visual_prompts()
+    def _label_text(self, name: str) -> str:
+        return label_text(name, self.variant.drop_digits)
 
 
 class FeatureMATModel(_Model):
@@ -302,10 +383,6 @@ class FeatureMATModel(_Model):
             raise ValueError(f"names must be known labels, at least one, got {missing[:3] or 'none'}")
         rows = torch.tensor([self._row[name] for name in names], device=self.table.device)
         return self.text_map(self.table[rows])
-
-
-def _out_features(projection: nn.Linear | Tensor) -> int:
-    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

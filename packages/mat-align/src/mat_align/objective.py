@@ -7,11 +7,11 @@ cones.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hier_losses import Taxonomy
@@ -20,7 +20,7 @@ from hyper_geom import cones, lorentz
 from mat_align._checks import check_choice, check_positive
 from mat_align.head import PathFeatures
 from mat_align.intermediate._chord import common_dtype
-from mat_align.model import FeatureMATModel, MATModel
+from mat_align.model import FeatureMATModel, MATModel, MATOutput, gather
 from mat_align.prompts import PromptSRCRegularizer
 
 __all__ = ["MATLosses", "MATObjective", "entailment_terms", "node_classification_loss", "treecut_loss"]
@@ -185,6 +185,9 @@ class MATObjective:
         treecut_dropout: probability of keeping an internal node instead of its children, in [0, 1).
         names: name of each node for `encode_text`; those of the taxonomy if None.
         regularizer: PromptSRC's; needs a `MATModel`.
+        group: processes that share one batch, equally many pictures in each, such as `torch.distributed.group.WORLD`.
+            Each computes the losses of the whole batch from the tokens of all, so that several processes under
+            DistributedDataParallel take the step of one.
 
     Raises:
         ValueError: a negative weight, treecut_dropout outside [0, 1), or another number of names than nodes.
@@ -199,6 +202,7 @@ class MATObjective:
         treecut_dropout: float = 0.1,
         names: Sequence[str] | None = None,
         regularizer: PromptSRCRegularizer | None = None,
+        group: Any = None,
     ) -> None:
         """Check and keep the settings."""
         for name, value in (
@@ -216,12 +220,12 @@ class MATObjective:
         self.taxonomy = taxonomy
         self.treecut_weight, self.node_weight, self.entail_weight = treecut_weight, node_weight, entail_weight
         self.treecut_dropout = treecut_dropout
-        self.regularizer = regularizer
+        self.regularizer, self.group = regularizer, group
         self._leaves = TreeCut(taxonomy, taxonomy.leaf)
 
     def __call__(
         self,
-        model: MATModel | FeatureMATModel,
+        model: nn.Module,
         images: Tensor,
         target: Int[Tensor, " B"],
         generator: torch.Generator | None = None,
@@ -229,49 +233,55 @@ class MATObjective:
         """Compute the losses of a batch.
 
         Args:
-            model: the model, in training mode.
+            model: a `MATModel` or `FeatureMATModel` in training mode, or its DistributedDataParallel.
             images: what its `encode_image` takes.
             target: node id of each picture's leaf.
-            generator: source of the tree cut, on the CPU.
+            generator: source of the tree cut, on the CPU; in several processes one seed for all.
 
         Returns:
             The losses; `total` has the graph.
 
         Raises:
-            ValueError: a target that is no leaf of the taxonomy.
+            ValueError: a target that is no leaf of the taxonomy, or a regularizer with layers that do not end with the
+                last block, whose feature it compares.
         """
         tax = self.taxonomy.to(target.device)
         self._check_target(tax, target)
-        variant, tree = model.variant, model.variant.loss == "tree"
+        inner = getattr(model, "module", model)
+        if self.regularizer is not None and not inner.layers.ends:
+            raise ValueError("layers must end with the last block, unmixed, where there is a regularizer")
+        target = gather(target, self.group)
+        variant, tree = inner.variant, inner.variant.loss == "tree"
         cut = sample_cut(self.taxonomy, self.treecut_dropout, generator) if tree else self._leaves
         cut = cut.to(target.device)
         needed = self.nodes_in_use(target, cut) if tree else tax.leaf
-        tokens = model.encode_image(images)
-        text = model.encode_text([self.names[node] for node in needed.tolist()])
-        scores = model.score(tokens, text)
+        paths, length = None, tax.depth[target]
+        if variant.curvature != "none":
+            place = torch.full((tax.num_nodes,), -1, device=target.device).index_copy(
+                0, needed, torch.arange(len(needed), device=target.device)
+            )
+            paths = place[self._paths(target).clamp(min=0)]
+        reference = None if self.regularizer is None else [self.names[node] for node in cut.nodes.tolist()]
+        names = [self.names[node] for node in needed.tolist()]
+        out = model(images, names, paths, None if paths is None else length, reference, self.group)
         # Columns that no loss of this batch reads stay 0.
-        logits = scores.new_zeros(len(target), tax.num_nodes).index_copy(1, needed, scores)
+        logits = out.logits.new_zeros(len(target), tax.num_nodes).index_copy(1, needed, out.logits)
         base = treecut_loss(logits, cut, target)
         zero = base.new_zeros(())
         node = node_classification_loss(logits, target, tax, variant.skip_single_child) if tree else zero
-        scl = zero if self.regularizer is None else self._regularize(model, images, tokens, text, needed, cut, logits)
+        scl = zero if self.regularizer is None else self._regularize(inner, out, needed, cut, logits)
         total = self.treecut_weight * (base + scl) + self.node_weight * node
         leaf, cut_loss = (zero, base) if tree else (base, zero)
         none = base.new_full((), math.nan)
-        if variant.curvature == "none":
+        if paths is None:
             return MATLosses(total, leaf, cut_loss, node, zero, zero, zero, scl, none, none, none)
-        place = torch.full((tax.num_nodes,), -1, device=target.device).index_copy(
-            0, needed, torch.arange(len(needed), device=target.device)
-        )
-        features, length = self._paths(model, tokens, text, place, target)
-        c_img, c_txt, c_mid = self.curvatures(model, features, length)
+        features, (c_img, c_txt, c_mid) = out.paths, out.curvatures
         terms = entailment_terms(
             features.img, features.txt, length, c_img, c_txt, c_mid, features.scale_img, features.scale_txt,
-            model.head.min_radius, variant.padding,
+            inner.head.min_radius, variant.padding,
         )  # fmt: skip
         total = total + self.entail_weight * sum(terms)
-        logged = (c.detach() for c in (c_img, c_txt, c_mid))
-        return MATLosses(total, leaf, cut_loss, node, *terms, scl, *logged)
+        return MATLosses(total, leaf, cut_loss, node, *terms, scl, *(c.detach() for c in (c_img, c_txt, c_mid)))
 
     def nodes_in_use(self, target: Int[Tensor, " B"], cut: TreeCut) -> Int[Tensor, " k"]:
         """Ids of the nodes whose text a batch needs: the members of the cut and the children of every node on a path."""
@@ -295,45 +305,20 @@ class MATObjective:
             text: its text features of all nodes.
             target: node id of each picture's leaf.
         """
-        return self._paths(model, tokens, text, torch.arange(len(text), device=target.device), target)
+        length = self.taxonomy.to(target.device).depth[target]
+        return model.head.path_features(tokens, text[self._paths(target).clamp(min=0)]), length
 
-    def curvatures(
-        self, model: MATModel | FeatureMATModel, features: PathFeatures, length: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """c_img, c_txt and c_mid for a batch; c_mid may depend on the ratio of the mean features' norms."""
-        with torch.no_grad():
-            valid = torch.arange(features.img.shape[1], device=length.device) < length[:, None]
-            norms = [
-                (scale * x)[valid].mean(dim=0).norm().clamp(min=1e-6) if bool(valid.any()) else 1.0
-                for x, scale in ((features.img, features.scale_img), (features.txt, features.scale_txt))
-            ]
-        return model.c_img(), model.c_txt(), model.c_mid(*norms)
-
-    def _paths(
-        self, model: MATModel | FeatureMATModel, tokens: Tensor, text: Tensor, place: Tensor, target: Tensor
-    ) -> tuple[PathFeatures, Tensor]:
+    def _paths(self, target: Tensor) -> Tensor:
+        """Nodes on each path, as wide as the longest of the batch."""
         tax = self.taxonomy.to(target.device)
         length = tax.depth[target]
-        path = tax.paths[target][:, : max(1, int(length.max()) if len(length) else 1)]
-        path_text = text[place[path.clamp(min=0)]]
-        return model.head.path_features(tokens, path_text), length
+        return tax.paths[target][:, : max(1, int(length.max()) if len(length) else 1)]
 
-    def _regularize(
-        self,
-        model: MATModel,
-        images: Tensor,
-        tokens: Tensor,
-        text: Tensor,
-        needed: Tensor,
-        cut: TreeCut,
-        logits: Tensor,
-    ) -> Tensor:
-        names = [self.names[node] for node in cut.nodes.tolist()]
-        chosen = torch.isin(needed, cut.nodes)
-        frozen_text, frozen_image = model.frozen_text(names), model.frozen_image(images).float()
+    def _regularize(self, model: MATModel, out: MATOutput, needed: Tensor, cut: TreeCut, logits: Tensor) -> Tensor:
+        chosen, (frozen_image, frozen_text) = torch.isin(needed, cut.nodes), out.frozen
         frozen = model.logit_scale.exp() * F.normalize(frozen_image, dim=-1) @ frozen_text.mT
         picked = logits.index_select(1, cut.nodes)
-        return self.regularizer(text[chosen], frozen_text, tokens[:, -1], frozen_image, picked, frozen)
+        return self.regularizer(out.text[chosen], frozen_text, out.tokens[:, -1], frozen_image, picked, frozen)
 
     @staticmethod
     def _check_target(tax: Taxonomy, target: Tensor) -> None:

@@ -29,6 +29,7 @@ class Variant:
         mix: see `mat_align.visual_tree.LayerTokens`.
         padding: see `mat_align.objective.entailment_terms`.
         skip_single_child: see `hier_losses.treecuts.node_classification_loss`.
+        drop_digits: see `mat_align.prompts.label_text`.
 
     Raises:
         ValueError: a setting that is none of its choices.
@@ -44,6 +45,7 @@ class Variant:
     mix: str = "fixed"
     padding: str = "mask"
     skip_single_child: bool = True
+    drop_digits: bool = False
 
     def __post_init__(self) -> None:
         """Check every choice."""
@@ -77,8 +79,8 @@ def released(variant: Variant) -> Variant:
     """The variant with the defects of the released code that change what is computed, for reproduction.
 
     The pass-through without ln_1 and with a doubled residual, the curvature search and its backward, padding inside the
-    means, and single-child nodes inside the node mean. What a training loop adds (a scheduler stepped per iteration, the
-    same order in every epoch) belongs to the loop.
+    means, single-child nodes inside the node mean, and labels without digits. What a training loop adds (a scheduler
+    stepped per iteration, the same order in every epoch) belongs to the loop.
 
     Args:
         variant: any variant.
@@ -96,4 +98,5 @@ def released(variant: Variant) -> Variant:
         intermediate="released",
         padding="released",
         skip_single_child=False,
+        drop_digits=True,
     )

@@ -87,12 +87,20 @@ def test_schedule_and_order():
     settings = published("cifar100", 16, "maple")
     rates = [mat_clip.learning_rate(settings, epoch, 99, False) for epoch in range(200)]
     assert rates[0] == 1e-3
-    assert rates[1] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi / 200)))
-    assert rates[-1] < 1e-6
-    swings = [mat_clip.learning_rate(settings, 0, step, True) for step in range(801)]
+    # The cosine is stepped once an epoch, from the end of the first epoch after the warm-up on.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=settings.lr)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
+    for rate in rates[settings.warmup_epochs :]:
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        cosine.step()
+    ten = settings.model_copy(update={"epochs": 10})
+    mean = sum(mat_clip.learning_rate(ten, epoch, 0) for epoch in range(1, 10)) / 9
+    assert mean == pytest.approx(0.01 * 5.4755 / 9, rel=1e-4)
+    swings = [mat_clip.learning_rate(settings, 0, step, True) for step in range(802)]
     assert swings[0] == 1e-3
-    assert swings[200] == pytest.approx(0)
-    assert swings[400] == swings[800] == pytest.approx(0.01)
+    assert swings[201] == pytest.approx(0)
+    assert swings[1] == swings[401] == swings[801] == pytest.approx(0.01)
     orders = [mat_clip.epoch_order(settings, 10, epoch).tolist() for epoch in (0, 1)]
     assert orders[0] != orders[1]
     again = [mat_clip.epoch_order(settings, 10, epoch, True).tolist() for epoch in (0, 1)]
@@ -127,6 +135,15 @@ def test_released_run(small, data, tmp_path, monkeypatch):
     monkeypatch.setattr(mat_clip, "load_clip", lambda settings, weights: small)
     result = mat_clip.run(run_config(data, tmp_path, epochs=1, released=True))
     assert "released" in result["variant"]
+
+
+def test_prompts_too_deep_are_refused_before_decoding(data, tmp_path, monkeypatch):
+    vision = {"layers": 4, "width": 16, "head_width": 8, "patch_size": 16, "image_size": 32}
+    shallow = open_clip.model.CLIP(12, vision, {"width": 8, "heads": 2, "layers": 4}).eval()
+    monkeypatch.setattr(mat_clip, "load_clip", lambda settings, weights: shallow)
+    monkeypatch.setattr(mat_clip, "load_folder", lambda *args, **kwargs: pytest.fail("pictures were decoded"))
+    with pytest.raises(ValueError, match=r"depth_text must lie in 1\.\.4, got 9"):
+        mat_clip.run(run_config(data, tmp_path, published="cifar100-16-promptsrc"))
 
 
 def test_user_errors(data, tmp_path):

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hyper_geom import _cpu, _pairwise
 from hyper_geom import _numerics as nm
-from hyper_geom import _pairwise
+from hyper_geom._kernel import make_kernel
 from hyper_geom._log_space import tangent0_half_angle_sq
 
 
@@ -37,6 +38,22 @@ def chord_sq(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
     w = 1 + x0 * y0
     obtuse_sq = (2 * ((X + Y) / w + X * (Y / w) - product)).clamp(min=0)
     return torch.where(acute, cross * (s0 * (s0 / E)) + 4 * radial / E, obtuse_sq)
+
+
+def _dist(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+    return 2 * (nm.safe_sqrt(chord_sq(x, y, c)) / 2).asinh() / c.sqrt()
+
+
+def _pairs_forward(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+    return _cpu.pairs(x, y, c) if _cpu.serves(x, y, c) else _dist(x, y, c)
+
+
+def _pairs_backward(inputs: list, outputs: tuple, grads: tuple) -> tuple[Tensor, ...]:
+    return _cpu.pairs_grad(*inputs, *grads)
+
+
+# `_dist` of equal shapes and c (*b), compiled; asked for only where the CPU kernels serve.
+_pairs = make_kernel(_dist, _pairs_forward, _pairs_backward)
 
 
 def split(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +107,9 @@ def dist(
     >>> round(dist(torch.tensor([0.3, -0.4, 0.5]), torch.tensor([-0.2, 0.9, 1.1]), c=0.7).item(), 5)
     1.36374
     """
-    return 2 * (nm.safe_sqrt(chord_sq(x, y, c)) / 2).asinh() / c.sqrt()
+    if x.shape == y.shape and _cpu.serves(x, y):
+        return _pairs(x, y, c.expand(x.shape[:-1]))
+    return _dist(x, y, c)
 
 
 @nm.geometry(1)

@@ -4,17 +4,23 @@ References: Khattak et al., "MaPLe: Multi-modal prompt learning", CVPR 2023; Kha
 foundational model adaptation without forgetting" (PromptSRC), ICCV 2023.
 """
 
+from typing import Any
+
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from mat_align.prompts._text import context_length, text_tower, token_ids
+from mat_align.backbones import Backbone, backbone
 from mat_align.visual_tree import VisualPrompts
+
+LEARNERS: dict[str, type["PromptLearner"]] = {}
 
 
 class PromptLearner(nn.Module):
-    """Learned tokens of both towers; the base of `MaPLePrompts` and `PromptSRCPrompts`.
+    """Learned tokens of one or both towers; the base of `MaPLePrompts`, `PromptSRCPrompts` and learners of your own.
 
-    The model is read for widths, depths and the embeddings of the initial words; it is not kept.
+    The model is read for widths, depths and the embeddings of the initial words; it is not kept. A subclass with a `kind`
+    is known to `MATModel.from_pretrained` from its definition on: `kind(clip, **settings)` must build it again.
 
     Attributes:
         ctx_init: words before the label: "{ctx_init} {label}."; the first of them are replaced by learned tokens.
@@ -25,40 +31,45 @@ class PromptLearner(nn.Module):
     ctx_init: str
     settings: dict
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the learner under its kind."""
+        super().__init_subclass__(**kwargs)
+        if cls.kind:
+            LEARNERS[cls.kind] = cls
+
     def text_prompts(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Tokens of the text tower's input, and of its blocks 1, 2, ..."""
         raise NotImplementedError
 
-    def visual_prompts(self) -> VisualPrompts:
-        """Tokens of the image tower."""
-        raise NotImplementedError
+    def visual_prompts(self) -> VisualPrompts | None:
+        """Tokens of the image tower; none for a learner of the text alone, such as CoOp."""
+        return None
 
     def prompt(self, text: str) -> str:
         """The sentence of a label's text."""
         return f"{self.ctx_init} {text}."
 
 
-def _initial(clip: nn.Module, ctx_init: str, num_ctx: int) -> Tensor:
-    """Embeddings of the first `num_ctx` tokens of the initial words, in fp32."""
-    ids = token_ids([ctx_init], context_length(clip))[0]
-    num_words = int((ids > 0).sum()) - 2
-    if num_ctx < 1 or num_words < num_ctx:
+def initial_context(clip: nn.Module | Backbone, ctx_init: str, num_ctx: int) -> Float[Tensor, "num_ctx w"]:
+    """Embeddings of the first `num_ctx` tokens of the initial words, in fp32.
+
+    Raises:
+        ValueError: fewer words.
+    """
+    tower = backbone(clip).text
+    words = tower.words(ctx_init)
+    if num_ctx < 1 or len(words) < num_ctx:
         raise ValueError(
-            f"ctx_init must have at least num_ctx = {num_ctx} >= 1 tokens, got {num_words} in {ctx_init!r}"
+            f"ctx_init must have at least num_ctx = {num_ctx} >= 1 tokens, got {len(words)} in {ctx_init!r}"
         )
-    embedding = text_tower(clip).token_embedding
     with torch.no_grad():
-        return embedding(ids[1 : 1 + num_ctx].to(embedding.weight.device)).float().clone()
+        return tower.embedding(words[:num_ctx].to(tower.embedding.weight.device)).float().clone()
 
 
 def _depth_of(name: str, depth: int, num_blocks: int) -> int:
     if not 1 <= depth <= num_blocks:
         raise ValueError(f"{name} must lie in 1..{num_blocks}, got {depth}")
     return depth
-
-
-def _blocks(clip: nn.Module) -> tuple[int, int]:
-    return len(text_tower(clip).transformer.resblocks), len(clip.visual.transformer.resblocks)
 
 
 def _vectors(num: int, num_ctx: int, width: int) -> nn.ParameterList:
@@ -72,7 +83,7 @@ class MaPLePrompts(PromptLearner):
     1..depth-1 of both towers get tokens of their own and their images.
 
     Args:
-        clip: the open_clip model.
+        clip: the model, see `mat_align.backbones`.
         num_ctx: learned tokens of each input.
         depth: number of inputs with learned tokens, from 1 to the smaller number of blocks.
         ctx_init: words before the label; their first num_ctx tokens initialise `ctx`, the rest of the words stays.
@@ -83,14 +94,17 @@ class MaPLePrompts(PromptLearner):
 
     kind = "maple"
 
-    def __init__(self, clip: nn.Module, num_ctx: int = 2, depth: int = 3, ctx_init: str = "a photo of a") -> None:
+    def __init__(
+        self, clip: nn.Module | Backbone, num_ctx: int = 2, depth: int = 3, ctx_init: str = "a photo of a"
+    ) -> None:
         """Make the tokens and the maps."""
         super().__init__()
-        _depth_of("depth", depth, min(_blocks(clip)))
+        parts = backbone(clip)
+        _depth_of("depth", depth, min(parts.text.num_blocks, parts.image.num_blocks))
         self.ctx_init = ctx_init
         self.settings = {"num_ctx": num_ctx, "depth": depth, "ctx_init": ctx_init}
-        self.ctx = nn.Parameter(_initial(clip, ctx_init, num_ctx))
-        width, visual_width = self.ctx.shape[1], clip.visual.class_embedding.shape[0]
+        self.ctx = nn.Parameter(initial_context(parts, ctx_init, num_ctx))
+        width, visual_width = self.ctx.shape[1], parts.image.width
         self.deeper = _vectors(depth - 1, num_ctx, width)
         self.maps = nn.ModuleList(nn.Linear(width, visual_width) for _ in range(depth))
 
@@ -108,7 +122,7 @@ class PromptSRCPrompts(PromptLearner):
     """PromptSRC: independent learned tokens of both towers.
 
     Args:
-        clip: the open_clip model.
+        clip: the model, see `mat_align.backbones`.
         num_ctx_text: learned tokens of each text input.
         num_ctx_vision: learned tokens of each image input.
         depth_text: number of text inputs with learned tokens, from 1 to the number of blocks.
@@ -123,7 +137,7 @@ class PromptSRCPrompts(PromptLearner):
 
     def __init__(
         self,
-        clip: nn.Module,
+        clip: nn.Module | Backbone,
         num_ctx_text: int = 4,
         num_ctx_vision: int = 4,
         depth_text: int = 9,
@@ -134,9 +148,9 @@ class PromptSRCPrompts(PromptLearner):
         super().__init__()
         if num_ctx_vision < 1:
             raise ValueError(f"num_ctx_vision must be at least 1, got {num_ctx_vision}")
-        num_text, num_visual = _blocks(clip)
-        _depth_of("depth_text", depth_text, num_text)
-        _depth_of("depth_vision", depth_vision, num_visual)
+        parts = backbone(clip)
+        _depth_of("depth_text", depth_text, parts.text.num_blocks)
+        _depth_of("depth_vision", depth_vision, parts.image.num_blocks)
         self.ctx_init = ctx_init
         self.settings = {
             "num_ctx_text": num_ctx_text,
@@ -145,9 +159,9 @@ class PromptSRCPrompts(PromptLearner):
             "depth_vision": depth_vision,
             "ctx_init": ctx_init,
         }
-        self.ctx = nn.Parameter(_initial(clip, ctx_init, num_ctx_text))
+        self.ctx = nn.Parameter(initial_context(parts, ctx_init, num_ctx_text))
         self.deeper = _vectors(depth_text - 1, num_ctx_text, self.ctx.shape[1])
-        self.visual = _vectors(depth_vision, num_ctx_vision, clip.visual.class_embedding.shape[0])
+        self.visual = _vectors(depth_vision, num_ctx_vision, parts.image.width)
 
     def text_prompts(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`ctx`, and the tokens of the blocks 1..depth_text-1."""
@@ -157,6 +171,3 @@ class PromptSRCPrompts(PromptLearner):
         """The image tower's own tokens."""
         first, *rest = self.visual
         return VisualPrompts(first, tuple(rest))
-
-
-LEARNERS = {learner.kind: learner for learner in (MaPLePrompts, PromptSRCPrompts)}

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mat_align._checks import check_positive
-from mat_align.prompts._text import context_length, encode_text, token_ids
+from mat_align.backbones import Backbone, backbone
+from mat_align.prompts._text import encode_text
 
 NUM_TEMPLATES = 60
 
 
 @torch.no_grad()
-def template_features(clip: nn.Module, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, "n d"]:
+def template_features(clip: nn.Module | Backbone, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, "n d"]:
     """Unit text features of the frozen model: the normalised mean over the first 60 of CLIP's ImageNet templates.
 
     Args:
-        clip: the open_clip model.
+        clip: the model, see `mat_align.backbones`.
         texts: texts of the labels.
         batch_size: sentences encoded at once.
 
@@ -34,9 +35,9 @@ def template_features(clip: nn.Module, texts: Sequence[str], batch_size: int = 6
 
     templates = OPENAI_IMAGENET_TEMPLATES[:NUM_TEMPLATES]
     sentences = [template(text) for text in texts for template in templates]
-    device = clip.visual.class_embedding.device
-    ids = token_ids(sentences, context_length(clip)).to(device)
-    found = torch.cat([encode_text(clip, part) for part in ids.split(batch_size)])
+    parts = backbone(clip)
+    ids = parts.text.tokenize(sentences).to(parts.logit_scale.device)
+    found = torch.cat([encode_text(parts, part) for part in ids.split(batch_size)])
     return F.normalize(found.float().unflatten(0, (len(texts), len(templates))).mean(dim=1), dim=-1)
 
 

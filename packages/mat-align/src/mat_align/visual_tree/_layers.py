@@ -1,7 +1,7 @@
 """Class tokens of several ViT layers, carried to the output without further attention.
 
-References: Modality Alignment across Trees (arXiv 2510.27391), the visual tree; the pass-through through later blocks
-is that of the released code, put right; deep visual prompts: Jia et al., "Visual prompt tuning", ECCV 2022.
+References: Modality Alignment across Trees (arXiv 2510.27391), the visual tree; deep visual prompts: Jia et al., "Visual
+prompt tuning", ECCV 2022.
 """
 
 import itertools
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mat_align._checks import check_choice, check_width
+from mat_align._checks import check_choice
+from mat_align.backbones import ImageTower, image_tower
 
 # Share of a learned mix that starts on the layer that the depth rule names.
 _START = 0.9
@@ -68,42 +68,6 @@ def check_layers(layers: Sequence[int], num_blocks: int) -> tuple[int, ...]:
     return layers
 
 
-def value_pass_through(block: nn.Module, h: Float[Tensor, "B m w"], mode: str = "value") -> Float[Tensor, "B m w"]:
-    """Carry tokens through a block in which each of them sees only itself.
-
-    h <- h + ls_1(W_O (W_V ln_1(h) + b_V) + b_O);  h <- h + ls_2(mlp(ln_2(h)))
-
-    This is the block on a sequence of one token. mode="released" is what the released code computes,
-    h <- h + W_O (W_V h + b_V) + b_O; h <- 2 h + mlp(ln_2(h)), which blows the tokens up (a factor of 221 over seven
-    blocks of a random ViT-B/16 against 1.56).
-
-    Args:
-        block: a residual attention block of open_clip.
-        h: tokens.
-        mode: "value" or "released".
-
-    Returns:
-        Tokens `(B m w)`.
-
-    Raises:
-        ValueError: unknown mode, another width, or a block with other parts.
-    """
-    check_choice("mode", mode, ("value", "released"))
-    attention = getattr(block, "attn", None)
-    if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:
-        raise ValueError(f"block must hold attn with packed projections, got {type(block).__name__}")
-    width = attention.embed_dim
-    check_width("h", h, width)
-    # in_proj packs q, k, v in this order.
-    weight = attention.in_proj_weight[2 * width :]
-    bias = None if attention.in_proj_bias is None else attention.in_proj_bias[2 * width :]
-    if mode == "released":
-        h = h + attention.out_proj(F.linear(h, weight, bias))
-        return 2 * h + block.mlp(block.ln_2(h))
-    h = h + block.ls_1(attention.out_proj(F.linear(block.ln_1(h), weight, bias)))
-    return h + block.ls_2(block.mlp(block.ln_2(h)))
-
-
 def initial_mix(layers: Sequence[int], num: int) -> Float[Tensor, "M L"]:
     """Logits of M softmax mixtures of L tokens, each with weight 0.9 on one of the layers."""
     logits = torch.full((len(layers), num), math.log((1 - _START) / max(num - 1, 1)))
@@ -112,14 +76,14 @@ def initial_mix(layers: Sequence[int], num: int) -> Float[Tensor, "M L"]:
 
 
 class LayerTokens(nn.Module):
-    """Class tokens of M layers of an open_clip vision transformer, in the joint space.
+    """Class tokens of M layers of a vision transformer, in the joint space.
 
     The class token after block p goes through every later block by `value_pass_through`, then ln_post and proj; the
     token of the last block is the CLIP image feature itself. All M come from one pass over the picture.
 
     Args:
-        visual: the image tower, with a class token and its own pooling (no attention pool). It is not copied, and its
-            parameters are not registered here: who builds the model owns them.
+        visual: an open_clip image tower with a class token, or an `ImageTower` of `mat_align.backbones`. It is not copied,
+            and its parameters are not registered here: who builds the model owns them.
         layers: 0-based blocks, ascending; `relative_layers` of the depth if None.
         pass_through: see `value_pass_through`.
         mix: "fixed", or "learned" for M softmax mixtures of the tokens of all blocks, which start with weight 0.9 on
@@ -134,33 +98,22 @@ class LayerTokens(nn.Module):
 
     def __init__(
         self,
-        visual: nn.Module,
+        visual: nn.Module | ImageTower,
         layers: Sequence[int] | None = None,
         pass_through: str = "value",
         mix: str = "fixed",
     ) -> None:
         """Check the tower and choose the layers."""
         super().__init__()
-        blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-        pooled = getattr(visual, "attn_pool", None) is not None or getattr(visual, "pool_type", "tok") != "tok"
-        if blocks is None or getattr(visual, "class_embedding", None) is None or pooled:
-            raise ValueError(
-                f"visual must be an open_clip vision transformer with a class token, got {type(visual).__name__}"
-            )
-        if not visual.transformer.batch_first:
-            raise ValueError("visual must keep the batch first, got batch_first=False")
-        self._visual = (visual,)  # in a tuple, which keeps it out of the modules
-        num_blocks = len(blocks)
+        self.tower = image_tower(visual) if isinstance(visual, nn.Module) else visual
+        num_blocks = self.tower.num_blocks
         self.layers = relative_layers(num_blocks) if layers is None else check_layers(layers, num_blocks)
         self.pass_through = check_choice("pass_through", pass_through, ("value", "released"))
         self.mix = check_choice("mix", mix, ("fixed", "learned"))
+        # Whether the last token is the model's own feature.
+        self.ends = self.mix == "fixed" and self.layers[-1] == num_blocks - 1
         if mix == "learned":
             self.mix_logits = nn.Parameter(initial_mix(self.layers, num_blocks))
-
-    @property
-    def visual(self) -> nn.Module:
-        """The image tower."""
-        return self._visual[0]
 
     @property
     def num_tokens(self) -> int:
@@ -182,33 +135,26 @@ class LayerTokens(nn.Module):
         Raises:
             ValueError: more deep prompts than blocks after the first.
         """
-        visual, blocks = self.visual, self.visual.transformer.resblocks
-        taken = set(range(len(blocks))) if self.mix == "learned" else set(self.layers)
+        tower, num = self.tower, self.tower.num_blocks
+        taken = set(range(num)) if self.mix == "learned" else set(self.layers)
         deeper = () if prompts is None else prompts.deeper
-        if len(deeper) >= len(blocks):
-            raise ValueError(f"prompts must hold at most {len(blocks) - 1} deeper layers, got {len(deeper)}")
-        x = self._embed(images, prompts)
+        if len(deeper) >= num:
+            raise ValueError(f"prompts must hold at most {num - 1} deeper layers, got {len(deeper)}")
+        x = tower.embed(images, None if prompts is None else prompts.first)
+        num_learned = 0 if prompts is None else len(prompts.first)
         early = x[:, :0]
-        for number, block in enumerate(blocks):
+        for number in range(num):
             if 1 <= number <= len(deeper):
                 learned = deeper[number - 1].to(x.dtype)
                 x = torch.cat((x[:, : -len(learned)], learned.expand(len(x), -1, -1)), dim=1)
-            x = block(x)
+            x = tower.block(number, x)
             if early.shape[1]:
-                early = value_pass_through(block, early, self.pass_through)
-            if number in taken:
-                early = torch.cat((early, x[:, :1]), dim=1)
-        tokens = visual.ln_post(early)
-        tokens = tokens if visual.proj is None else tokens @ visual.proj
+                early = tower.alone(number, early, self.pass_through)
+            if number in taken and number < num - 1:
+                early = torch.cat((early, tower.summary(x, num_learned)), dim=1)
+        tokens = tower.pool(early) if early.shape[1] else x.new_zeros(len(x), 0, tower.dim)
+        if num - 1 in taken:
+            tokens = torch.cat((tokens, tower.feature(x, num_learned)), dim=1)
         if self.mix == "learned":
             return self.mix_logits.softmax(dim=-1).to(tokens.dtype) @ tokens
         return tokens
-
-    def _embed(self, images: Tensor, prompts: VisualPrompts | None) -> Tensor:
-        visual = self.visual
-        x = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        x = torch.cat((visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
-        x = visual.patch_dropout(x + visual.positional_embedding.to(x.dtype))
-        if prompts is not None:
-            x = torch.cat((x, prompts.first.to(x.dtype).expand(len(x), -1, -1)), dim=1)
-        return visual.ln_pre(x)

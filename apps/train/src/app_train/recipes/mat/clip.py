@@ -53,6 +53,8 @@ def run(config: MATClipConfig) -> dict:
     with Run("mat-clip", config, processes=False) as run:
         stored = read_stored_tree(config.tree)
         clip = load_clip(settings, config.weights)
+        # Before any picture is decoded: a tower may have too few blocks for the prompts.
+        model = build_model(settings, clip, config.variant, config.released)
         size = clip.visual.image_size[0]
         parts = load_folder(config.images, stored.taxonomy, size=size, cache_dir=config.cache_dir)
         if "train" not in parts or "test" not in parts:
@@ -62,7 +64,7 @@ def run(config: MATClipConfig) -> dict:
         run.claim(f"{train.fingerprint}-{parts['test'].fingerprint}")
         if (known := run.result()) is not None:
             return _show(known)
-        model = build_model(settings, clip, config.variant, config.released).to(run.device)
+        model = model.to(run.device)
         train_prompts(model, settings, train, stored, run, config.out, config.released)
         with new_folder(config.out / "model") as target:
             model.save_pretrained(target)
@@ -131,7 +133,7 @@ def build_model(settings: PublishedConfig, clip: nn.Module, variant: str, as_rel
 
 
 def learning_rate(settings: PublishedConfig, epoch: int, step: int, as_released: bool = False) -> float:
-    """Constant warm-up, then a cosine over the epochs.
+    """Constant warm-up, then a cosine over the epochs that begins at its peak, as the released scheduler does.
 
     The released code advances the same schedule with every step: the rate swings with a period of 2 epochs steps.
 
@@ -144,7 +146,7 @@ def learning_rate(settings: PublishedConfig, epoch: int, step: int, as_released:
     at = step if as_released else epoch
     if at < settings.warmup_epochs:
         return settings.warmup_lr
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * at / settings.epochs))
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (at - settings.warmup_epochs) / settings.epochs))
 
 
 def epoch_order(settings: PublishedConfig, num: int, epoch: int, as_released: bool = False) -> np.ndarray:

@@ -70,7 +70,7 @@ def geometry(
     facts["curvatures"] = [[records[i]["step"], *(round(c, 6) for c in curves[i])] for i in picked]
     facts["c_mid_between"] = float(np.mean(inside))
     found, length = objective.path_features(model, tokens, text, target)
-    shares = fraction_met(found, length, *objective.curvatures(model, found, length), model.head.min_radius)
+    shares = fraction_met(found, length, *model.head.curvatures(found, length), model.head.min_radius)
     facts["met"] = dict(zip(("visual", "textual", "cross"), shares, strict=True))
     return facts
 
