@@ -197,3 +197,11 @@ def test_soft_clip(model):
     assert slopes[0] > 1e-4
     assert slopes[1].abs() < 1e-12
     assert geometry.soft_clip_tangent0(torch.full((3,), 1e30), 4.0).isfinite().all()
+
+
+def test_second_derivatives_of_the_mean(points):
+    """In reverse over reverse, where Newton steps without a graph would hide how the mean itself moves."""
+    x = points.at(1.0, points.unit(4, 3), 0.7).requires_grad_()
+    weights = torch.tensor([0.3, 1.0, 0.5, 0.2], dtype=torch.float64, requires_grad=True)
+    c = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, w, c: frechet_mean(x, w, c=c), (x, weights, c))

@@ -122,11 +122,23 @@ def test_a_token_alone_is_the_block_on_one_token(parts, images):
             single = h[i : i + 1, j : j + 1]
             rope = {"rope": None} if type(parts.model).__name__ == "CustomTextCLIP" else {}
             torch.testing.assert_close(got[i, j], tower.blocks[1](single, **rope)[0, 0], atol=1e-5, rtol=1e-4)
-    # Learned tokens of an EVA stand still under its rotation; elsewhere they only have to be there.
     first = torch.randn(2, tower.width)
     x, with_learned = tower.embed(images, None), tower.embed(images, first)
     assert with_learned.shape[1] == x.shape[1] + 2
     assert tower.block(0, with_learned).shape == with_learned.shape
+
+
+@torch.no_grad()
+def test_learned_tokens_of_an_eva_are_not_rotated(images):
+    torch.manual_seed(0)
+    tower = eva().image
+    trunk, first = tower.module.trunk, torch.randn(2, tower.width)
+    x = tower.embed(images, first)
+    got = tower.block(0, x)
+    # timm leaves the tokens in front alone; there is room for three of them here.
+    trunk.blocks[0].attn.num_prefix_tokens = 3
+    order = [0, 5, 6, 1, 2, 3, 4]
+    torch.testing.assert_close(got[:, order], trunk.blocks[0](x[:, order], rope=trunk.rope.get_embed()))
 
 
 @pytest.mark.parametrize("method", [MaPLePrompts, PromptSRCPrompts])

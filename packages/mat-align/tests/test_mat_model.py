@@ -476,3 +476,16 @@ def test_padding_of_a_causal_tower_is_left_out(clip):
 
     expected = clip.encode_text(open_clip.tokenize(["a photo of a cat.", "a photo of a a dog in the snow."]))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_parts_add_up(clip, tax, images):
+    """Two calls of one picture each, halved, are one call of two where the loss is a mean over pictures."""
+    model = MATModel(copy.deepcopy(clip), MaPLePrompts(clip), VANILLA).double()
+    objective, grads = MATObjective(tax), []
+    for size in (2, 1):
+        model.zero_grad()
+        for part, target in zip(images[:2].double().split(size), TARGET[:2].split(size), strict=True):
+            (objective(model, part, target).total * size / 2).backward()
+        grads.append([p.grad.clone() for p in model.prompts.parameters()])
+    for whole, summed in zip(*grads, strict=True):
+        torch.testing.assert_close(summed, whole, rtol=1e-9, atol=1e-12)

@@ -5,7 +5,7 @@ logarithm); Gu et al., "Learning mixed-curvature representations in products of 
 metric sqrt(sum_k d_k^2)).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +68,8 @@ def distances(x: Tensor, y: Tensor, c: Tensor, labels: Tensor | None, setting: S
     return found.amin(1) if setting.queries != "mean" else found.mean(1)
 
 
-def raw_targets(labels: Tensor, targets: Tensor | None, num_columns: int, dtype: torch.dtype) -> Tensor:
-    """E (n m): 1 for each label, or the given weights, 0 for extra negatives."""
+def raw_targets(labels: Tensor, targets: Tensor | None, num_columns: Any, dtype: torch.dtype) -> Tensor:
+    """E (n m): 1 for each label, or the given weights, 0 for extra negatives. torch.jit.trace counts columns in tensors."""
     if targets is not None:
         return torch.nn.functional.pad(targets.to(dtype), (0, num_columns - targets.shape[1]))
     found = torch.zeros(labels.shape[0], num_columns + 1, dtype=dtype, device=labels.device)
@@ -104,7 +104,7 @@ def cross_entropy(logits: Tensor, target: Tensor, dim: int) -> Tensor:
 
 def _plain(
     x: Tensor, y: Tensor, c: Tensor, scale: Tensor, labels: Tensor, targets: Tensor | None, mask: Tensor | None,
-    setting: Setting, chunk_size: int,
+    setting: Setting, chunk_size: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Losses of the rows (n) and of the columns (m), on the whole matrix."""
     logits = -scale * distances(x, y, c, labels, setting)
@@ -207,7 +207,7 @@ def _backward(inputs: list, outputs: tuple, grads: tuple) -> tuple:
 in_slabs = make_kernel(_plain, _forward, _backward, num_kept=2, saved=(2, 3), batched=False)
 
 
-def slab_rows(x: Tensor, y: Tensor, c: Tensor) -> int:
-    """Rows of a slab whose buffers together take 64 MB."""
+def slab_rows(x: Tensor, y: Tensor, c: Tensor) -> Any:
+    """Rows of a slab whose buffers together take 64 MB, as an int; a tensor while torch.jit.trace counts in tensors."""
     per_row = x[..., 0].numel() // max(1, x.shape[1] if c.ndim == 1 else x.shape[0])
     return max(1, SLAB_BYTES // (_NUM_BUFFERS * c.element_size() * max(1, per_row * y.shape[-2])))

@@ -223,7 +223,7 @@ def info_nce(
     tensor(1.3863)
     """
     nm.check_choice("reduction", reduction, _REDUCTIONS)
-    _check_general(logits.shape[0], logits.shape[1], targets, mask, label_smoothing, weights)
+    _check_general(logits.shape, targets, mask, label_smoothing, weights)
     raw = targets.detach().to(logits.dtype)
     total, keep = raw.sum(1, keepdim=True), general.keep_positives(mask, raw)
     if keep is not None:
@@ -259,7 +259,7 @@ def _general_loss(
         labels = torch.where(labels < 0, labels, labels + dist.get_rank(group) * num_columns)
         y = _gather.gather_rows(y.transpose(0, -2), group).transpose(0, -2)
         num_columns = y.shape[-2]
-    _check_general(labels.shape[0], num_columns, targets, mask, label_smoothing, weights)
+    _check_general((labels.shape[0], num_columns), targets, mask, label_smoothing, weights)
     if negatives is not None:
         y = torch.cat([y, negatives.to(y.dtype)], dim=-2)
     if labels.shape[0] == 0:
@@ -286,8 +286,9 @@ def _reduced(losses: Tensor, positive: Tensor, weights: Tensor | None, reduction
 
 
 def _check_general(
-    num: int, num_columns: int, targets: Tensor | None, mask: Tensor | None, smoothing: float, weights: Tensor | None
+    shape: tuple, targets: Tensor | None, mask: Tensor | None, smoothing: float, weights: Tensor | None
 ) -> None:
+    num, num_columns = shape
     for name, value in (("targets", targets), ("mask", mask)):
         if value is not None and value.shape != (num, num_columns):
             raise ValueError(f"{name} must have shape ({num}, {num_columns}), got {tuple(value.shape)}")
