@@ -75,7 +75,8 @@ class HyperbolicConfig:
         itm_negatives: hard negatives among the pictures of all ranks ("global") or of this rank ("local").
         fused: queries, language-model text and contrastive text in one Q-Former call.
         share_image_kv: compute the image keys and values once for all calls; needs `itm_negatives="local"`.
-        on_non_finite: "raise" before the step, or "skip" it, count it and log it.
+        on_non_finite: "raise" before the step, or "skip" it, count it and log it; every rank does the same. A skipped step has
+            no gradients, so the optimizer moves nothing (with fp16 it is the `GradScaler` that skips it).
         mix: training fractions at which "mix" starts to leave the cosine and has left it.
         entail_min_radius: K of the entailment cones.
         seed: of random query selection, random text pruning and hard negatives.

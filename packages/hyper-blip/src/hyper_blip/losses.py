@@ -4,6 +4,8 @@ References: Li et al., "BLIP-2", ICML 2023, section 3.2 (ITC, ITM with hard nega
 Mandica et al., arXiv:2408.05097 (hyperbolic ITC); Desai et al., ICML 2023, eq. 13 (entailment cones).
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -98,6 +100,30 @@ def positives(
             raise ValueError(f"{name} must have {num} rows, got {ids.shape[0]}")
         keys = text_keys(ids, (ids != 0).long()) if ids.ndim == 2 else ids
         found |= keys[:, None] == gather_rows(keys, False)[None, :]
+    return found
+
+
+def matching_positives(
+    image_ids: Int[Tensor, " ids"] | None, captions: Sequence[Int[Tensor, " batch"]]
+) -> Bool[Tensor, "batch all"]:
+    """Which pairs the matching loss must not call wrong.
+
+    A pair is out if its pictures show the same thing, or if one form of a caption equals one form of the other. The forms are
+    the whole caption and the pruned one: what pruning made different still describes both pictures, and a pruned caption may
+    be somebody's whole one.
+
+    Args:
+        image_ids: equal for pictures that show the same thing.
+        captions: the keys of one form of every caption each (see `hyper_blip.sampling.text_keys`), at least one.
+
+    Returns:
+        True where a pair is no negative.
+    """
+    found = positives(len(captions[0]), image_ids, None, captions[0].device)
+    for other in captions:
+        everyone = gather_rows(other, False)
+        for own in captions:
+            found |= own[:, None] == everyone[None, :]
     return found
 
 

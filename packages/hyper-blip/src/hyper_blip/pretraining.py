@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
 from hyper_blip.base import HyperBlip2Model, _finished, copy_text_ffn, start_queries
 from hyper_blip.config import HyperBlip2Config, HyperbolicConfig, check_positive
 from hyper_blip.diagnostics import stage1_diagnostics
-from hyper_blip.gather import fetch_rows, world
+from hyper_blip.gather import common_tokens, everywhere, fetch_rows, world
 from hyper_blip.losses import (
     IGNORED,
     MixSchedule,
@@ -25,7 +26,7 @@ from hyper_blip.losses import (
     hard_negatives,
     image_text_contrastive_loss,
     image_text_matching_loss,
-    positives,
+    matching_positives,
     query_diversity_penalty,
     text_generation_loss,
 )
@@ -43,6 +44,7 @@ from hyper_blip.qformer import (
 )
 from hyper_blip.sampling import Priority, RandomQuerySelection, RandomTextPruning, stateless_seed, text_keys
 from hyper_blip.similarity import aggregate_queries, pairwise_similarity, query_midpoint
+from hyper_blip.skipping import nothing_to_learn
 from hyper_blip.start import Affine, apply_map, check_varied, ridge_map, set_linear, whitened_components
 from hyper_blip.weights import LoadingInfo, bert_state, load_into
 
@@ -336,7 +338,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
     ) -> PretrainingOutput:
         """All losses of stage 1 on a batch of pairs.
 
-        With several processes every rank must hold as many pairs of as many tokens.
+        With several processes every rank must hold as many pairs; shorter captions are padded to those of other ranks.
 
         Args:
             pixel_values: pictures.
@@ -350,11 +352,11 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             Losses, features, diagnostics.
 
         Raises:
-            ValueError: inputs that do not fit, a missing step or progress, or features or losses that are not finite.
+            ValueError: inputs that do not fit, a missing step or progress, or features or losses that are not finite; on
+                every rank, whichever has them.
         """
         hyper = self.config.hyperbolic
-        self._check_text(input_ids, attention_mask)
-        self._check_batch(pixel_values, input_ids, image_ids, step, progress)
+        input_ids, attention_mask = self._checked(pixel_values, input_ids, attention_mask, image_ids, step, progress)
         weights = hyper.loss_weights
         texts = self._prune(input_ids, attention_mask, step)
         image = self.vision_features(pixel_values)
@@ -384,7 +386,8 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         zero = loss_itc.new_zeros(())
         losses = {"itc": loss_itc, "itm": zero, "lm": zero, "entail": zero, "diversity": zero}
         if weights["itm"]:
-            same = positives(len(input_ids), image_ids, pair_keys, i2t.device)
+            captions = [texts["full"]] if texts["itm"] is texts["full"] else [texts["full"], texts["itm"]]
+            same = matching_positives(image_ids, [text_keys(*caption) for caption in captions])
             losses["itm"] = self._itm_loss(keys, texts["itm"], i2t, t2i, same, step)
         if weights["lm"]:
             losses["lm"] = self._lm_loss(lm_states, *texts["lm"])
@@ -487,16 +490,40 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         return loss + entailment_loss(text.tangent, self._project_text(full_states).tangent, **more)
 
     def _finite(self, loss: Tensor) -> Tensor:
-        if bool(loss.detach().isfinite()):
+        """The loss if it is finite on every rank; else an error on every rank, or a loss that moves no weight."""
+        if everywhere(loss.detach().isfinite()):
             return loss
         if not self.training or self.config.hyperbolic.on_non_finite == "raise":
             raise ValueError(f"the loss must be finite, got {loss.item()}: look at this batch and at the learning rate")
         self.non_finite_steps += 1
         _LOG.warning("step skipped: the loss is %s (%d so far)", loss.item(), self.non_finite_steps)
-        # Gradient 0 for every parameter, so that other ranks do not wait for missing ones.
-        return sum((p.flatten()[:1] * 0.0).sum() for p in self.parameters() if p.requires_grad)
+        kind = loss.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            return loss  # a GradScaler skips the step on every rank, lowers its scale, and needs the gradients for that
+        return nothing_to_learn(self)
 
     # ------------------------------------------------------------------ checks
+
+    def _checked(
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        image_ids: Tensor | None,
+        step: int | None,
+        progress: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Captions and mask, padded to the longest of any rank; all ranks refuse what one refuses."""
+        problem = None
+        try:
+            self._check_text(ids, mask)
+            self._check_batch(pixels, ids, image_ids, step, progress)
+        except ValueError as error:
+            problem = error
+        more = common_tokens(len(ids), ids.shape[1], problem, self.device) - ids.shape[1]
+        if not more:
+            return ids, mask
+        return F.pad(ids, (0, more), value=self.config.blip2.qformer_config.pad_token_id), F.pad(mask, (0, more))
 
     def _check_text(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         if input_ids.shape != attention_mask.shape:
