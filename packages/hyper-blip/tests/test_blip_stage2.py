@@ -131,6 +131,10 @@ def test_opt_from_the_configuration(blip2_config, inputs, batch):
     with pytest.warns(UserWarning, match="initialised afresh"):
         other, info = HyperBlip2ForConditionalGeneration.from_blip2(plain, output_loading_info=True)
     assert info.missing == ("vision_projection.weight", "vision_projection.bias")
+    # Directions of a random projection have a radius, but it says nothing.
+    for ask in (other.radius, other.encode_image):
+        with pytest.raises(ValueError, match="projection to the radius must come from stage 1"):
+            ask(pixels)
     assert other(pixels, **made).loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
 
 
@@ -240,6 +244,37 @@ def test_gradient_checkpointing(stage2, inputs):
         found.append((loss.item(), model.blip2.query_tokens.grad.clone()))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(42, 42), (28, 42)])
+def test_other_picture_sizes(stage2, inputs, shape):
+    model = stage2()
+    _, made = inputs
+    pixels = torch.randn(3, 3, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        image = model.blip2.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
+        queries = model.blip2.query_tokens.expand(3, -1, -1)
+        states = model.blip2.qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
+        words = model.blip2.language_model.get_input_embeddings()(made["input_ids"])
+        words[:, :8] = model.blip2.language_projection(states)
+        expected = model.blip2.language_model(inputs_embeds=words, attention_mask=made["attention_mask"]).logits
+    torch.testing.assert_close(model(pixels, **made).logits, expected, rtol=1e-4, atol=1e-5)
+    ids = made["input_ids"][:, :12]
+    out = model.generate(pixels, ids, max_new_tokens=1, do_sample=False)
+    assert torch.equal(out[:, 12], expected[:, 11].argmax(-1))
+    assert model.radius(pixels).shape == (3,)
+
+
+def test_radius_in_half_precision(stage2, blip2_config, batch):
+    model, pixels = stage2(), batch(3)[0]
+    expected = model.radius(pixels)
+    for half in (model.cast_vision(torch.bfloat16), model.to(torch.bfloat16)):
+        found = half.radius(pixels)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
+    # A Q-Former in half precision below a projection of single precision, as a checkpoint read by `dtype` has it.
+    model.vision_projection.float()
+    torch.testing.assert_close(model.radius(pixels), expected, rtol=0.03, atol=0)
 
 
 def test_non_finite(stage2, inputs):

@@ -1,5 +1,6 @@
 """What both stages share: BLIP-2's modules, the frozen parts, the hyperbolic parameters, saving and loading."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from hyper_blip.config import HyperBlip2Config
 from hyper_blip.projection import HyperbolicFeatures, HyperbolicProjector
 from hyper_blip.vision import VisionAdapter, load_module
-from hyper_blip.weights import LoadingInfo, load_into, own_state, read_folder, read_lavis, write_folder
+from hyper_blip.weights import (
+    LoadingInfo,
+    borrowed,
+    load_into,
+    make_own,
+    own_state,
+    read_folder,
+    read_lavis,
+    write_folder,
+)
 from hyper_geom import Curvature
 
 
@@ -30,6 +40,8 @@ class HyperBlip2Model(nn.Module):
         super().__init__()
         self.config = config
         self.blip2 = blip2
+        if vision is not None:
+            vision = borrowed(vision)
         if vision is None and config.vision_locator:
             vision = load_module(config.vision_locator)
         self._external_vision = vision is not None
@@ -68,6 +80,8 @@ class HyperBlip2Model(nn.Module):
         self.blip2.vision_model.requires_grad_(not frozen)
         self.blip2.vision_model.post_layernorm.requires_grad_(True)
         self.vision_frozen = frozen
+        # What trains is ours; frozen weights may stay shared with the model that they came from.
+        make_own(p for p in self.parameters() if p.requires_grad)
         return self.train(self.training)
 
     def cast_vision(self, dtype: torch.dtype) -> "HyperBlip2Model":
@@ -149,11 +163,18 @@ class HyperBlip2Model(nn.Module):
         self, pixel_values: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch patches features"]:
         """Features of the vision encoder behind its LayerNorm; positions are interpolated for another picture size."""
-        size = self.config.blip2.vision_config.image_size
-        more = {} if self._external_vision or pixel_values.shape[-1] == size else {"interpolate_pos_encoding": True}
+        more = {"interpolate_pos_encoding": True} if self._resized(pixel_values) else {}
         return self.blip2.vision_model(pixel_values=pixel_values, **more).last_hidden_state
 
-    def _lift(self, projector: HyperbolicProjector, z: Tensor, name: str) -> HyperbolicFeatures:
+    def _resized(self, pixel_values: Tensor) -> bool:
+        size = self.config.blip2.vision_config.image_size
+        return not self._external_vision and tuple(pixel_values.shape[-2:]) != (size, size)
+
+    def _lift(
+        self, projector: HyperbolicProjector, projection: nn.Linear, states: Tensor, name: str
+    ) -> HyperbolicFeatures:
+        """States through their projection to hyperbolic space."""
+        z = projection(states.to(projection.weight.dtype))
         if not self.training and not bool(z.isfinite().all()):
             raise ValueError(f"{name} must give finite features, got NaN or infinity")
         return projector(z)
@@ -243,6 +264,8 @@ def _finished(model: HyperBlip2Model, info: LoadingInfo, output_loading_info: bo
     # The hyperbolic parameters are ours: no foreign checkpoint has them.
     ours = ("image_projector.", "text_projector.", "curvature.")
     absent = [name for name in info.missing if not name.startswith(ours)]
+    if "vision_projection.weight" in absent:  # of stage 2: random directions have a radius, but it means nothing
+        model.config = dataclasses.replace(model.config, has_radius=False)
     if absent:
         shown = ", ".join(absent[:4]) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
         warnings.warn(f"initialised afresh, because the source does not hold them: {shown}", stacklevel=3)

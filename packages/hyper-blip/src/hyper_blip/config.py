@@ -190,6 +190,7 @@ class HyperBlip2Config:
         sep_token_id: last token of every caption.
         dec_token_id: token that replaces [CLS] for the language loss; the embedding table grows to hold it.
         lora: arguments of `peft.LoraConfig` for the language model, or None.
+        has_radius: False where the projection to the radius was never trained, as in a Euclidean BLIP-2 of stage 2.
     """
 
     blip2: Blip2Config
@@ -200,6 +201,7 @@ class HyperBlip2Config:
     sep_token_id: int = 102
     dec_token_id: int = 30522
     lora: Mapping[str, Any] | None = None
+    has_radius: bool = True
 
     def __post_init__(self) -> None:
         """Check the token ids."""

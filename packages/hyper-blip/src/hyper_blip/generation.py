@@ -4,6 +4,7 @@ References: Li et al., "BLIP-2", ICML 2023, section 3.3; Hu et al., "LoRA", ICLR
 """
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from hyper_blip.pretraining import HyperBlip2ForPretraining
 from hyper_blip.projection import HyperbolicFeatures
 from hyper_blip.start import Affine, check_varied, mean_words, ridge_map, set_linear
 from hyper_blip.vision import load_module
-from hyper_blip.weights import LoadingInfo, load_into
+from hyper_blip.weights import LoadingInfo, borrowed, load_into
 
 
 class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
@@ -45,15 +46,22 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         language_model: PreTrainedModel | None = None,
         vision: nn.Module | None = None,
     ) -> None:
+        config = dataclasses.replace(config, blip2=copy.deepcopy(config.blip2))
         settings = config.blip2
         if settings.image_token_index is None:
             raise ValueError("config.blip2.image_token_index must be the id of an image token, got None")
         if blip2 is None:
-            if language_model is None and config.language_locator:
+            if language_model is not None:
+                language_model = borrowed(language_model)
+            elif config.language_locator:
                 language_model = load_module(config.language_locator)
             if language_model is not None:
                 settings.text_config = language_model.config
             blip2 = _build(settings, language_model)
+        else:
+            blip2 = borrowed(blip2)
+            settings = blip2.config
+            config = dataclasses.replace(config, blip2=settings)
         if not settings.use_decoder_only_language_model:
             raise ValueError(f"text_config must be of a decoder-only model, got {settings.text_config.model_type!r}")
         super().__init__(config, blip2, vision)
@@ -144,10 +152,22 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         *,
         output_loading_info: bool = False,
     ) -> Any:
-        """Take over a `Blip2ForConditionalGeneration`, or load one by name; the projection to the radius is new."""
+        """Take over a `Blip2ForConditionalGeneration`, or load one by name.
+
+        Such a checkpoint does not hold the projection to the radius: `radius` and `encode_image` refuse to answer.
+
+        Args:
+            source: the model, which stays as it is (frozen weights are shared with it), or a name or folder.
+            hyperbolic: the settings; the defaults if None.
+            output_loading_info: also return a `LoadingInfo`.
+
+        Returns:
+            The model in evaluation mode, and the `LoadingInfo` if asked.
+        """
         if isinstance(source, str):
             source = Blip2ForConditionalGeneration.from_pretrained(source)
-        model = cls(HyperBlip2Config(source.config, hyperbolic or HyperbolicConfig()), blip2=source)
+        config = HyperBlip2Config(source.config, hyperbolic or HyperbolicConfig(), has_radius=False)
+        model = cls(config, blip2=source)
         fresh = tuple(n for n, _ in model.named_parameters() if n.startswith("vision_projection."))
         return _finished(model, LoadingInfo(fresh, ()), output_loading_info)
 
@@ -222,7 +242,10 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
             ValueError: another number of image tokens, or a loss that is not finite.
         """
         self._check_image_tokens(input_ids)
-        out = self.blip2(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        out = self.blip2(
+            pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, labels=labels,
+            interpolate_pos_encoding=self._resized(pixel_values),
+        )  # fmt: skip
         if out.loss is not None and not bool(out.loss.detach().isfinite()):
             raise ValueError(
                 f"the loss must be finite, got {out.loss.item()}: look at this batch and at the learning rate"
@@ -253,12 +276,23 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         """
         self._check_image_tokens(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.blip2.generate(pixel_values, input_ids=input_ids, attention_mask=mask, **options)
+        resized = self._resized(pixel_values)
+        return self.blip2.generate(
+            pixel_values, input_ids=input_ids, attention_mask=mask, interpolate_pos_encoding=resized, **options
+        )
 
     @torch.no_grad()
     def encode_image(self, pixel_values: Float[Tensor, "batch channels height width"]) -> HyperbolicFeatures:
-        """Hyperbolic features of all queries of each picture, parts `(B, Q, ...)`."""
-        return self._lift(self.image_projector, self.vision_projection(self._queries(pixel_values)), "pixel_values")
+        """Hyperbolic features of all queries of each picture, parts `(B, Q, ...)`.
+
+        Raises:
+            ValueError: features that are not finite, or a model whose projection was never trained.
+        """
+        if not self.config.has_radius:
+            raise ValueError(
+                "the projection to the radius must come from stage 1, got a checkpoint without it: take from_pretraining"
+            )
+        return self._lift(self.image_projector, self.vision_projection, self._queries(pixel_values), "pixel_values")
 
     def _queries(self, pixel_values: Tensor) -> Tensor:
         """States of the queries `(B, Q, width)`."""

@@ -5,6 +5,8 @@ References: Li et al., "BLIP-2", ICML 2023, section 3.2 (three losses on one Q-F
 those of LAVIS's stage 1.
 """
 
+import copy
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -46,7 +48,7 @@ from hyper_blip.sampling import Priority, RandomQuerySelection, RandomTextPrunin
 from hyper_blip.similarity import aggregate_queries, pairwise_similarity, query_midpoint
 from hyper_blip.skipping import nothing_to_learn
 from hyper_blip.start import Affine, apply_map, check_varied, ridge_map, set_linear, whitened_components
-from hyper_blip.weights import LoadingInfo, bert_state, load_into
+from hyper_blip.weights import LoadingInfo, bert_state, borrowed, load_into
 
 _LOG = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         vision: nn.Module | None = None,
         priority: Priority | None = None,
     ) -> None:
+        config = dataclasses.replace(config, blip2=copy.deepcopy(config.blip2))
         qformer = config.blip2.qformer_config
         if blip2 is None:
             qformer.use_qformer_text_input = True
@@ -100,6 +103,14 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             blip2 = Blip2ForImageTextRetrieval(config.blip2)
             start_queries(blip2)
             copy_text_ffn(blip2.qformer)
+        else:
+            if not qformer.use_qformer_text_input:
+                raise ValueError("blip2 must have a Q-Former with use_qformer_text_input=True, got False")
+            blip2 = borrowed(blip2)
+            _grow_vocabulary(blip2, config.dec_token_id + 1)
+            blip2.config.image_token_index = None
+            config = dataclasses.replace(config, blip2=blip2.config)
+            qformer = config.blip2.qformer_config
         super().__init__(config, blip2, vision)
         hyper = config.hyperbolic
         self.text_projector = self._projector()
@@ -125,8 +136,9 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         """Start from a Euclidean BLIP-2.
 
         Args:
-            source: a `Blip2ForImageTextRetrieval`, or a name or folder for its `from_pretrained`. Captioning checkpoints lack
-                the text side of the Q-Former, which is then initialised afresh.
+            source: a `Blip2ForImageTextRetrieval`, which stays as it is (frozen weights are shared with it), or a name or folder
+                for its `from_pretrained`. Captioning checkpoints lack the text side of the Q-Former, which is then initialised
+                afresh: see `load_bert`.
             hyperbolic: the settings; the defaults if None.
             output_loading_info: also return a `LoadingInfo`.
             ids: `cls_token_id`, `sep_token_id`, `dec_token_id` where they are not BERT's.
@@ -144,10 +156,6 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             missing = tuple(f"blip2.{n}" for n in sorted(info["missing_keys"]))
             unexpected = tuple(sorted(info["unexpected_keys"]))
         config = HyperBlip2Config(source.config, hyperbolic or HyperbolicConfig(), **ids)
-        if not config.blip2.qformer_config.use_qformer_text_input:
-            raise ValueError("source must have a Q-Former with use_qformer_text_input=True, got False")
-        source.config.image_token_index = None
-        _grow_vocabulary(source, config.dec_token_id + 1)
         model = cls(config, blip2=source)
         fresh = tuple(n for n, _ in model.named_parameters() if not n.startswith("blip2."))
         return _finished(model, LoadingInfo(tuple(sorted((*missing, *fresh))), unexpected), output_loading_info)
@@ -282,10 +290,10 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
 
     def project_queries(self, states: Float[Tensor, "batch queries width"]) -> HyperbolicFeatures:
         """Query states to hyperbolic space."""
-        return self._lift(self.image_projector, self.blip2.vision_projection(states), "pixel_values")
+        return self._lift(self.image_projector, self.blip2.vision_projection, states, "pixel_values")
 
     def _project_text(self, states: Tensor) -> HyperbolicFeatures:
-        return self._lift(self.text_projector, self.blip2.text_projection(states[:, 0]), "input_ids")
+        return self._lift(self.text_projector, self.blip2.text_projection, states[:, 0], "input_ids")
 
     def similarity(
         self,

@@ -4,11 +4,12 @@ References: Li et al., "BLIP-2", ICML 2023, section 4.1 (a Q-Former starts from 
 key names: lavis/models/blip2_models at 506965b.
 """
 
+import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -42,6 +43,9 @@ _LAVIS = (
 )
 # The decoder is the word embeddings again; positions are a range.
 _LAVIS_DROPPED = re.compile(r"position_ids$|cls\.predictions\.decoder\.")
+
+
+Given = TypeVar("Given", bound=nn.Module)
 
 
 class LoadingInfo(NamedTuple):
@@ -119,6 +123,30 @@ def bert_state(state: Mapping[str, Tensor], vocabulary: int, positions: int) -> 
     return found
 
 
+def borrowed(module: Given) -> Given:
+    """A module of our own over the same weights: what is frozen, replaced or switched in it stays as it was in the original.
+
+    Its parameters share the memory of the original until `make_own` copies them.
+    """
+    memo: dict[int, Tensor] = {}
+    for parameter in module.parameters():
+        if type(parameter) is nn.Parameter:
+            mine = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            mine._borrowed = True
+            memo[id(parameter)] = mine
+        else:  # a quantised or a spread weight
+            memo[id(parameter)] = parameter
+    return copy.deepcopy(module, memo)
+
+
+def make_own(parameters: Iterable[Tensor]) -> None:
+    """Give borrowed parameters memory of their own, before something is written into them."""
+    for parameter in parameters:
+        if getattr(parameter, "_borrowed", False):
+            parameter.data = parameter.data.clone()
+            parameter._borrowed = False
+
+
 def own_state(model: nn.Module, left_out: tuple[str, ...]) -> dict[str, Tensor]:
     """What a folder must hold: parameters and buffers, each once, without frozen ones below `left_out` prefixes."""
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -151,6 +179,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], left_out: tuple[str
             rows = min(len(value), len(own[name]))
             value = torch.cat([value[:rows].to(own[name]), own[name][rows:]])
         ready[name] = value
+    make_own(p for n, p in model.named_parameters() if n in ready)
     model.load_state_dict(ready, strict=False)
     return LoadingInfo(tuple(sorted(expected - set(ready))), tuple(sorted(set(state) - set(own))))
 
