@@ -138,9 +138,9 @@ def test_captioning_checkpoints_lack_the_text_side(blip2_config, tmp_path, batch
 def test_damaged_and_foreign_folders(stage1, tmp_path):
     model = stage1()
     model.save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match="a HyperBlip2ForConditionalGeneration of format 1"):
+    with pytest.raises(ValueError, match="a HyperBlip2ForConditionalGeneration, got HyperBlip2ForPretraining"):
         HyperBlip2ForConditionalGeneration.from_pretrained(tmp_path / "m")
-    settings = tmp_path / "m" / "hyper_blip.json"
+    settings = tmp_path / "m" / "config.json"
     content = json.loads(settings.read_text())
     settings.write_text(json.dumps({**content, "hyperbolic": {"curvature": 1}}))
     with pytest.raises(ValueError, match="unknown key 'curvature' in the configuration of HyperbolicConfig"):

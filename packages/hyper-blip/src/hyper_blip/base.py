@@ -1,7 +1,8 @@
 """What both stages share: BLIP-2's modules, the frozen parts, the hyperbolic parameters, saving and loading."""
 
-import dataclasses
+import contextlib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2PreTrainedModel
 
 from hyper_blip.config import HyperBlip2Config
 from hyper_blip.projection import HyperbolicFeatures, HyperbolicProjector
@@ -16,17 +19,22 @@ from hyper_blip.vision import VisionAdapter, load_module
 from hyper_blip.weights import (
     LoadingInfo,
     borrowed,
+    incomplete,
     load_into,
     make_own,
     own_state,
     read_folder,
     read_lavis,
-    write_folder,
 )
 from hyper_geom import Curvature
 
+_OURS = ("image_projector.", "text_projector.", "curvature.", "temperature.")
+HUB = ("revision", "subfolder", "token", "cache_dir", "force_download", "local_files_only", "proxies")
+# What `AutoModel` hands on besides; it has done its work with them.
+_OF_AUTO = ("adapter_kwargs", "code_revision", "trust_remote_code", "_from_auto", "_commit_hash")
 
-class HyperBlip2Model(nn.Module):
+
+class HyperBlip2Model(PreTrainedModel):
     """Base of `HyperBlip2ForPretraining` and `HyperBlip2ForConditionalGeneration`.
 
     Attributes:
@@ -36,9 +44,16 @@ class HyperBlip2Model(nn.Module):
         image_projector: from projected queries to hyperbolic space.
     """
 
-    def __init__(self, config: HyperBlip2Config, blip2: nn.Module, vision: nn.Module | None) -> None:
-        super().__init__()
-        self.config = config
+    config_class = HyperBlip2Config
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = Blip2PreTrainedModel._no_split_modules
+
+    def __init__(self, config: HyperBlip2Config, blip2: PreTrainedModel, vision: nn.Module | None) -> None:
+        super().__init__(config)
         self.blip2 = blip2
         if vision is not None:
             vision = borrowed(vision)
@@ -48,6 +63,8 @@ class HyperBlip2Model(nn.Module):
         self._sharded = False
         if vision is not None:
             blip2.vision_model = VisionAdapter(vision, config.blip2.vision_config.hidden_size)
+        else:  # the encoder may be of another precision; the adapter casts by itself
+            blip2.vision_model.post_layernorm.register_forward_pre_hook(_cast_to_weight)
         hyper = config.hyperbolic
         self.curvature = Curvature(hyper.c, learnable=hyper.learn_c)
         self.image_projector = self._projector()
@@ -89,8 +106,6 @@ class HyperBlip2Model(nn.Module):
         for name, child in self.blip2.vision_model.named_children():
             if name != "post_layernorm":
                 child.to(dtype)
-        if not self._external_vision:  # the adapter casts by itself
-            self.blip2.vision_model.post_layernorm.register_forward_pre_hook(_cast_to_weight)
         return self
 
     def train(self, mode: bool = True) -> "HyperBlip2Model":
@@ -100,10 +115,26 @@ class HyperBlip2Model(nn.Module):
             self.blip2.vision_model.eval()
         return self
 
-    def gradient_checkpointing_enable(self) -> "HyperBlip2Model":
-        """Recompute the layers in the backward pass instead of keeping their activations."""
-        self.blip2.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> "HyperBlip2Model":
+        """Recompute the layers in the backward pass instead of keeping their activations.
+
+        Args:
+            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`; `use_reentrant=False` if None.
+            more: further arguments of `transformers.PreTrainedModel.activation_checkpointing_enable`.
+        """
+        self._activation_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **more)
         return self
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every module here sets its weights when it is made, and loading never leaves one without."""
+
+    def post_init(self) -> None:
+        """The bookkeeping of `PreTrainedModel`, without new values for weights that have theirs."""
+        for value in (*self.parameters(), *self.buffers()):
+            value._is_hf_initialized = True
+        super().post_init()
 
     def shard_frozen(self, mesh: Any = None) -> "HyperBlip2Model":
         """Spread the frozen layers of the vision encoder and of the language model over all ranks (FSDP2).
@@ -185,10 +216,17 @@ class HyperBlip2Model(nn.Module):
         located += (("blip2.language_model.", self.config.language_locator),)
         return tuple(prefix for prefix, locator in located if locator)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `hyper_blip.json`.
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **more: Any
+    ) -> None:
+        """Write `model.safetensors`, `config.json` and, in stage 2, `generation_config.json`.
 
         Frozen parameters of a module that has a locator are not written. After `shard_frozen` call it on every rank: rank 0 writes.
+
+        Args:
+            save_directory: the folder.
+            state_dict: weights to write in place of the model's own, under the same names.
+            more: further arguments of `transformers.PreTrainedModel.save_pretrained`, such as `push_to_hub`.
 
         Raises:
             ValueError: the vision module was given without a locator in the configuration.
@@ -196,32 +234,85 @@ class HyperBlip2Model(nn.Module):
         if self._external_vision and not self.config.vision_locator:
             raise ValueError("config.vision_locator must name where the vision module comes from, got ''")
         state = own_state(self, self._left_out())
+        if state_dict is not None:
+            state = {n: state_dict[n] for n in state if n in state_dict}
         if self._sharded:
             # One weight after the other leaves the device before the next is gathered.
             state = {n: v.full_tensor().cpu() if hasattr(v, "full_tensor") else v for n, v in state.items()}
             if dist.get_rank():
                 return
-        write_folder(Path(folder), type(self).__name__, self.config.to_dict(), state)
+        state = {n: v.detach().contiguous() for n, v in state.items()}
+        super().save_pretrained(save_directory, state_dict=state, save_original_format=False, **more)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, output_loading_info: bool = False, **modules: nn.Module) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: HyperBlip2Config | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        output_loading_info: bool = False,
+        vision: nn.Module | None = None,
+        language_model: PreTrainedModel | None = None,
+        **more: Any,
+    ) -> Any:
         """Load what `save_pretrained` wrote, from a folder or from the hub.
 
         Args:
-            folder: the folder, or the name of a repository on the hub.
+            pretrained_model_name_or_path: the folder, or the name of a repository on the hub.
+            config: in place of the saved one.
+            dtype: precision of all parts but the hyperbolic ones; None or "auto" keeps the saved ones.
+            device_map: a device, or a map or plan of accelerate.
             output_loading_info: also return a `LoadingInfo`.
-            modules: `vision` (and `language_model` in stage 2) in place of what the locators name.
+            vision: in place of what `config.vision_locator` names.
+            language_model: in stage 2, in place of what `config.language_locator` names.
+            more: `revision`, `subfolder`, `token`, `cache_dir`, `force_download`, `local_files_only`, `proxies`;
+                `attn_implementation`.
 
         Returns:
             The model in evaluation mode, and the `LoadingInfo` if asked.
 
         Raises:
-            ValueError: missing or damaged files, another kind of model, an unknown locator.
+            ValueError: missing or damaged files, another kind of model, an unknown locator or argument.
         """
-        content, state = read_folder(folder, cls.__name__)
-        model = cls(HyperBlip2Config.from_dict(content), **modules)
-        info = load_into(model, state, model._left_out())
+        hub = {name: more.pop(name) for name in HUB if name in more}
+        attention = more.pop("attn_implementation", None)
+        unknown = sorted(name for name in more if name not in _OF_AUTO)
+        if unknown:
+            raise ValueError(f"from_pretrained knows no argument {unknown[0]!r}")
+        name = pretrained_model_name_or_path
+        if config is None:
+            try:
+                config = HyperBlip2Config.from_pretrained(name, **hub)
+            except OSError as error:
+                raise incomplete(name, error) from error
+        kinds = config.architectures or [cls.__name__]
+        if cls.__name__ not in kinds:
+            raise ValueError(f"folder must hold a {cls.__name__}, got {kinds[0]} in {name}")
+        given = {"vision": vision, "language_model": language_model}
+        model = cls(config, **{k: v for k, v in given.items() if v is not None})
+        info = load_into(model, read_folder(name, **hub), model._left_out(), take_dtype=True)
+        model.name_or_path = str(name)
+        if attention is not None:
+            model.blip2.set_attn_implementation(attention)
+        if model.can_generate():
+            with contextlib.suppress(OSError):  # not every checkpoint has one
+                model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+        if dtype not in (None, "auto"):
+            model.cast(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if device_map is not None:
+            model = placed(model, device_map)
         return _finished(model, info, output_loading_info)
+
+    def cast(self, dtype: torch.dtype) -> "HyperBlip2Model":
+        """Hold everything but the hyperbolic parameters in another precision; the geometry stays in single precision."""
+        kept = {name: p.data for name, p in self.named_parameters() if name.startswith(_OURS)}
+        kept |= {name: b for name, b in self.named_buffers() if name.startswith(_OURS)}
+        self.to(dtype)
+        for name, value in kept.items():
+            self.get_parameter_or_buffer(name).data = value
+        return self
 
     @classmethod
     def from_lavis(
@@ -256,16 +347,29 @@ class HyperBlip2Model(nn.Module):
         return cls(config, **modules)
 
 
+def placed(model: HyperBlip2Model, device_map: Any) -> HyperBlip2Model:
+    """The model on a device, or dispatched by accelerate over several."""
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    plan = device_map in ("auto", "balanced", "balanced_low_0", "sequential") if isinstance(device_map, str) else False
+    if not plan and not isinstance(device_map, dict):
+        return model.to(device_map)
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    if plan:
+        device_map = infer_auto_device_map(model, no_split_module_classes=sorted(model._no_split_modules))
+    return dispatch_model(model, device_map)
+
+
 def _cast_to_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].to(module.weight.dtype), *args[1:])
 
 
 def _finished(model: HyperBlip2Model, info: LoadingInfo, output_loading_info: bool) -> Any:
     # The hyperbolic parameters are ours: no foreign checkpoint has them.
-    ours = ("image_projector.", "text_projector.", "curvature.")
-    absent = [name for name in info.missing if not name.startswith(ours)]
+    absent = [name for name in info.missing if not name.startswith(_OURS)]
     if "vision_projection.weight" in absent:  # of stage 2: random directions have a radius, but it means nothing
-        model.config = dataclasses.replace(model.config, has_radius=False)
+        model.config.has_radius = False
     if absent:
         shown = ", ".join(absent[:4]) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
         warnings.warn(f"initialised afresh, because the source does not hold them: {shown}", stacklevel=3)

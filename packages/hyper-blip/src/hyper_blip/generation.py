@@ -4,13 +4,12 @@ References: Li et al., "BLIP-2", ICML 2023, section 3.3; Hu et al., "LoRA", ICLR
 """
 
 import copy
-import dataclasses
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedModel
+from transformers import Blip2Config, Blip2ForConditionalGeneration, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from hyper_blip.base import HyperBlip2Model, _finished, start_queries
@@ -22,7 +21,7 @@ from hyper_blip.vision import load_module
 from hyper_blip.weights import LoadingInfo, borrowed, load_into
 
 
-class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
+class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
     """BLIP-2's stage 2 on `transformers.Blip2ForConditionalGeneration`, with a decoder-only language model.
 
     The Euclidean query states enter `language_projection`; the loss is that of the language model alone. Vision encoder and
@@ -46,7 +45,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         language_model: PreTrainedModel | None = None,
         vision: nn.Module | None = None,
     ) -> None:
-        config = dataclasses.replace(config, blip2=copy.deepcopy(config.blip2))
+        config = copy.deepcopy(config)
         settings = config.blip2
         if settings.image_token_index is None:
             raise ValueError("config.blip2.image_token_index must be the id of an image token, got None")
@@ -61,7 +60,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         else:
             blip2 = borrowed(blip2)
             settings = blip2.config
-            config = dataclasses.replace(config, blip2=settings)
+            config.blip2 = settings
         if not settings.use_decoder_only_language_model:
             raise ValueError(f"text_config must be of a decoder-only model, got {settings.text_config.model_type!r}")
         super().__init__(config, blip2, vision)
@@ -75,6 +74,9 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         if config.lora is not None:
             self._attach_lora()
         self.train(self.training)
+        self.post_init()
+        # What the Hugging Face model generates with: it asks its language model.
+        self.generation_config = copy.deepcopy(self.blip2.language_model.generation_config)
 
     def train(self, mode: bool = True) -> "HyperBlip2ForConditionalGeneration":
         """Set the mode, but leave a frozen vision encoder, and a language model without LoRA, in evaluation mode."""
@@ -277,6 +279,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         self._check_image_tokens(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         resized = self._resized(pixel_values)
+        options.setdefault("generation_config", self.generation_config)
         return self.blip2.generate(
             pixel_values, input_ids=input_ids, attention_mask=mask, interpolate_pos_encoding=resized, **options
         )

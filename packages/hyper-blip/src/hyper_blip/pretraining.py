@@ -6,16 +6,17 @@ those of LAVIS's stage 1.
 """
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Blip2Config, Blip2ForImageTextRetrieval
+from transformers.modeling_outputs import ModelOutput
 
 from hyper_blip.base import HyperBlip2Model, _finished, copy_text_ffn, start_queries
 from hyper_blip.config import HyperBlip2Config, HyperbolicConfig, check_positive
@@ -53,7 +54,8 @@ from hyper_blip.weights import LoadingInfo, bert_state, borrowed, load_into
 _LOG = logging.getLogger(__name__)
 
 
-class PretrainingOutput(NamedTuple):
+@dataclass
+class PretrainingOutput(ModelOutput):
     """Losses and features of one batch.
 
     Attributes:
@@ -64,15 +66,15 @@ class PretrainingOutput(NamedTuple):
         diagnostics: numbers to log, without gradient (see `hyper_blip.diagnostics`).
     """
 
-    loss: Tensor
-    loss_itc: Tensor
-    loss_itm: Tensor
-    loss_lm: Tensor
-    loss_entail: Tensor
-    loss_diversity: Tensor
-    image_features: Tensor
-    text_features: Tensor
-    diagnostics: dict[str, Tensor]
+    loss: Tensor | None = None
+    loss_itc: Tensor | None = None
+    loss_itm: Tensor | None = None
+    loss_lm: Tensor | None = None
+    loss_entail: Tensor | None = None
+    loss_diversity: Tensor | None = None
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
+    diagnostics: dict[str, Tensor] | None = None
 
 
 class HyperBlip2ForPretraining(HyperBlip2Model):
@@ -93,7 +95,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         vision: nn.Module | None = None,
         priority: Priority | None = None,
     ) -> None:
-        config = dataclasses.replace(config, blip2=copy.deepcopy(config.blip2))
+        config = copy.deepcopy(config)
         qformer = config.blip2.qformer_config
         if blip2 is None:
             qformer.use_qformer_text_input = True
@@ -109,7 +111,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             blip2 = borrowed(blip2)
             _grow_vocabulary(blip2, config.dec_token_id + 1)
             blip2.config.image_token_index = None
-            config = dataclasses.replace(config, blip2=blip2.config)
+            config.blip2 = blip2.config
             qformer = config.blip2.qformer_config
         super().__init__(config, blip2, vision)
         hyper = config.hyperbolic
@@ -121,6 +123,9 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         self.mix_schedule = MixSchedule(*hyper.mix)
         self.starts_word: Tensor | None = None
         self.non_finite_steps = 0
+        # (step, progress) of a trainer that cannot pass them: see `hyper_blip.trainer`.
+        self.at_step: tuple[int | None, float | None] = (None, None)
+        self.post_init()
 
     # ------------------------------------------------------------------ loading
 
@@ -353,7 +358,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             input_ids: captions [CLS] ... [SEP], padded.
             attention_mask: 1 at tokens.
             image_ids: equal for pictures that show the same thing; their pairs count as positive.
-            step: number of the optimizer step; needed in training with random queries or pruning.
+            step: number of the optimizer step; needed in training with random queries or pruning (`StepCallback` sets it).
             progress: fraction of training that is done; needed in training with the similarity "mix".
 
         Returns:
@@ -364,6 +369,8 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
                 every rank, whichever has them.
         """
         hyper = self.config.hyperbolic
+        step = self.at_step[0] if step is None else step
+        progress = self.at_step[1] if progress is None else progress
         input_ids, attention_mask = self._checked(pixel_values, input_ids, attention_mask, image_ids, step, progress)
         weights = hyper.loss_weights
         texts = self._prune(input_ids, attention_mask, step)

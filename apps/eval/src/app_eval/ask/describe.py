@@ -24,9 +24,9 @@ def find_stage(run: Path, stage: str) -> Path:
     Raises:
         DataError: there is none, or there are several.
     """
-    if (run / "hyper_blip.json").exists():
+    if (run / "config.json").exists():
         return run
-    found = sorted(p.parent for p in run.glob(f"**/{stage}/hyper_blip.json"))
+    found = sorted(p.parent for p in run.glob(f"**/{stage}/config.json"))
     if not found:
         raise DataError(f"{run} holds no trained {stage}: give the folder of a finished run of blip-mini")
     if len(found) > 1:

@@ -153,7 +153,7 @@ class _Row:
 
     def _first(self) -> HyperBlip2ForPretraining:
         config, seed, device, done = self.config, self.seed, self.run.device, self.folder / "stage1"
-        if (done / "hyper_blip.json").exists():
+        if (done / "config.json").exists():
             return HyperBlip2ForPretraining.from_pretrained(done)
         made = mini_config(hyperbolic(self.name, seed, config.losses), config.num_queries, config.num_layers)
         model = mini_model(made, seed)
@@ -180,7 +180,7 @@ class _Row:
 
     def _second(self, first: HyperBlip2ForPretraining) -> HyperBlip2ForConditionalGeneration:
         config, seed, device, done = self.config, self.seed, self.run.device, self.folder / "stage2"
-        if (done / "hyper_blip.json").exists():
+        if (done / "config.json").exists():
             return HyperBlip2ForConditionalGeneration.from_pretrained(done)
         tokenizer = language_tokenizer()
         image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
