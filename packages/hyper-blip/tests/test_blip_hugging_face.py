@@ -11,6 +11,9 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForPreTraining,
+    BertConfig,
+    BertForMaskedLM,
+    Blip2ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -188,3 +191,70 @@ def test_saved_weights_have_one_name_each(stage1, tmp_path):
     names = load_file(tmp_path / "model.safetensors")
     assert [n for n in names if "curvature" in n] == ["curvature.log_c"]
     assert set(names) == {n for n, _ in model.named_parameters()} | {n for n in names if n.endswith("position_ids")}
+
+
+@pytest.fixture
+def checkpoint(blip2_config, tmp_path):
+    """A captioning checkpoint and a BERT as wide as its Q-Former, in folders."""
+    torch.manual_seed(0)
+    settings = blip2_config(image_token_index=IMAGE)
+    settings.qformer_config.use_qformer_text_input = False
+    blip2 = Blip2ForConditionalGeneration(settings)
+    blip2.save_pretrained(tmp_path / "blip2")
+    bert = BertForMaskedLM(
+        BertConfig(
+            vocab_size=80, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            max_position_embeddings=64,
+        )
+    )  # fmt: skip
+    bert.save_pretrained(tmp_path / "bert")
+    return blip2, bert, tmp_path
+
+
+def test_starts_from_bert(checkpoint, rows):
+    blip2, bert, folder = checkpoint
+    ids = {"cls_token_id": 1, "sep_token_id": 2, "dec_token_id": 99}
+    model = HyperBlip2ForPretraining.from_bert(str(folder / "blip2"), str(folder / "bert"), ids=ids)
+    vision = {n: p for n, p in model.blip2.vision_model.named_parameters() if "post_layernorm" not in n}
+    assert {p.dtype for p in vision.values()} == {torch.bfloat16}
+    expected = dict(blip2.vision_model.named_parameters())
+    assert all(torch.equal(p, expected[n].bfloat16()) for n, p in vision.items())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    old = bert.bert.state_dict()
+    for layer in (0, 1):
+        mine = model.blip2.qformer.encoder.layer[layer]
+        stem = f"encoder.layer.{layer}."
+        for name, query in (("intermediate.dense.weight", True), ("output.LayerNorm.bias", True)):
+            assert torch.equal(mine.get_parameter(name), old[stem + name])
+            if query:
+                assert torch.equal(mine.get_parameter(name.replace(".", "_query.", 1)), old[stem + name])
+        assert torch.equal(
+            mine.get_parameter("attention.attention.query.weight"), old[stem + "attention.self.query.weight"]
+        )
+    table = model.blip2.embeddings.word_embeddings.weight
+    assert len(table) == 100
+    assert torch.equal(table[:80], old["embeddings.word_embeddings.weight"])
+    assert torch.equal(model.lm_head.dense.weight, bert.cls.predictions.transform.dense.weight)
+    assert 0.015 < model.blip2.query_tokens.std() < 0.025
+    batch = {k: torch.stack([row[k] for row in rows[1]]) for k in rows[1][0]}
+    assert model.train()(**batch, step=0).loss.isfinite()
+    # Stage 2 shares the encoder instead of building another one.
+    second = HyperBlip2ForConditionalGeneration.from_pretraining(model, blip2.language_model, image_token_id=IMAGE)
+    name = "encoder.layers.0.mlp.fc1.weight"
+    assert (
+        second.blip2.vision_model.get_parameter(name).data_ptr()
+        == model.blip2.vision_model.get_parameter(name).data_ptr()
+    )
+    assert second.config.blip2.vision_config.num_hidden_layers == 2
+    pixels = batch["pixel_values"]
+    torch.testing.assert_close(second.eval().radius(pixels), model.eval().encode_image(pixels).radius.mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:initialised afresh")
+def test_checkpoints_are_read_by_dtype(checkpoint):
+    _, _, folder = checkpoint
+    kinds = (HyperBlip2ForPretraining, HyperBlip2ForConditionalGeneration)
+    for kind, ids in zip(kinds, ({"dec_token_id": 99}, {}), strict=True):
+        model = kind.from_blip2(str(folder / "blip2"), dtype=torch.bfloat16, device_map="cpu", **ids)
+        assert model.blip2.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
+        assert model.image_projector.alpha.dtype == torch.float32

@@ -1,6 +1,7 @@
 """What both stages share: BLIP-2's modules, the frozen parts, the hyperbolic parameters, saving and loading."""
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Blip2Config, GenerationConfig, PreTrainedModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2PreTrainedModel
 
 from hyper_blip.config import HyperBlip2Config
@@ -374,6 +375,23 @@ def _finished(model: HyperBlip2Model, info: LoadingInfo, output_loading_info: bo
         shown = ", ".join(absent[:4]) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
         warnings.warn(f"initialised afresh, because the source does not hold them: {shown}", stacklevel=3)
     return (model.eval(), info) if output_loading_info else model.eval()
+
+
+def built(kind: type[PreTrainedModel], settings: Blip2Config, vision: nn.Module | None, **parts: nn.Module) -> Any:
+    """A Hugging Face BLIP-2 around parts that exist already: they are borrowed, and no others are built in their place."""
+    shell = copy.deepcopy(settings)
+    if vision is not None:
+        shell.vision_config.num_hidden_layers = 0
+        parts["vision_model"] = vision
+    if "language_model" in parts:
+        shell.text_config.num_hidden_layers = 0
+        shell.text_config.vocab_size = max(settings.text_config.pad_token_id or 0, 0) + 1
+    model = kind(shell if parts else settings)
+    for name, part in parts.items():
+        setattr(model, name, borrowed(part))
+    model.config.vision_config, model.config.text_config = settings.vision_config, settings.text_config
+    model.config.image_token_index = settings.image_token_index
+    return model
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def generate_captions(
     pixel_values: Tensor,
     tokenizer: Any,
     *,
-    prompt: str = PROMPT,
+    prompt: str | None = None,
     num_beams: int = 5,
     min_new_tokens: int = 8,
     max_new_tokens: int = 30,
@@ -91,7 +91,7 @@ def generate_captions(
         model: a `HyperBlip2ForConditionalGeneration`, put into evaluation mode.
         pixel_values: pictures `(n 3 H W)`.
         tokenizer: of the language model.
-        prompt: what each caption begins with; it is not returned.
+        prompt: what each caption begins with, not returned; that of the model's configuration if None.
         num_beams: width of the beam search.
         min_new_tokens: least length of a caption.
         max_new_tokens: largest length. (A maximum of the whole length would count the Q queries.)
@@ -108,6 +108,7 @@ def generate_captions(
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     model.eval()
+    prompt = model.config.prompt if prompt is None else prompt
     start = prompt_ids(tokenizer, model.num_queries, model.config.blip2.image_token_index, prompt)
     ends = {tokenizer(STOP, add_special_tokens=False)["input_ids"][-1], tokenizer.eos_token_id} - {None}
     found: list[str] = []

@@ -189,6 +189,8 @@ class HyperBlip2Config(PreTrainedConfig):
         sep_token_id: last token of every caption.
         dec_token_id: token that replaces [CLS] for the language loss; the embedding table grows to hold it.
         lora: arguments of `peft.LoraConfig` for the language model, or None.
+        prompt: what every caption of stage 2 begins with; the language model is given it and trained on what follows.
+        max_tokens: of a caption.
         has_radius: False where the projection to the radius was never trained, as in a Euclidean BLIP-2 of stage 2.
         more: further fields of `transformers.PreTrainedConfig`.
 
@@ -210,6 +212,8 @@ class HyperBlip2Config(PreTrainedConfig):
         sep_token_id: int = 102,
         dec_token_id: int = 30522,
         lora: Mapping[str, Any] | None = None,
+        prompt: str = "a photo of ",
+        max_tokens: int = 32,
         has_radius: bool = True,
         **more: Any,
     ) -> None:
@@ -221,7 +225,7 @@ class HyperBlip2Config(PreTrainedConfig):
                 raise ValueError(f"{name}_token_id must be >= 0, got {value}")
         self.cls_token_id, self.sep_token_id, self.dec_token_id = cls_token_id, sep_token_id, dec_token_id
         self.lora = None if lora is None else dict(lora)
-        self.has_radius = has_radius
+        self.prompt, self.max_tokens, self.has_radius = prompt, max_tokens, has_radius
         attention = self.blip2._attn_implementation
         super().__init__(**more)
         if "attn_implementation" not in more:  # the base class hands its None down

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Blip2Config, Blip2ForConditionalGeneration, GenerationMixin, PreTrainedModel
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2VisionModel,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import ModelOutput
 
-from hyper_blip.base import HyperBlip2Model, _finished, start_queries
+from hyper_blip.base import HyperBlip2Model, _finished, built, start_queries
 from hyper_blip.config import HyperBlip2Config, HyperbolicConfig, check_positive
 from hyper_blip.pretraining import HyperBlip2ForPretraining
 from hyper_blip.projection import HyperbolicFeatures
@@ -32,6 +38,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
         blip2: a model to take over; built from the configuration if None.
         language_model: a causal language model in place of that of `blip2.text_config`.
         vision: a vision module `(B, 3, H, W) -> (B, M, C)` in place of BLIP-2's own.
+        vision_model: BLIP-2's own vision encoder, where it is there already.
 
     Raises:
         ValueError: no image token, or an encoder-decoder language model.
@@ -44,19 +51,20 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
         blip2: Blip2ForConditionalGeneration | None = None,
         language_model: PreTrainedModel | None = None,
         vision: nn.Module | None = None,
+        vision_model: Blip2VisionModel | None = None,
     ) -> None:
         config = copy.deepcopy(config)
         settings = config.blip2
         if settings.image_token_index is None:
             raise ValueError("config.blip2.image_token_index must be the id of an image token, got None")
         if blip2 is None:
-            if language_model is not None:
-                language_model = borrowed(language_model)
-            elif config.language_locator:
+            if language_model is None and config.language_locator:
                 language_model = load_module(config.language_locator)
-            if language_model is not None:
-                settings.text_config = language_model.config
-            blip2 = _build(settings, language_model)
+            parts = {} if language_model is None else {"language_model": language_model}
+            if parts:
+                settings.text_config = copy.deepcopy(language_model.config)
+            blip2 = built(Blip2ForConditionalGeneration, settings, vision_model, **parts)
+            start_queries(blip2)
         else:
             blip2 = borrowed(blip2)
             settings = blip2.config
@@ -130,21 +138,27 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
             image_text_hidden_size=old.blip2.image_text_hidden_size,
             image_token_index=image_token_id,
         )
-        ids = {name: getattr(old, name) for name in ("cls_token_id", "sep_token_id", "dec_token_id")}
+        kept = ("cls_token_id", "sep_token_id", "dec_token_id", "prompt", "max_tokens")
         config = HyperBlip2Config(
             blip2,
             old.hyperbolic,
             vision_locator=old.vision_locator,
             language_locator=language_locator,
             lora=lora,
-            **ids,
+            **{name: getattr(old, name) for name in kept},
         )
         if vision is None and model._external_vision:
             vision = model.blip2.vision_model.module
-        found = cls(config, language_model=language_model, vision=vision)
-        state = {n.replace("blip2.vision_projection.", "vision_projection."): v for n, v in model.state_dict().items()}
+        own = None if model._external_vision else model.blip2.vision_model
+        found = cls(config, language_model=language_model, vision=vision, vision_model=own)
+        shared = ("blip2.vision_model.",) if own is not None else ()
+        state = {
+            n.replace("blip2.vision_projection.", "vision_projection."): v
+            for n, v in model.state_dict().items()
+            if not n.startswith(shared)
+        }
         load_into(found, state)
-        return found
+        return found.to(model.device)
 
     @classmethod
     def from_blip2(
@@ -153,6 +167,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
         hyperbolic: HyperbolicConfig | None = None,
         *,
         output_loading_info: bool = False,
+        **options: Any,
     ) -> Any:
         """Take over a `Blip2ForConditionalGeneration`, or load one by name.
 
@@ -162,14 +177,15 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
             source: the model, which stays as it is (frozen weights are shared with it), or a name or folder.
             hyperbolic: the settings; the defaults if None.
             output_loading_info: also return a `LoadingInfo`.
+            options: for a name or folder, arguments of its `from_pretrained`, such as `dtype`, `device_map` and `revision`.
 
         Returns:
             The model in evaluation mode, and the `LoadingInfo` if asked.
         """
         if isinstance(source, str):
-            source = Blip2ForConditionalGeneration.from_pretrained(source)
+            source = Blip2ForConditionalGeneration.from_pretrained(source, **options)
         config = HyperBlip2Config(source.config, hyperbolic or HyperbolicConfig(), has_radius=False)
-        model = cls(config, blip2=source)
+        model = cls(config, blip2=source).to(source.device)
         fresh = tuple(n for n, _ in model.named_parameters() if n.startswith("vision_projection."))
         return _finished(model, LoadingInfo(fresh, ()), output_loading_info)
 
@@ -315,19 +331,3 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
             raise ValueError(
                 f"input_ids must hold {self.num_queries} image tokens (id {token}) in every row, got {counts.tolist()}"
             )
-
-
-def _build(settings: Blip2Config, language_model: PreTrainedModel | None) -> Blip2ForConditionalGeneration:
-    """The Hugging Face model; around a given language model without building another one first."""
-    if language_model is None:
-        blip2 = Blip2ForConditionalGeneration(settings)
-    else:
-        shell = copy.deepcopy(settings)
-        shell.text_config.num_hidden_layers = 0
-        shell.text_config.vocab_size = max(settings.text_config.pad_token_id or 0, 0) + 1
-        blip2 = Blip2ForConditionalGeneration(shell)
-        blip2.language_model = language_model
-        blip2.config.text_config = settings.text_config
-        blip2.config.image_token_index = settings.image_token_index
-    start_queries(blip2)
-    return blip2

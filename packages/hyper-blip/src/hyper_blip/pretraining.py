@@ -9,16 +9,17 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Blip2Config, Blip2ForImageTextRetrieval
+from transformers import AutoModelForMaskedLM, Blip2Config, Blip2ForImageTextRetrieval, Blip2VisionModel
 from transformers.modeling_outputs import ModelOutput
 
-from hyper_blip.base import HyperBlip2Model, _finished, copy_text_ffn, start_queries
+from hyper_blip.base import HUB, HyperBlip2Model, _finished, built, copy_text_ffn, start_queries
 from hyper_blip.config import HyperBlip2Config, HyperbolicConfig, check_positive
 from hyper_blip.diagnostics import stage1_diagnostics
 from hyper_blip.gather import common_tokens, everywhere, fetch_rows, world
@@ -84,6 +85,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         config: the configuration; `blip2.qformer_config.use_qformer_text_input` is switched on.
         blip2: a model to take over; built from the configuration if None.
         vision: a vision module `(B, 3, H, W) -> (B, M, C)` in place of BLIP-2's own.
+        vision_model: BLIP-2's own vision encoder, where it is there already.
         priority: ranks words for `rtp_mode="priority"`: takes tuples of token ids, returns a score for each.
     """
 
@@ -93,6 +95,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         *,
         blip2: Blip2ForImageTextRetrieval | None = None,
         vision: nn.Module | None = None,
+        vision_model: Blip2VisionModel | None = None,
         priority: Priority | None = None,
     ) -> None:
         config = copy.deepcopy(config)
@@ -102,7 +105,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             qformer.vocab_size = max(qformer.vocab_size, config.dec_token_id + 1)
             # With an image token the Hugging Face model would take the first Q ids of a plain caption for image tokens.
             config.blip2.image_token_index = None
-            blip2 = Blip2ForImageTextRetrieval(config.blip2)
+            blip2 = built(Blip2ForImageTextRetrieval, config.blip2, vision_model)
             start_queries(blip2)
             copy_text_ffn(blip2.qformer)
         else:
@@ -136,7 +139,7 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         hyperbolic: HyperbolicConfig | None = None,
         *,
         output_loading_info: bool = False,
-        **ids: int,
+        **options: Any,
     ) -> Any:
         """Start from a Euclidean BLIP-2.
 
@@ -146,24 +149,67 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
                 afresh: see `load_bert`.
             hyperbolic: the settings; the defaults if None.
             output_loading_info: also return a `LoadingInfo`.
-            ids: `cls_token_id`, `sep_token_id`, `dec_token_id` where they are not BERT's.
+            options: `cls_token_id`, `sep_token_id`, `dec_token_id` where they are not BERT's; for a name or folder also arguments
+                of its `from_pretrained`, such as `dtype`, `device_map` and `revision`.
 
         Returns:
             The model in evaluation mode, and the `LoadingInfo` if asked.
         """
+        ids = {name: options.pop(name) for name in ("cls_token_id", "sep_token_id", "dec_token_id") if name in options}
         missing: tuple[str, ...] = ()
         unexpected: tuple[str, ...] = ()
         if isinstance(source, str):
-            settings = Blip2Config.from_pretrained(source)
+            settings = Blip2Config.from_pretrained(source, **{k: v for k, v in options.items() if k in HUB})
             settings.qformer_config.use_qformer_text_input = True
             settings.image_token_index = None
-            source, info = Blip2ForImageTextRetrieval.from_pretrained(source, config=settings, output_loading_info=True)
+            source, info = Blip2ForImageTextRetrieval.from_pretrained(
+                source, config=settings, output_loading_info=True, **options
+            )
             missing = tuple(f"blip2.{n}" for n in sorted(info["missing_keys"]))
             unexpected = tuple(sorted(info["unexpected_keys"]))
         config = HyperBlip2Config(source.config, hyperbolic or HyperbolicConfig(), **ids)
-        model = cls(config, blip2=source)
+        model = cls(config, blip2=source).to(source.device)
         fresh = tuple(n for n, _ in model.named_parameters() if not n.startswith("blip2."))
         return _finished(model, LoadingInfo(tuple(sorted((*missing, *fresh))), unexpected), output_loading_info)
+
+    @classmethod
+    def from_bert(
+        cls,
+        source: str | Path,
+        bert: str | Path,
+        hyperbolic: HyperbolicConfig | None = None,
+        *,
+        dtype: torch.dtype | str = torch.bfloat16,
+        ids: Mapping[str, int] | None = None,
+        **hub: Any,
+    ) -> "HyperBlip2ForPretraining":
+        """Stage 1 as BLIP-2 begins it: the vision encoder of a checkpoint, a Q-Former from BERT, new cross-attention.
+
+        Of the checkpoint only the vision encoder is read, in the precision that it is held in.
+
+        Args:
+            source: name or folder of a BLIP-2 checkpoint with or without a language model.
+            bert: name or folder of a BERT as wide as the Q-Former.
+            hyperbolic: the settings; the defaults if None.
+            dtype: of the vision encoder; what trains is in single precision.
+            ids: `cls_token_id`, `sep_token_id`, `dec_token_id` where they are not BERT's.
+            hub: arguments of `from_pretrained` for the encoder, such as `device_map` and `revision`.
+
+        Returns:
+            The model in evaluation mode.
+
+        Raises:
+            ValueError: BERT and Q-Former do not fit.
+        """
+        settings = Blip2Config.from_pretrained(source, **{k: v for k, v in hub.items() if k in HUB})
+        vision = Blip2VisionModel.from_pretrained(
+            source, config=settings.vision_config, key_mapping={r"^vision_model\.": ""}, dtype=dtype, **hub
+        )
+        vision.post_layernorm.float()
+        config = HyperBlip2Config(settings, hyperbolic, **(ids or {}))
+        model = cls(config, vision_model=vision).to(vision.device).eval()
+        model.load_bert(AutoModelForMaskedLM.from_pretrained(bert).state_dict())
+        return model
 
     def load_bert(self, state: Mapping[str, Tensor]) -> LoadingInfo:
         """Start the Q-Former from a BERT state dict of the same width; cross-attention and the heads that it lacks stay.
