@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hyper_blip import HyperbolicConfig
-from hyper_blip.losses import matching_positives
+from hyper_blip.negatives import matching_positives
 from hyper_blip.qformer import ImageKeys
 
 # Two captions twice, and one whose beginning is a caption of another picture.

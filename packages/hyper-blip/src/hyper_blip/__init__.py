@@ -9,12 +9,12 @@ from hyper_blip.generation import HyperBlip2ForConditionalGeneration
 from hyper_blip.losses import (
     MixSchedule,
     entailment_loss,
-    hard_negatives,
     image_text_contrastive_loss,
     image_text_matching_loss,
     query_diversity_penalty,
     text_generation_loss,
 )
+from hyper_blip.negatives import hard_negatives
 from hyper_blip.pretraining import HyperBlip2ForPretraining, PretrainingOutput
 from hyper_blip.projection import HyperbolicFeatures, HyperbolicProjector, Temperature, ball_radius
 from hyper_blip.retrieval import RetrievalScores, recall_at_k, retrieval_scores

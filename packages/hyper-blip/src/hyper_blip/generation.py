@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import ModelOutput
 
-from hyper_blip.base import HyperBlip2Model, _finished, built, start_queries
+from hyper_blip.base import HyperBlip2Model, built, start_queries
 from hyper_blip.config import HyperBlip2Config, HyperbolicConfig, check_positive
+from hyper_blip.files import finished
 from hyper_blip.pretraining import HyperBlip2ForPretraining
 from hyper_blip.projection import HyperbolicFeatures
 from hyper_blip.start import Affine, check_varied, mean_words, ridge_map, set_linear
@@ -187,7 +188,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
         config = HyperBlip2Config(source.config, hyperbolic or HyperbolicConfig(), has_radius=False)
         model = cls(config, blip2=source).to(source.device)
         fresh = tuple(n for n, _ in model.named_parameters() if n.startswith("vision_projection."))
-        return _finished(model, LoadingInfo(fresh, ()), output_loading_info)
+        return finished(model, LoadingInfo(fresh, ()), output_loading_info)
 
     @torch.no_grad()
     def start_from_captions(
