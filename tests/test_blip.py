@@ -392,87 +392,32 @@ def test_the_large_recipe_says_what_it_needs(tmp_path, capsys):
     assert "--annotations and --pictures are missing" in capsys.readouterr().err
 
 
-@pytest.fixture
-def small_blip2(tmp_path):
-    """A BLIP-2 checkpoint, a BERT and captioned pictures, all tiny and in folders."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        BertConfig,
-        BertForMaskedLM,
-        BertTokenizerFast,
-        Blip2Config,
-        Blip2ForConditionalGeneration,
-        OPTConfig,
-        PreTrainedTokenizerFast,
-    )
-
-    words = ["a", "red", "blue", "cat", "dog", "house", "photo", "of", "on", "the", "mat", "wall"]
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
-    BertForMaskedLM(
-        BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)
-    ).save_pretrained(tmp_path / "bert")  # fmt: skip
-    table = {token: number for number, token in enumerate(["<unk>", "<pad>", "<s>", "</s>", "\n", *words, "<image>"])}
-    letters = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
-    letters.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=letters, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    tokenizer.save_pretrained(tmp_path / "blip2")
-    opt = {
-        "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32,
-        "max_position_embeddings": 128, "vocab_size": len(table), "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
-    }  # fmt: skip
-    config = Blip2Config(
-        vision_config={**sizes, "image_size": 28, "patch_size": 14, "initializer_range": 0.02},
-        qformer_config={**sizes, "max_position_embeddings": 64, "vocab_size": 100}, text_config=OPTConfig(**opt).to_dict(),
-        num_query_tokens=4, image_text_hidden_size=16, image_token_index=table["<image>"],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    Blip2ForConditionalGeneration(config).save_pretrained(tmp_path / "blip2")
-    (tmp_path / "pictures").mkdir()
-    images = []
-    for number, (colour, name) in enumerate([((220, 20, 20), "red"), ((20, 20, 220), "blue")] * 4):
-        file = f"{number}.png"
-        Image.fromarray(np.full((30, 30, 3), colour, np.uint8)).save(tmp_path / "pictures" / file)
-        sentences = [{"raw": f"a {name} {what}"} for what in ("cat", "dog", "house")]
-        images.append({"filename": file, "imgid": number, "sentences": sentences, "split": "train"})
-    for number, split in ((8, "val"), (9, "test")):
-        Image.new("RGB", (30, 30)).save(tmp_path / "pictures" / f"{number}.png")
-        images.append({**images[0], "filename": f"{number}.png", "imgid": number, "split": split})
-    (tmp_path / "dataset.json").write_text(json.dumps({"images": images}))
-    return tmp_path
-
-
-def test_the_large_recipe_on_a_small_checkpoint(small_blip2, capsys):
+def test_the_large_recipe_on_a_small_checkpoint(tmp_path, capsys):
     """Both stages, and the commands with the processor, tokenizer and prompt of the run."""
     from safetensors.torch import load_file
 
     from app_train.cli import hier, main
+    from helpers import releases, weights
     from hyper_blip import HyperBlip2ForPretraining
     from hyper_blip.weights import bert_state
 
-    folder = small_blip2
-    settings = [
-        "--source", str(folder / "blip2"), "--tokenizer", str(folder / "bert"), "--pictures", str(folder / "pictures"),
-        "--annotations", str(folder / "dataset.json"), "--out", str(folder / "run"), "--fit.epochs", "1",
-        "--fit.batch-size", "4", "--cards", "1", "--max-tokens", "8", "--no-tensorboard",
-    ]  # fmt: skip
+    source, pictures, run = tmp_path / "blip2", tmp_path / "coco", tmp_path / "run"
+    settings = [*weights.blip2(source), *releases.karpathy(pictures), "--out", str(run), "--fit.epochs", "1"]
+    settings += ["--fit.batch-size", "4", "--cards", "1", "--max-tokens", "8", "--no-tensorboard"]
     assert main(["blip2-opt-2.7b", "--stage", "1", "--fit.lr", "1e-9", *settings]) == 0
-    first = HyperBlip2ForPretraining.from_pretrained(folder / "run" / "stage1")
+    first = HyperBlip2ForPretraining.from_pretrained(run / "stage1")
     # At such a rate what comes out is what it started from: BERT, and the checkpoint's vision encoder.
-    for name, value in bert_state(load_file(folder / "bert" / "model.safetensors"), 17, 64).items():
+    bert = bert_state(load_file(source / "bert" / "model.safetensors"), 30523, 64)
+    assert len(bert) > 40
+    for name, value in bert.items():
         torch.testing.assert_close(first.get_parameter(name)[: len(value)], value, rtol=0, atol=1e-6)
-    vision = load_file(folder / "blip2" / "model.safetensors")["vision_model.encoder.layers.0.mlp.fc1.weight"]
+    vision = load_file(source / "model.safetensors")["vision_model.encoder.layers.0.mlp.fc1.weight"]
     assert torch.equal(first.blip2.vision_model.encoder.layers[0].mlp.fc1.weight, vision.bfloat16())
     assert main(["blip2-opt-2.7b", "--stage", "2", "--fit.lr", "1e-3", *settings]) == 0
     capsys.readouterr()
-    pictures = [str(folder / "pictures" / f"{n}.png") for n in (0, 1)]
-    assert hier(["caption", str(folder / "run"), *pictures]) == 0
+    assert hier(["caption", str(run), *(str(p) for p in sorted(pictures.rglob("*.jpg"))[:2])]) == 0
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 2
     assert all(": a photo of " in line and "(radius " in line for line in out)
-    assert hier(["search", str(folder / "run"), "a red cat", "--data", str(folder / "pictures")]) == 0
+    assert hier(["search", str(run), "a red circle", "--data", str(pictures)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 5
