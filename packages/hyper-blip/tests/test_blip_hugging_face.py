@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -14,6 +15,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     Blip2ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -258,3 +260,51 @@ def test_checkpoints_are_read_by_dtype(checkpoint):
         model = kind.from_blip2(str(folder / "blip2"), dtype=torch.bfloat16, device_map="cpu", **ids)
         assert model.blip2.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
         assert model.image_projector.alpha.dtype == torch.float32
+
+
+WORDS = ["a", "red", "blue", "cat", "dog"]
+
+
+def processor(first, marked):
+    """A `Blip2Processor` over a few words."""
+    from transformers import Blip2Processor, BlipImageProcessor
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"] if first else ["<unk>", "<pad>", "<s>", "</s>"]
+    table = {token: number for number, token in enumerate([*special, *WORDS])} | {"<image>": 98 if first else IMAGE}
+    made = Tokenizer(models.WordLevel(table, unk_token=special[3 if first else 0]))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    start, end = (special[1], special[2]) if first else (special[2], None)
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}" if end else f"{start} $A", special_tokens=[(t, table[t]) for t in (start, end) if t]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token=special[0 if first else 1], additional_special_tokens=["<image>"]
+    )
+    pictures = BlipImageProcessor(size={"height": 28, "width": 28})
+    return Blip2Processor(pictures, tokenizer, num_query_tokens=8 if marked else None)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript")
+@pytest.mark.parametrize("marked", [False, True])
+def test_processor_in_stage_1(stage1, marked):
+    pictures = [pytest.importorskip("PIL.Image").new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    inputs = processor(True, marked)(images=pictures, text=["a red cat", "a dog"], padding=True, return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == 5 + 8 * marked
+    model = stage1().train()
+    expected = processor(True, False)(images=pictures, text=["a red cat", "a dog"], padding=True, return_tensors="pt")
+    assert torch.equal(model(**inputs, step=0).loss, model(**expected, step=0).loss)
+    assert model.itm_logits(**inputs).shape == (2, 2)
+    assert model.encode_text(inputs["input_ids"], inputs["attention_mask"]).radius.shape == (2,)
+
+
+def test_processor_in_stage_2(stage2):
+    pictures = [pytest.importorskip("PIL.Image").new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    made = processor(False, True)
+    inputs = made(images=pictures, text=["a red", "a blue"], return_tensors="pt")
+    assert (inputs["input_ids"][:, :8] == IMAGE).all()
+    assert stage2(**inputs, labels=inputs["input_ids"]).loss.isfinite()
+    assert stage2.generate(**inputs, max_new_tokens=2, min_new_tokens=2).shape == (2, 13)
+    assert stage2.generate(**made(images=pictures, return_tensors="pt"), max_new_tokens=2, min_new_tokens=2).shape == (
+        2,
+        11,
+    )

@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from transformers import Blip2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hyper_blip import (
     HyperBlip2Config,
@@ -287,14 +294,58 @@ def test_non_finite(stage2, inputs):
         model(pixels, **made)
 
 
-def test_encoder_decoder_models_are_refused(blip2_config):
-    from transformers import T5Config
+@pytest.mark.parametrize("given", [False, True])
+def test_encoder_decoder_language_models(blip2_config, stage1, batch, tmp_path, given):
+    torch.manual_seed(0)
+    settings = T5Config(
+        vocab_size=120, d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8, pad_token_id=1, eos_token_id=3,
+        decoder_start_token_id=1, dropout_rate=0.0,
+    )  # fmt: skip
+    if given:
+        language = T5ForConditionalGeneration(settings)
+        model = HyperBlip2ForConditionalGeneration.from_pretraining(stage1(), language, image_token_id=IMAGE)
+    else:
+        made = Blip2Config(**{**blip2_config(image_token_index=IMAGE).to_dict(), "text_config": settings.to_dict()})
+        model = HyperBlip2ForConditionalGeneration.from_config(HyperBlip2Config(made))
+    pixels = batch(3)[0]
+    inputs = caption_batch(
+        ["a cat", "two dogs", "i"],
+        LetterTokenizer(),
+        num_queries=8,
+        image_token_id=IMAGE,
+        prompt="see ",
+        encoder_decoder=True,
+    )
+    assert inputs["input_ids"].shape == (3, 12)
+    assert inputs["labels"][2].tolist() == [5, ord("i") - 90, 3] + [-100] * 7
+    loss = model.train()(pixels, **inputs).loss
+    loss.backward()
+    assert model.blip2.query_tokens.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.blip2.language_model.parameters())
+    plain = Blip2ForConditionalGeneration(model.config.blip2).eval()
+    plain.load_state_dict(model.blip2.state_dict())
+    model.eval()
+    ids = inputs["input_ids"]
+    expected = plain(pixels, input_ids=ids, attention_mask=inputs["attention_mask"], labels=inputs["labels"])
+    assert model(pixels, **inputs).loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
+    tokens = model.generate(pixels, ids, max_new_tokens=4)
+    assert torch.equal(tokens, plain.generate(pixels, input_ids=ids, max_new_tokens=4))
+    texts = generate_captions(model, pixels, LetterTokenizer(), prompt="see ", num_beams=2, max_new_tokens=4)
+    assert len(texts) == 3
+    model.save_pretrained(tmp_path)
+    again = HyperBlip2ForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again(pixels, **inputs).logits, model(pixels, **inputs).logits)
+    model.start_from_captions(pixels, inputs["labels"])
 
-    config = blip2_config(image_token_index=IMAGE)
-    config.text_config = T5Config(vocab_size=120, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
-    config.use_decoder_only_language_model = False
-    with pytest.raises(ValueError, match="decoder-only"):
-        HyperBlip2ForConditionalGeneration(HyperBlip2Config(config))
+
+def test_generation_without_a_text(blip2_config, batch):
+    torch.manual_seed(0)
+    plain = Blip2ForConditionalGeneration(blip2_config(image_token_index=IMAGE)).eval()
+    with pytest.warns(UserWarning, match="initialised afresh"):
+        model = HyperBlip2ForConditionalGeneration.from_blip2(plain)
+    pixels = batch(3)[0]
+    for options in ({"max_new_tokens": 4}, {"max_new_tokens": 5, "num_beams": 3}):
+        assert torch.equal(model.generate(pixels, **options), plain.generate(pixels, **options))
 
 
 def test_start_from_captions(stage2, batch):

@@ -213,7 +213,9 @@ def built(kind: type[PreTrainedModel], settings: Blip2Config, vision: nn.Module 
         shell.vision_config.num_hidden_layers = 0
         parts["vision_model"] = vision
     if "language_model" in parts:
-        shell.text_config.num_hidden_layers = 0
+        for layers in ("num_hidden_layers", "num_decoder_layers"):
+            if hasattr(shell.text_config, layers):
+                setattr(shell.text_config, layers, 0)
         shell.text_config.vocab_size = max(settings.text_config.pad_token_id or 0, 0) + 1
     model = kind(shell if parts else settings)
     for name, part in parts.items():

@@ -82,6 +82,7 @@ class Stage1Encoders(HyperBlip2Model):
         self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "rows places"]
     ) -> HyperbolicFeatures:
         """Features of each caption, parts `(B, ...)`."""
+        input_ids, attention_mask = self._plain_text(input_ids, attention_mask)
         self._check_text(input_ids, attention_mask)
         return self._project_text(
             joint_states(self.blip2, None, [Segment(input_ids, attention_mask, BIDIRECTIONAL)], queries=False)[0]
@@ -124,6 +125,7 @@ class Stage1Encoders(HyperBlip2Model):
         attention_mask: Int[Tensor, "rows places"],
     ) -> Float[Tensor, "batch 2"]:
         """Logits of "does not belong" and "belongs" for each pair of a picture and a caption."""
+        input_ids, attention_mask = self._plain_text(input_ids, attention_mask)
         self._check_text(input_ids, attention_mask)
         return self.match(self.vision_features(pixel_values), input_ids, attention_mask)
 
@@ -136,6 +138,15 @@ class Stage1Encoders(HyperBlip2Model):
         """States of [CLS] of captions `(n width)`, read part by part."""
         segments = (Segment(*part, BIDIRECTIONAL) for part in zip(ids, masks, strict=True))
         return torch.cat([joint_states(self.blip2, None, [s], queries=False)[0][:, 0] for s in segments])
+
+    def _plain_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The captions without the Q image tokens that a `Blip2Processor` with `num_query_tokens` puts before them."""
+        num, begin = self.num_queries, self.config.cls_token_id
+        if input_ids.shape != attention_mask.shape or input_ids.shape[1] <= num:
+            return input_ids, attention_mask
+        first = input_ids[:, :1]
+        marked = (first != begin).all() & (input_ids[:, :num] == first).all() & (input_ids[:, num] == begin).all()
+        return (input_ids[:, num:], attention_mask[:, num:]) if bool(marked) else (input_ids, attention_mask)
 
     def _check_text(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         if input_ids.shape != attention_mask.shape:

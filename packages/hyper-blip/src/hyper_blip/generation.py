@@ -29,7 +29,7 @@ from hyper_blip.weights import LoadingInfo, borrowed, load_into
 
 
 class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
-    """BLIP-2's stage 2 on `transformers.Blip2ForConditionalGeneration`, with a decoder-only language model.
+    """BLIP-2's stage 2 on `transformers.Blip2ForConditionalGeneration`, with a decoder-only language model or an encoder-decoder (T5).
 
     The Euclidean query states enter `language_projection`; the loss is that of the language model alone. Vision encoder and
     language model are frozen.
@@ -37,12 +37,12 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
     Args:
         config: the configuration; `blip2.image_token_index` marks the places of the queries in a text.
         blip2: a model to take over; built from the configuration if None.
-        language_model: a causal language model in place of that of `blip2.text_config`.
+        language_model: a language model in place of that of `blip2.text_config`.
         vision: a vision module `(B, 3, H, W) -> (B, M, C)` in place of BLIP-2's own.
         vision_model: BLIP-2's own vision encoder, where it is there already.
 
     Raises:
-        ValueError: no image token, or an encoder-decoder language model.
+        ValueError: no image token.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
             parts = {} if language_model is None else {"language_model": language_model}
             if parts:
                 settings.text_config = copy.deepcopy(language_model.config)
+                settings.is_encoder_decoder = language_model.config.is_encoder_decoder
+                settings.use_decoder_only_language_model = not settings.is_encoder_decoder
             blip2 = built(Blip2ForConditionalGeneration, settings, vision_model, **parts)
             start_queries(blip2)
         else:
             blip2 = borrowed(blip2)
             settings = blip2.config
             config.blip2 = settings
-        if not settings.use_decoder_only_language_model:
-            raise ValueError(f"text_config must be of a decoder-only model, got {settings.text_config.model_type!r}")
         super().__init__(config, blip2, vision)
         self.vision_projection = nn.Linear(settings.qformer_config.hidden_size, settings.image_text_hidden_size)
         # The radius needs no gradient from the language loss, which never sees it.
@@ -244,7 +244,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
         pixel_values: Float[Tensor, "batch channels height width"],
         input_ids: Int[Tensor, "batch tokens"],
         attention_mask: Int[Tensor, "batch tokens"],
-        labels: Int[Tensor, "batch tokens"] | None = None,
+        labels: Int[Tensor, "batch words"] | None = None,
     ) -> ModelOutput:
         """Logits of the language model, and its loss.
 
@@ -252,7 +252,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
             pixel_values: pictures.
             input_ids: Q image tokens and a text in every row (see `caption_batch`).
             attention_mask: 1 at tokens.
-            labels: token ids, -100 at queries, prompt and padding.
+            labels: token ids, -100 at queries, prompt and padding; for an encoder-decoder the captions alone.
 
         Returns:
             An output with `loss` (None without labels) and `logits` `(batch tokens vocabulary)`.
@@ -275,7 +275,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
     def generate(
         self,
         pixel_values: Float[Tensor, "batch channels height width"],
-        input_ids: Int[Tensor, "batch tokens"],
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
         **options: Any,
     ) -> Int[Tensor, "rows new"]:
@@ -283,16 +283,20 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
 
         Args:
             pixel_values: pictures.
-            input_ids: Q image tokens and a prompt in every row.
+            input_ids: Q image tokens and a prompt in every row; the image tokens and what begins a text if None.
             attention_mask: 1 at tokens; all if None.
             options: of `transformers.GenerationMixin.generate`; prefer `max_new_tokens`, as lengths count the queries.
 
         Returns:
-            Token ids: the input, then what was generated.
+            Token ids: the input, then what was generated; of an encoder-decoder, what its decoder wrote.
 
         Raises:
             ValueError: another number of image tokens.
         """
+        if input_ids is None:
+            begin = self.config.blip2.text_config.bos_token_id
+            row = [self.config.blip2.image_token_index] * self.num_queries + ([] if begin is None else [begin])
+            input_ids = torch.tensor(row, device=self.device).repeat(len(pixel_values), 1)
         self._check_image_tokens(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         resized = self._resized(pixel_values)

@@ -264,6 +264,7 @@ class HyperBlip2ForPretraining(Stage1Start):
         progress: float | None,
     ) -> tuple[Tensor, Tensor]:
         """Captions and mask, padded to the longest of any rank; all ranks refuse what one refuses."""
+        ids, mask = self._plain_text(ids, mask)
         problem = None
         try:
             self._check_text(ids, mask)
