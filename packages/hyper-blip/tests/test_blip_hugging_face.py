@@ -151,6 +151,8 @@ def test_precision_and_device(stage, stage1, stage2, rows, tmp_path):
         half.encode_image(pixels).radius, model.encode_image(pixels).radius, rtol=0.05, atol=0.01
     )
     assert kind.from_pretrained(tmp_path, dtype=torch.float32, device_map="meta").device.type == "meta"
+    with pytest.raises(ValueError, match="device_map must be one device"):
+        kind.from_pretrained(tmp_path, device_map="auto")
     with pytest.raises(ValueError, match="knows no argument 'precision'"):
         kind.from_pretrained(tmp_path, precision="bf16")
 

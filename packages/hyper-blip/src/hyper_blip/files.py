@@ -90,7 +90,7 @@ class SavedModel(PreTrainedModel):
             pretrained_model_name_or_path: the folder, or the name of a repository on the hub.
             config: in place of the saved one.
             dtype: precision of all parts but the hyperbolic ones; None or "auto" keeps the saved ones.
-            device_map: a device, or a map or plan of accelerate.
+            device_map: one device, or {"": device}.
             output_loading_info: also return a `LoadingInfo`.
             vision: in place of what `config.vision_locator` names.
             language_model: in stage 2, in place of what `config.language_locator` names.
@@ -170,17 +170,13 @@ class SavedModel(PreTrainedModel):
 
 
 def placed(model: SavedModel, device_map: Any) -> SavedModel:
-    """The model on a device, or dispatched by accelerate over several."""
-    if isinstance(device_map, dict) and set(device_map) == {""}:
-        device_map = device_map[""]
-    plan = device_map in ("auto", "balanced", "balanced_low_0", "sequential") if isinstance(device_map, str) else False
-    if not plan and not isinstance(device_map, dict):
-        return model.to(device_map)
-    from accelerate import dispatch_model, infer_auto_device_map
-
-    if plan:
-        device_map = infer_auto_device_map(model, no_split_module_classes=sorted(model._no_split_modules))
-    return dispatch_model(model, device_map)
+    """The model on the one device that a map names."""
+    device = device_map[""] if isinstance(device_map, dict) and set(device_map) == {""} else device_map
+    if isinstance(device, dict) or device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise ValueError(
+            f"device_map must be one device, or {{'': device}}, got {device_map!r}: spread layers by shard_frozen"
+        )
+    return model.to(device)
 
 
 def finished(model: SavedModel, info: LoadingInfo, output_loading_info: bool) -> Any:
