@@ -116,12 +116,12 @@ def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, step):
 
 @pytest.mark.slow
 def test_caption_and_search(finished, tmp_path, capsys, monkeypatch):
-    from app_data.weights.blip2 import PROMPT
+    from app_data.weights.blip2 import PROMPT, language_tokenizer
     from app_eval.ask import describe
     from app_train.cli import hier
 
     asked, generate = {}, describe.generate_captions
-    monkeypatch.setattr(describe, "generate_captions", lambda *a, **k: asked.update(k) or generate(*a, **k))
+    monkeypatch.setattr(describe, "generate_captions", lambda *a, **k: asked.update(k, given=a) or generate(*a, **k))
 
     for name, colour in (("red", (220, 30, 30)), ("blue", (30, 60, 220))):
         Image.fromarray(np.full((40, 40, 3), colour, np.uint8)).save(tmp_path / f"{name}.png")
@@ -130,7 +130,13 @@ def test_caption_and_search(finished, tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert f"red.png: {PROMPT} " in out
     assert "radius" in out
-    assert asked["prompt"] == PROMPT  # the model describes after what it was trained after
+    model, pixels, tokenizer = asked["given"]
+    # What the run was trained with: its prompt, its picture size, its scaling, its caption length.
+    assert (model.config.prompt, asked["max_new_tokens"]) == (PROMPT, 12)
+    assert pixels.shape == (1, 3, 64, 64)
+    expected = (torch.tensor([220.0, 30.0, 30.0]) - 127) / 128
+    torch.testing.assert_close(pixels[0].flatten(1), expected[:, None].expand(3, 64 * 64), rtol=0, atol=1e-6)
+    assert tokenizer("a cat")["input_ids"] == language_tokenizer()("a cat")["input_ids"]
     assert "bad.png" in err
     assert hier(["search", str(finished), "a red apple", "--data", str(tmp_path), "--top", "2"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -384,3 +390,34 @@ def test_the_large_recipe_says_what_it_needs(tmp_path, capsys):
     assert "--shard needs several processes" in capsys.readouterr().err
     assert main(["blip2-opt-2.7b", "--out", str(tmp_path / "x")]) == 2
     assert "--annotations and --pictures are missing" in capsys.readouterr().err
+
+
+def test_the_large_recipe_on_a_small_checkpoint(tmp_path, capsys):
+    """Both stages, and the commands with the processor, tokenizer and prompt of the run."""
+    from safetensors.torch import load_file
+
+    from app_train.cli import hier, main
+    from helpers import releases, weights
+    from hyper_blip import HyperBlip2ForPretraining
+    from hyper_blip.weights import bert_state
+
+    source, pictures, run = tmp_path / "blip2", tmp_path / "coco", tmp_path / "run"
+    settings = [*weights.blip2(source), *releases.karpathy(pictures), "--out", str(run), "--fit.epochs", "1"]
+    settings += ["--fit.batch-size", "4", "--cards", "1", "--max-tokens", "8", "--no-tensorboard"]
+    assert main(["blip2-opt-2.7b", "--stage", "1", "--fit.lr", "1e-9", *settings]) == 0
+    first = HyperBlip2ForPretraining.from_pretrained(run / "stage1")
+    # At such a rate what comes out is what it started from: BERT, and the checkpoint's vision encoder.
+    bert = bert_state(load_file(source / "bert" / "model.safetensors"), 30523, 64)
+    assert len(bert) > 40
+    for name, value in bert.items():
+        torch.testing.assert_close(first.get_parameter(name)[: len(value)], value, rtol=0, atol=1e-6)
+    vision = load_file(source / "model.safetensors")["vision_model.encoder.layers.0.mlp.fc1.weight"]
+    assert torch.equal(first.blip2.vision_model.encoder.layers[0].mlp.fc1.weight, vision.bfloat16())
+    assert main(["blip2-opt-2.7b", "--stage", "2", "--fit.lr", "1e-3", *settings]) == 0
+    capsys.readouterr()
+    assert hier(["caption", str(run), *(str(p) for p in sorted(pictures.rglob("*.jpg"))[:2])]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2
+    assert all(": a photo of " in line and "(radius " in line for line in out)
+    assert hier(["search", str(run), "a red circle", "--data", str(pictures)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 5

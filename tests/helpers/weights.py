@@ -86,11 +86,11 @@ def word_pieces(folder: Path, special: list[str], before: int = 0) -> list[str]:
 
 
 def blip2(folder: Path) -> list[str]:
-    """A BLIP-2 captioning checkpoint with OPT, and a tokenizer with BERT's special ids; returns the recipe's options."""
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+    """A BLIP-2 captioning checkpoint with OPT, and a BERT with its special ids; returns the recipe's options."""
+    from transformers import BertConfig, BertForMaskedLM, Blip2Config, Blip2ForConditionalGeneration, OPTConfig
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    word_pieces(folder / "bert", special, before=99)
+    pieces = word_pieces(folder / "bert", special, before=99)
     tokens = word_pieces(folder, [*special, "<image>"])
     wide = {**SIZE, "hidden_size": 32, "num_attention_heads": 4}
     vision = {**wide, "image_size": 224, "patch_size": 112, "initializer_range": 0.02}
@@ -106,6 +106,9 @@ def blip2(folder: Path) -> list[str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         Blip2ForConditionalGeneration(config).save_pretrained(folder)
+        BertForMaskedLM(BertConfig(**wide, vocab_size=len(pieces), max_position_embeddings=64)).save_pretrained(
+            folder / "bert"
+        )
     return ["--source", str(folder), "--tokenizer", str(folder / "bert")]
 
 

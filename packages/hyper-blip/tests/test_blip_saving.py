@@ -1,5 +1,6 @@
 """Saving, loading, locators, taking over Hugging Face models."""
 
+import copy
 import json
 
 import pytest
@@ -137,9 +138,9 @@ def test_captioning_checkpoints_lack_the_text_side(blip2_config, tmp_path, batch
 def test_damaged_and_foreign_folders(stage1, tmp_path):
     model = stage1()
     model.save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match="a HyperBlip2ForConditionalGeneration of format 1"):
+    with pytest.raises(ValueError, match="a HyperBlip2ForConditionalGeneration, got HyperBlip2ForPretraining"):
         HyperBlip2ForConditionalGeneration.from_pretrained(tmp_path / "m")
-    settings = tmp_path / "m" / "hyper_blip.json"
+    settings = tmp_path / "m" / "config.json"
     content = json.loads(settings.read_text())
     settings.write_text(json.dumps({**content, "hyperbolic": {"curvature": 1}}))
     with pytest.raises(ValueError, match="unknown key 'curvature' in the configuration of HyperbolicConfig"):
@@ -151,3 +152,85 @@ def test_damaged_and_foreign_folders(stage1, tmp_path):
     (tmp_path / "m" / "model.safetensors").write_bytes(b"123")
     with pytest.raises(ValueError, match="complete saved model"):
         HyperBlip2ForPretraining.from_pretrained(tmp_path / "m")
+
+
+def everything(module):
+    """Weights, flags, classes and configuration of a module."""
+    weights = {n: (p.clone(), p.requires_grad) for n, p in module.named_parameters()}
+    kinds = {n: (type(m), m.training) for n, m in module.named_modules()}
+    return weights, kinds, module.config.to_dict() if hasattr(module, "config") else None
+
+
+def assert_untouched(module, before):
+    weights, kinds, config = everything(module)
+    assert kinds == before[1]
+    assert config == before[2]
+    assert weights.keys() == before[0].keys()
+    for name, (value, trained) in weights.items():
+        assert trained == before[0][name][1], name
+        assert torch.equal(value, before[0][name][0]), name
+
+
+def move(model):
+    """One large step, so that shared memory would show."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(1.0)
+
+
+@pytest.mark.filterwarnings("ignore:initialised afresh")
+def test_loading_leaves_the_callers_objects_alone(blip2_config, tmp_path):
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    plain = Blip2ForImageTextRetrieval(blip2_config()).train()
+    before = everything(plain)
+    model = HyperBlip2ForPretraining.from_blip2(plain, **{**IDS, "dec_token_id": 100})
+    assert model.blip2.embeddings.word_embeddings.num_embeddings == 101
+    layer = "encoder.layers.0.mlp.fc1"
+    assert (
+        model.blip2.vision_model.get_submodule(layer).weight.data_ptr()
+        == plain.vision_model.get_submodule(layer).weight.data_ptr()
+    )
+    move(model)
+    move(model.freeze_vision(False))
+    assert_untouched(plain, before)
+
+    settings = blip2_config(image_token_index=98)
+    settings.qformer_config.use_qformer_text_input = False
+    config = HyperBlip2Config(settings, **{**IDS, "dec_token_id": 120})
+    content = config.to_dict()
+    first = HyperBlip2ForPretraining.from_config(config)
+    assert config.to_dict() == content
+    assert first.config.blip2.qformer_config.vocab_size == 121
+
+    caption = Blip2ForConditionalGeneration(blip2_config(image_token_index=119)).train()
+    before = everything(caption)
+    move(HyperBlip2ForConditionalGeneration.from_blip2(caption))
+    assert_untouched(caption, before)
+    language = caption.language_model
+    before = everything(language)
+    second = HyperBlip2ForConditionalGeneration.from_pretraining(
+        first, language, image_token_id=119, lora={"r": 2, "target_modules": ["q_proj"]}
+    )
+    move(second)
+    assert_untouched(language, before)
+
+    vision = Patches(20).train()
+    before = everything(vision)
+    model = HyperBlip2ForPretraining.from_config(external("patches:20"), vision=vision)
+    assert_untouched(vision, before)
+    move(model.freeze_vision(False))
+    model.save_pretrained(tmp_path / "vision")
+    again = HyperBlip2ForPretraining.from_pretrained(tmp_path / "vision", vision=vision)
+    assert_untouched(vision, before)
+    assert torch.equal(again.blip2.vision_model.module.conv.weight, model.blip2.vision_model.module.conv.weight)
+
+
+@pytest.mark.parametrize("learn_c", [True, False])
+def test_the_curvature_has_one_name(stage1, learn_c):
+    model = stage1(HyperbolicConfig.distance(learn_c=learn_c))
+    assert [n for n in model.state_dict() if "curvature.log_c" in n] == ["curvature.log_c"]
+    assert model.image_projector.curvature is model.text_projector.curvature is model.curvature
+    twin = copy.deepcopy(model)
+    assert twin.image_projector.curvature is twin.curvature is not model.curvature

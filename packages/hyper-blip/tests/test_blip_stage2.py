@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from transformers import Blip2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hyper_blip import (
     HyperBlip2Config,
@@ -131,6 +138,10 @@ def test_opt_from_the_configuration(blip2_config, inputs, batch):
     with pytest.warns(UserWarning, match="initialised afresh"):
         other, info = HyperBlip2ForConditionalGeneration.from_blip2(plain, output_loading_info=True)
     assert info.missing == ("vision_projection.weight", "vision_projection.bias")
+    # Directions of a random projection have a radius, but it says nothing.
+    for ask in (other.radius, other.encode_image):
+        with pytest.raises(ValueError, match="projection to the radius must come from stage 1"):
+            ask(pixels)
     assert other(pixels, **made).loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
 
 
@@ -242,6 +253,37 @@ def test_gradient_checkpointing(stage2, inputs):
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(42, 42), (28, 42)])
+def test_other_picture_sizes(stage2, inputs, shape):
+    model = stage2()
+    _, made = inputs
+    pixels = torch.randn(3, 3, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        image = model.blip2.vision_model(pixels, interpolate_pos_encoding=True).last_hidden_state
+        queries = model.blip2.query_tokens.expand(3, -1, -1)
+        states = model.blip2.qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
+        words = model.blip2.language_model.get_input_embeddings()(made["input_ids"])
+        words[:, :8] = model.blip2.language_projection(states)
+        expected = model.blip2.language_model(inputs_embeds=words, attention_mask=made["attention_mask"]).logits
+    torch.testing.assert_close(model(pixels, **made).logits, expected, rtol=1e-4, atol=1e-5)
+    ids = made["input_ids"][:, :12]
+    out = model.generate(pixels, ids, max_new_tokens=1, do_sample=False)
+    assert torch.equal(out[:, 12], expected[:, 11].argmax(-1))
+    assert model.radius(pixels).shape == (3,)
+
+
+def test_radius_in_half_precision(stage2, blip2_config, batch):
+    model, pixels = stage2(), batch(3)[0]
+    expected = model.radius(pixels)
+    for half in (model.cast_vision(torch.bfloat16), model.to(torch.bfloat16)):
+        found = half.radius(pixels)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0)
+    # A Q-Former in half precision below a projection of single precision, as a checkpoint read by `dtype` has it.
+    model.vision_projection.float()
+    torch.testing.assert_close(model.radius(pixels), expected, rtol=0.03, atol=0)
+
+
 def test_non_finite(stage2, inputs):
     model = stage2()
     pixels, made = inputs
@@ -252,14 +294,58 @@ def test_non_finite(stage2, inputs):
         model(pixels, **made)
 
 
-def test_encoder_decoder_models_are_refused(blip2_config):
-    from transformers import T5Config
+@pytest.mark.parametrize("given", [False, True])
+def test_encoder_decoder_language_models(blip2_config, stage1, batch, tmp_path, given):
+    torch.manual_seed(0)
+    settings = T5Config(
+        vocab_size=120, d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8, pad_token_id=1, eos_token_id=3,
+        decoder_start_token_id=1, dropout_rate=0.0,
+    )  # fmt: skip
+    if given:
+        language = T5ForConditionalGeneration(settings)
+        model = HyperBlip2ForConditionalGeneration.from_pretraining(stage1(), language, image_token_id=IMAGE)
+    else:
+        made = Blip2Config(**{**blip2_config(image_token_index=IMAGE).to_dict(), "text_config": settings.to_dict()})
+        model = HyperBlip2ForConditionalGeneration.from_config(HyperBlip2Config(made))
+    pixels = batch(3)[0]
+    inputs = caption_batch(
+        ["a cat", "two dogs", "i"],
+        LetterTokenizer(),
+        num_queries=8,
+        image_token_id=IMAGE,
+        prompt="see ",
+        encoder_decoder=True,
+    )
+    assert inputs["input_ids"].shape == (3, 12)
+    assert inputs["labels"][2].tolist() == [5, ord("i") - 90, 3] + [-100] * 7
+    loss = model.train()(pixels, **inputs).loss
+    loss.backward()
+    assert model.blip2.query_tokens.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.blip2.language_model.parameters())
+    plain = Blip2ForConditionalGeneration(model.config.blip2).eval()
+    plain.load_state_dict(model.blip2.state_dict())
+    model.eval()
+    ids = inputs["input_ids"]
+    expected = plain(pixels, input_ids=ids, attention_mask=inputs["attention_mask"], labels=inputs["labels"])
+    assert model(pixels, **inputs).loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
+    tokens = model.generate(pixels, ids, max_new_tokens=4)
+    assert torch.equal(tokens, plain.generate(pixels, input_ids=ids, max_new_tokens=4))
+    texts = generate_captions(model, pixels, LetterTokenizer(), prompt="see ", num_beams=2, max_new_tokens=4)
+    assert len(texts) == 3
+    model.save_pretrained(tmp_path)
+    again = HyperBlip2ForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again(pixels, **inputs).logits, model(pixels, **inputs).logits)
+    model.start_from_captions(pixels, inputs["labels"])
 
-    config = blip2_config(image_token_index=IMAGE)
-    config.text_config = T5Config(vocab_size=120, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
-    config.use_decoder_only_language_model = False
-    with pytest.raises(ValueError, match="decoder-only"):
-        HyperBlip2ForConditionalGeneration(HyperBlip2Config(config))
+
+def test_generation_without_a_text(blip2_config, batch):
+    torch.manual_seed(0)
+    plain = Blip2ForConditionalGeneration(blip2_config(image_token_index=IMAGE)).eval()
+    with pytest.warns(UserWarning, match="initialised afresh"):
+        model = HyperBlip2ForConditionalGeneration.from_blip2(plain)
+    pixels = batch(3)[0]
+    for options in ({"max_new_tokens": 4}, {"max_new_tokens": 5, "num_beams": 3}):
+        assert torch.equal(model.generate(pixels, **options), plain.generate(pixels, **options))
 
 
 def test_start_from_captions(stage2, batch):

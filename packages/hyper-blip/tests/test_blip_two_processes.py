@@ -50,6 +50,54 @@ for kind in ("local", "global"):
     norm = model.blip2.vision_model.post_layernorm.weight.grad
     dist.all_reduce(norm)
     out[kind + "_norm"] = norm / 2
+
+# Ranks of different captions, of different numbers of pairs, one with an empty caption.
+keep = 6 if rank else 4
+ids, mask = part(job["tokens"])[:, :keep].clone(), part(job["mask"])[:, :keep].clone()
+found = model(part(job["pixels"]), ids, mask, step=0)
+padded = torch.nn.functional.pad(ids, (0, 6 - keep)), torch.nn.functional.pad(mask, (0, 6 - keep))
+same = model(part(job["pixels"]), *padded, step=0)
+out["padded"] = torch.stack([found.loss, same.loss]).detach()
+uneven = 4 - rank
+empty = ids.clone()
+empty[0, 1:] = 2
+for name, args in (("uneven", (part(job["pixels"])[:uneven], ids[:uneven], mask[:uneven])),
+                   ("empty", (part(job["pixels"]), empty if rank else ids, mask))):
+    try:
+        model(*args, step=0)
+        out[name] = "nothing"
+    except ValueError as error:
+        out[name] = str(error)
+
+# A picture of one rank is not finite: no rank moves a weight, and the next step is the same on both.
+from torch.nn.parallel import DistributedDataParallel
+for name in ("ddp", "plain"):
+    torch.manual_seed(0)
+    model = HyperBlip2ForPretraining(tiny_config(HyperbolicConfig.distance(on_non_finite="skip", itm_negatives="local"))).train()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.1)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if name == "ddp" else model
+    for step in range(3):
+        pixels = part(job["pixels"])
+        if step == 1:
+            before = {n: p.detach().clone() for n, p in trained.items()}
+            if rank:
+                pixels[0] = torch.nan
+        loss = wrapped(pixels, part(job["tokens"]), part(job["mask"]), step=step).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            out[name + "_moved"] = [n for n, p in trained.items() if not torch.equal(p, before[n])]
+            out[name + "_counted"] = model.non_finite_steps
+    out[name + "_weights"] = {n: p.detach() for n, p in trained.items()}
+    out[name + "_after"] = bool((trained["blip2.query_tokens"] != before["blip2.query_tokens"]).any())
+model = HyperBlip2ForPretraining(tiny_config(HyperbolicConfig.distance(itm_negatives="local"))).train()
+try:
+    model(pixels * (torch.nan if rank else 1), part(job["tokens"]), part(job["mask"]), step=0)
+    out["raised"] = "nothing"
+except ValueError as error:
+    out["raised"] = str(error)
 """
 CASES = [
     {"similarity": similarity, "query_agg": agg, "rqs_prob": rqs, "gather_grad": True}
@@ -131,6 +179,32 @@ def test_fetched_rows_and_their_gradients(job, outputs):
 
 def test_bernoulli_draw_is_shared(outputs):
     assert torch.equal(outputs[0]["rqs"], outputs[1]["rqs"])
+
+
+def test_captions_of_other_ranks_are_longer(outputs):
+    for out in outputs:
+        torch.testing.assert_close(out["padded"][0], out["padded"][1], rtol=0, atol=1e-6)
+
+
+def test_a_batch_that_one_rank_refuses_is_refused_by_all(outputs):
+    for out in outputs:
+        assert "every rank must hold as many pairs, got [4, 3]" in out["uneven"]
+    assert "ranks [1] refuse theirs" in outputs[0]["empty"]
+    assert "got an empty caption" in outputs[1]["empty"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "plain"])
+def test_a_skipped_step_moves_nothing_on_any_rank(outputs, name):
+    for out in outputs:
+        assert out[f"{name}_moved"] == []
+        assert out[f"{name}_counted"] == 1
+        assert out[f"{name}_after"]
+    if name == "ddp":
+        torch.testing.assert_close(outputs[0]["ddp_weights"], outputs[1]["ddp_weights"], rtol=0, atol=0)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_on_every_rank(outputs):
+    assert all("the loss must be finite" in out["raised"] for out in outputs)
 
 
 def test_whole_steps(outputs, stage1, job):

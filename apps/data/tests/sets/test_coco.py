@@ -39,6 +39,27 @@ def test_karpathy_coco(tmp_path, make_picture, decoding):
     assert 80 <= parts["val"][0].pixels.mean() <= 110
 
 
+def test_karpathy_of_lavis(tmp_path, make_picture, decoding):
+    names = [f"val2014/COCO_val2014_{number:012d}.jpg" for number in (7, 9, 11)]
+    for name in names:
+        make_picture(tmp_path / name)
+    rows = [{"caption": f"caption {j}\n of 7.", "image": names[0], "image_id": "coco_7"} for j in range(2)]
+    train = write(tmp_path / "coco_karpathy_train.json", rows)
+    alone = load_karpathy(train, tmp_path, decoding)
+    assert set(alone) == {"train"}
+    write(tmp_path / "coco_karpathy_val.json", [{"image": names[1], "caption": ["a", "b"]}])
+    test = write(tmp_path / "coco_karpathy_test.json", [{"image": names[2], "caption": ["c", "d"]}])
+    for file in (train, test):
+        parts = load_karpathy(file, tmp_path, decoding)
+        assert {part: (data.ids, data.captions) for part, data in parts.items()} == {
+            "train": ((7,), (("caption 0 of 7.", "caption 1 of 7."),)), "val": ((9,), (("a", "b"),)), "test": ((11,), (("c", "d"),)),
+        }  # fmt: skip
+    with pytest.raises(DataError, match="row 0 of .* is not in LAVIS's form"):
+        load_karpathy(write(tmp_path / "x_train.json", [{"image": names[0]}]), tmp_path, decoding)
+    with pytest.raises(DataError, match="its name must end in _train.json"):
+        load_karpathy(write(tmp_path / "rows.json", rows), tmp_path, decoding)
+
+
 def test_karpathy_flickr(tmp_path, make_picture, decoding):
     images = [karpathy_image(i, split, f"{i}.jpg") for i, split in enumerate(["train", "val", "test"])]
     for i in range(3):

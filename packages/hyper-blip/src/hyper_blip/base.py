@@ -1,22 +1,27 @@
-"""What both stages share: BLIP-2's modules, the frozen parts, the hyperbolic parameters, saving and loading."""
+"""What both stages share: BLIP-2's modules, the frozen parts, the hyperbolic parameters."""
 
-import warnings
-from pathlib import Path
+import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import Blip2Config, PreTrainedModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2PreTrainedModel
 
 from hyper_blip.config import HyperBlip2Config
+from hyper_blip.files import SavedModel
 from hyper_blip.projection import HyperbolicFeatures, HyperbolicProjector
 from hyper_blip.vision import VisionAdapter, load_module
-from hyper_blip.weights import LoadingInfo, load_into, own_state, read_folder, read_lavis, write_folder
+from hyper_blip.weights import (
+    borrowed,
+    make_own,
+)
 from hyper_geom import Curvature
 
 
-class HyperBlip2Model(nn.Module):
+class HyperBlip2Model(SavedModel):
     """Base of `HyperBlip2ForPretraining` and `HyperBlip2ForConditionalGeneration`.
 
     Attributes:
@@ -26,16 +31,26 @@ class HyperBlip2Model(nn.Module):
         image_projector: from projected queries to hyperbolic space.
     """
 
-    def __init__(self, config: HyperBlip2Config, blip2: nn.Module, vision: nn.Module | None) -> None:
-        super().__init__()
-        self.config = config
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = Blip2PreTrainedModel._no_split_modules
+
+    def __init__(self, config: HyperBlip2Config, blip2: PreTrainedModel, vision: nn.Module | None) -> None:
+        super().__init__(config)
         self.blip2 = blip2
+        if vision is not None:
+            vision = borrowed(vision)
         if vision is None and config.vision_locator:
             vision = load_module(config.vision_locator)
         self._external_vision = vision is not None
         self._sharded = False
         if vision is not None:
             blip2.vision_model = VisionAdapter(vision, config.blip2.vision_config.hidden_size)
+        else:  # the encoder may be of another precision; the adapter casts by itself
+            blip2.vision_model.post_layernorm.register_forward_pre_hook(_cast_to_weight)
         hyper = config.hyperbolic
         self.curvature = Curvature(hyper.c, learnable=hyper.learn_c)
         self.image_projector = self._projector()
@@ -68,6 +83,8 @@ class HyperBlip2Model(nn.Module):
         self.blip2.vision_model.requires_grad_(not frozen)
         self.blip2.vision_model.post_layernorm.requires_grad_(True)
         self.vision_frozen = frozen
+        # What trains is ours; frozen weights may stay shared with the model that they came from.
+        make_own(p for p in self.parameters() if p.requires_grad)
         return self.train(self.training)
 
     def cast_vision(self, dtype: torch.dtype) -> "HyperBlip2Model":
@@ -75,8 +92,6 @@ class HyperBlip2Model(nn.Module):
         for name, child in self.blip2.vision_model.named_children():
             if name != "post_layernorm":
                 child.to(dtype)
-        if not self._external_vision:  # the adapter casts by itself
-            self.blip2.vision_model.post_layernorm.register_forward_pre_hook(_cast_to_weight)
         return self
 
     def train(self, mode: bool = True) -> "HyperBlip2Model":
@@ -86,10 +101,26 @@ class HyperBlip2Model(nn.Module):
             self.blip2.vision_model.eval()
         return self
 
-    def gradient_checkpointing_enable(self) -> "HyperBlip2Model":
-        """Recompute the layers in the backward pass instead of keeping their activations."""
-        self.blip2.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> "HyperBlip2Model":
+        """Recompute the layers in the backward pass instead of keeping their activations.
+
+        Args:
+            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`; `use_reentrant=False` if None.
+            more: further arguments of `transformers.PreTrainedModel.activation_checkpointing_enable`.
+        """
+        self._activation_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **more)
         return self
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every module here sets its weights when it is made, and loading never leaves one without."""
+
+    def post_init(self) -> None:
+        """The bookkeeping of `PreTrainedModel`, without new values for weights that have theirs."""
+        for value in (*self.parameters(), *self.buffers()):
+            value._is_hf_initialized = True
+        super().post_init()
 
     def shard_frozen(self, mesh: Any = None) -> "HyperBlip2Model":
         """Spread the frozen layers of the vision encoder and of the language model over all ranks (FSDP2).
@@ -149,85 +180,21 @@ class HyperBlip2Model(nn.Module):
         self, pixel_values: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch patches features"]:
         """Features of the vision encoder behind its LayerNorm; positions are interpolated for another picture size."""
-        size = self.config.blip2.vision_config.image_size
-        more = {} if self._external_vision or pixel_values.shape[-1] == size else {"interpolate_pos_encoding": True}
+        more = {"interpolate_pos_encoding": True} if self._resized(pixel_values) else {}
         return self.blip2.vision_model(pixel_values=pixel_values, **more).last_hidden_state
 
-    def _lift(self, projector: HyperbolicProjector, z: Tensor, name: str) -> HyperbolicFeatures:
+    def _resized(self, pixel_values: Tensor) -> bool:
+        size = self.config.blip2.vision_config.image_size
+        return not self._external_vision and tuple(pixel_values.shape[-2:]) != (size, size)
+
+    def _lift(
+        self, projector: HyperbolicProjector, projection: nn.Linear, states: Tensor, name: str
+    ) -> HyperbolicFeatures:
+        """States through their projection to hyperbolic space."""
+        z = projection(states.to(projection.weight.dtype))
         if not self.training and not bool(z.isfinite().all()):
             raise ValueError(f"{name} must give finite features, got NaN or infinity")
         return projector(z)
-
-    def _left_out(self) -> tuple[str, ...]:
-        """Prefixes of parameters that a locator brings."""
-        located = (("blip2.vision_model.module.", self.config.vision_locator),)
-        located += (("blip2.language_model.", self.config.language_locator),)
-        return tuple(prefix for prefix, locator in located if locator)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors` and `hyper_blip.json`.
-
-        Frozen parameters of a module that has a locator are not written. After `shard_frozen` call it on every rank: rank 0 writes.
-
-        Raises:
-            ValueError: the vision module was given without a locator in the configuration.
-        """
-        if self._external_vision and not self.config.vision_locator:
-            raise ValueError("config.vision_locator must name where the vision module comes from, got ''")
-        state = own_state(self, self._left_out())
-        if self._sharded:
-            # One weight after the other leaves the device before the next is gathered.
-            state = {n: v.full_tensor().cpu() if hasattr(v, "full_tensor") else v for n, v in state.items()}
-            if dist.get_rank():
-                return
-        write_folder(Path(folder), type(self).__name__, self.config.to_dict(), state)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, output_loading_info: bool = False, **modules: nn.Module) -> Any:
-        """Load what `save_pretrained` wrote, from a folder or from the hub.
-
-        Args:
-            folder: the folder, or the name of a repository on the hub.
-            output_loading_info: also return a `LoadingInfo`.
-            modules: `vision` (and `language_model` in stage 2) in place of what the locators name.
-
-        Returns:
-            The model in evaluation mode, and the `LoadingInfo` if asked.
-
-        Raises:
-            ValueError: missing or damaged files, another kind of model, an unknown locator.
-        """
-        content, state = read_folder(folder, cls.__name__)
-        model = cls(HyperBlip2Config.from_dict(content), **modules)
-        info = load_into(model, state, model._left_out())
-        return _finished(model, info, output_loading_info)
-
-    @classmethod
-    def from_lavis(
-        cls,
-        path: str | Path,
-        config: HyperBlip2Config | None = None,
-        *,
-        output_loading_info: bool = False,
-        **modules: nn.Module,
-    ) -> Any:
-        """Load a `.pth` of LAVIS, with `weights_only`.
-
-        Args:
-            path: the checkpoint, with or without its frozen parts.
-            config: the configuration that fits it; `HyperBlip2Config.vit_g_opt()` if None.
-            output_loading_info: also return a `LoadingInfo`.
-            modules: as in `from_pretrained`.
-
-        Returns:
-            The model in evaluation mode, and the `LoadingInfo` if asked.
-
-        Raises:
-            ValueError: a file that needs unsafe loading or does not fit.
-        """
-        model = cls(config or HyperBlip2Config.vit_g_opt(), **modules)
-        info = load_into(model, read_lavis(path), model._left_out())
-        return _finished(model, info, output_loading_info)
 
     @classmethod
     def from_config(cls, config: HyperBlip2Config, **modules: nn.Module) -> "HyperBlip2Model":
@@ -239,14 +206,23 @@ def _cast_to_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor
     return (args[0].to(module.weight.dtype), *args[1:])
 
 
-def _finished(model: HyperBlip2Model, info: LoadingInfo, output_loading_info: bool) -> Any:
-    # The hyperbolic parameters are ours: no foreign checkpoint has them.
-    ours = ("image_projector.", "text_projector.", "curvature.")
-    absent = [name for name in info.missing if not name.startswith(ours)]
-    if absent:
-        shown = ", ".join(absent[:4]) + (f" and {len(absent) - 4} more" if len(absent) > 4 else "")
-        warnings.warn(f"initialised afresh, because the source does not hold them: {shown}", stacklevel=3)
-    return (model.eval(), info) if output_loading_info else model.eval()
+def built(kind: type[PreTrainedModel], settings: Blip2Config, vision: nn.Module | None, **parts: nn.Module) -> Any:
+    """A Hugging Face BLIP-2 around parts that exist already: they are borrowed, and no others are built in their place."""
+    shell = copy.deepcopy(settings)
+    if vision is not None:
+        shell.vision_config.num_hidden_layers = 0
+        parts["vision_model"] = vision
+    if "language_model" in parts:
+        for layers in ("num_hidden_layers", "num_decoder_layers"):
+            if hasattr(shell.text_config, layers):
+                setattr(shell.text_config, layers, 0)
+        shell.text_config.vocab_size = max(settings.text_config.pad_token_id or 0, 0) + 1
+    model = kind(shell if parts else settings)
+    for name, part in parts.items():
+        setattr(model, name, borrowed(part))
+    model.config.vision_config, model.config.text_config = settings.vision_config, settings.text_config
+    model.config.image_token_index = settings.image_token_index
+    return model
 
 
 @torch.no_grad()

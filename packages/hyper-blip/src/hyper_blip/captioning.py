@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyper_blip.losses import IGNORED
 
@@ -24,6 +24,7 @@ def caption_batch(
     image_token_id: int,
     prompt: str = PROMPT,
     max_tokens: int = 32,
+    encoder_decoder: bool = False,
 ) -> dict[str, Tensor]:
     """Inputs and labels of stage 2: image tokens, prompt, caption, line break.
 
@@ -34,9 +35,11 @@ def caption_batch(
         image_token_id: id that marks the places of the queries.
         prompt: put before every caption, without a loss.
         max_tokens: of a caption, its line break not counted.
+        encoder_decoder: the language model reads queries and prompt, and its decoder writes the caption (T5).
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, padded on the right; labels are -100 but at caption and line break.
+        `input_ids`, `attention_mask` and `labels`, padded on the right; labels are -100 but at caption and line break (for an
+        encoder-decoder: at caption and end of sentence, and there is nothing else in them).
 
     Raises:
         ValueError: no caption, or an empty one.
@@ -44,7 +47,7 @@ def caption_batch(
     if not captions:
         raise ValueError("captions must not be empty")
     start = prompt_ids(tokenizer, num_queries, image_token_id, prompt)
-    stop = tokenizer(STOP, add_special_tokens=False)["input_ids"]
+    stop = [tokenizer.eos_token_id] if encoder_decoder else tokenizer(STOP, add_special_tokens=False)["input_ids"]
     space = " " if prompt.strip() else ""
     rows = []
     for position, caption in enumerate(captions):
@@ -52,6 +55,10 @@ def caption_batch(
             raise ValueError(f"captions must not be empty, got {caption!r} at position {position}")
         words = tokenizer(space + caption.strip(), add_special_tokens=False)["input_ids"][:max_tokens]
         rows.append(words + stop)
+    if encoder_decoder:
+        ids = torch.tensor(start).repeat(len(rows), 1)
+        labels = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, IGNORED)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     width = len(start) + max(len(row) for row in rows)
     ids = torch.full((len(rows), width), _pad_id(tokenizer), dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
@@ -78,7 +85,7 @@ def generate_captions(
     pixel_values: Tensor,
     tokenizer: Any,
     *,
-    prompt: str = PROMPT,
+    prompt: str | None = None,
     num_beams: int = 5,
     min_new_tokens: int = 8,
     max_new_tokens: int = 30,
@@ -91,7 +98,7 @@ def generate_captions(
         model: a `HyperBlip2ForConditionalGeneration`, put into evaluation mode.
         pixel_values: pictures `(n 3 H W)`.
         tokenizer: of the language model.
-        prompt: what each caption begins with; it is not returned.
+        prompt: what each caption begins with, not returned; that of the model's configuration if None.
         num_beams: width of the beam search.
         min_new_tokens: least length of a caption.
         max_new_tokens: largest length. (A maximum of the whole length would count the Q queries.)
@@ -108,8 +115,11 @@ def generate_captions(
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
     model.eval()
+    prompt = model.config.prompt if prompt is None else prompt
     start = prompt_ids(tokenizer, model.num_queries, model.config.blip2.image_token_index, prompt)
-    ends = {tokenizer(STOP, add_special_tokens=False)["input_ids"][-1], tokenizer.eos_token_id} - {None}
+    # A tokenizer may have no line break.
+    ends = {*tokenizer(STOP, add_special_tokens=False)["input_ids"][-1:], tokenizer.eos_token_id} - {None}
+    skipped = 0 if model.config.blip2.is_encoder_decoder else len(start)
     found: list[str] = []
     for pixels in pixel_values.split(batch_size):
         ids = torch.tensor([start], device=model.device).expand(len(pixels), -1)
@@ -124,6 +134,6 @@ def generate_captions(
             do_sample=False,
             **options,
         )
-        texts = tokenizer.batch_decode(out[:, len(start) :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(out[:, skipped:], skip_special_tokens=True)
         found += [text.strip().split(STOP)[0].strip() for text in texts]
     return found

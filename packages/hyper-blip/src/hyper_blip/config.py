@@ -9,9 +9,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import Blip2Config, OPTConfig
+from transformers import Blip2Config, OPTConfig, PreTrainedConfig
 
 MANIFOLDS = ("poincare", "lorentz")
 SIMILARITIES = ("cosine", "distance", "inner", "angle", "mix")
@@ -75,7 +75,8 @@ class HyperbolicConfig:
         itm_negatives: hard negatives among the pictures of all ranks ("global") or of this rank ("local").
         fused: queries, language-model text and contrastive text in one Q-Former call.
         share_image_kv: compute the image keys and values once for all calls; needs `itm_negatives="local"`.
-        on_non_finite: "raise" before the step, or "skip" it, count it and log it.
+        on_non_finite: "raise" before the step, or "skip" it, count it and log it; every rank does the same. A skipped step has
+            no gradients, so the optimizer moves nothing (with fp16 it is the `GradScaler` that skips it).
         mix: training fractions at which "mix" starts to leave the cosine and has left it.
         entail_min_radius: K of the entailment cones.
         seed: of random query selection, random text pruning and hard negatives.
@@ -176,35 +177,59 @@ class HyperbolicConfig:
         return self.rqs_prob > 0 or self.rtp_prob > 0
 
 
-@dataclass(frozen=True)
-class HyperBlip2Config:
-    """A BLIP-2 configuration, the hyperbolic settings, and where the frozen parts come from.
+class HyperBlip2Config(PreTrainedConfig):
+    """A BLIP-2 configuration, the hyperbolic settings, and where the frozen parts come from: the `config.json` of a model.
 
     Args:
-        blip2: the `transformers.Blip2Config`.
-        hyperbolic: the hyperbolic settings.
+        blip2: the `transformers.Blip2Config`, or its content; the default one if None.
+        hyperbolic: the hyperbolic settings, or their content; the defaults if None.
         vision_locator: source of the vision encoder, "<prefix>:<name>"; "" builds the encoder of `blip2.vision_config`.
         language_locator: source of the language model of stage 2; "" builds that of `blip2.text_config`.
         cls_token_id: first token of every caption.
         sep_token_id: last token of every caption.
         dec_token_id: token that replaces [CLS] for the language loss; the embedding table grows to hold it.
         lora: arguments of `peft.LoraConfig` for the language model, or None.
+        prompt: what every caption of stage 2 begins with; the language model is given it and trained on what follows.
+        max_tokens: of a caption.
+        has_radius: False where the projection to the radius was never trained, as in a Euclidean BLIP-2 of stage 2.
+        more: further fields of `transformers.PreTrainedConfig`.
+
+    Raises:
+        ValueError: a token id below 0, or an unknown hyperbolic setting.
     """
 
-    blip2: Blip2Config
-    hyperbolic: HyperbolicConfig = field(default_factory=HyperbolicConfig)
-    vision_locator: str = ""
-    language_locator: str = ""
-    cls_token_id: int = 101
-    sep_token_id: int = 102
-    dec_token_id: int = 30522
-    lora: Mapping[str, Any] | None = None
+    model_type = "hyper-blip2"
+    sub_configs_defaults: ClassVar[dict] = {"blip2": Blip2Config}
 
-    def __post_init__(self) -> None:
-        """Check the token ids."""
-        for name in ("cls_token_id", "sep_token_id", "dec_token_id"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+    def __init__(
+        self,
+        blip2: Blip2Config | Mapping[str, Any] | None = None,
+        hyperbolic: HyperbolicConfig | Mapping[str, Any] | None = None,
+        *,
+        vision_locator: str = "",
+        language_locator: str = "",
+        cls_token_id: int = 101,
+        sep_token_id: int = 102,
+        dec_token_id: int = 30522,
+        lora: Mapping[str, Any] | None = None,
+        prompt: str = "a photo of ",
+        max_tokens: int = 32,
+        has_radius: bool = True,
+        **more: Any,
+    ) -> None:
+        self.blip2 = blip2 if isinstance(blip2, Blip2Config) else Blip2Config(**(blip2 or {}))
+        self.hyperbolic = hyperbolic if isinstance(hyperbolic, HyperbolicConfig) else _hyperbolic(hyperbolic or {})
+        self.vision_locator, self.language_locator = vision_locator, language_locator
+        for name, value in (("cls", cls_token_id), ("sep", sep_token_id), ("dec", dec_token_id)):
+            if value < 0:
+                raise ValueError(f"{name}_token_id must be >= 0, got {value}")
+        self.cls_token_id, self.sep_token_id, self.dec_token_id = cls_token_id, sep_token_id, dec_token_id
+        self.lora = None if lora is None else dict(lora)
+        self.prompt, self.max_tokens, self.has_radius = prompt, max_tokens, has_radius
+        attention = self.blip2._attn_implementation
+        super().__init__(**more)
+        if "attn_implementation" not in more:  # the base class hands its None down
+            self.blip2._attn_implementation = attention
 
     @classmethod
     def vit_g_opt(cls, hyperbolic: HyperbolicConfig | None = None) -> "HyperBlip2Config":
@@ -223,21 +248,18 @@ class HyperBlip2Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Content for a JSON file."""
-        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**content, "blip2": self.blip2.to_dict(), "hyperbolic": dataclasses.asdict(self.hyperbolic)}
+        content = super().to_dict()
+        content["hyperbolic"] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self.hyperbolic).items()
+        }
+        return content
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "HyperBlip2Config":
-        """The inverse of `to_dict`.
 
-        Raises:
-            ValueError: an unknown key.
-        """
-        hyperbolic = dict(content.get("hyperbolic", {}))
-        for kind, given in ((cls, content), (HyperbolicConfig, hyperbolic)):
-            unknown = sorted(set(given) - {f.name for f in dataclasses.fields(kind)} - {"format", "kind"})
-            if unknown:
-                raise ValueError(f"unknown key {unknown[0]!r} in the configuration of {kind.__name__}")
-        hyperbolic |= {k: tuple(hyperbolic[k]) for k in ("rtp_targets", "mix") if k in hyperbolic}  # JSON has lists
-        rest = {k: v for k, v in content.items() if k not in ("blip2", "hyperbolic", "format", "kind")}
-        return cls(blip2=Blip2Config.from_dict(content["blip2"]), hyperbolic=HyperbolicConfig(**hyperbolic), **rest)
+def _hyperbolic(content: Mapping[str, Any]) -> HyperbolicConfig:
+    known = {f.name for f in dataclasses.fields(HyperbolicConfig)}
+    unknown = sorted(set(content) - known)
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r} in the configuration of HyperbolicConfig")
+    lists = {k: tuple(content[k]) for k in ("rtp_targets", "mix") if k in content}  # JSON has no tuples
+    return HyperbolicConfig(**{**content, **lists})

@@ -41,6 +41,44 @@ def fetch_rows(x: Tensor, index: Tensor) -> Tensor:
     return _FetchRows.apply(x, index)
 
 
+def everywhere(flag: Tensor) -> bool:
+    """Whether a Boolean scalar is True on every rank."""
+    if world()[1] > 1:
+        flag = flag.int()
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def common_tokens(num: int, tokens: int, problem: ValueError | None, device: torch.device) -> int:
+    """The largest number of tokens of any rank, once every rank knows that all batches can be used.
+
+    One rank that raised alone would leave the others waiting for it.
+
+    Args:
+        num: pairs of this rank.
+        tokens: of this rank's captions.
+        problem: why this rank refuses its batch, if it does.
+        device: of the exchange.
+
+    Raises:
+        ValueError: on every rank: a rank refuses its batch, or ranks hold different numbers of pairs.
+    """
+    if world()[1] > 1:
+        mine = torch.tensor([[num, tokens, int(problem is not None)]], device=device)
+        table = _gather(mine).tolist()
+        if problem is None:
+            refused = [rank for rank, row in enumerate(table) if row[2]]
+            if refused:
+                raise ValueError(f"every rank must hold a batch that can be used: ranks {refused} refuse theirs")
+            pairs = [row[0] for row in table]
+            if len(set(pairs)) > 1:
+                raise ValueError(f"every rank must hold as many pairs, got {pairs}: leave out the incomplete batch")
+        tokens = max(row[1] for row in table)
+    if problem is not None:
+        raise problem
+    return tokens
+
+
 def _gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world()[1])]
     dist.all_gather(parts, x.contiguous())

@@ -9,20 +9,27 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedModel
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2VisionModel,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import ModelOutput
 
-from hyper_blip.base import HyperBlip2Model, _finished, start_queries
+from hyper_blip.base import HyperBlip2Model, built, start_queries
 from hyper_blip.config import HyperBlip2Config, HyperbolicConfig, check_positive
+from hyper_blip.files import finished
 from hyper_blip.pretraining import HyperBlip2ForPretraining
 from hyper_blip.projection import HyperbolicFeatures
 from hyper_blip.start import Affine, check_varied, mean_words, ridge_map, set_linear
 from hyper_blip.vision import load_module
-from hyper_blip.weights import LoadingInfo, load_into
+from hyper_blip.weights import LoadingInfo, borrowed, load_into
 
 
-class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
-    """BLIP-2's stage 2 on `transformers.Blip2ForConditionalGeneration`, with a decoder-only language model.
+class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
+    """BLIP-2's stage 2 on `transformers.Blip2ForConditionalGeneration`, with a decoder-only language model or an encoder-decoder (T5).
 
     The Euclidean query states enter `language_projection`; the loss is that of the language model alone. Vision encoder and
     language model are frozen.
@@ -30,11 +37,12 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
     Args:
         config: the configuration; `blip2.image_token_index` marks the places of the queries in a text.
         blip2: a model to take over; built from the configuration if None.
-        language_model: a causal language model in place of that of `blip2.text_config`.
+        language_model: a language model in place of that of `blip2.text_config`.
         vision: a vision module `(B, 3, H, W) -> (B, M, C)` in place of BLIP-2's own.
+        vision_model: BLIP-2's own vision encoder, where it is there already.
 
     Raises:
-        ValueError: no image token, or an encoder-decoder language model.
+        ValueError: no image token.
     """
 
     def __init__(
@@ -44,18 +52,26 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         blip2: Blip2ForConditionalGeneration | None = None,
         language_model: PreTrainedModel | None = None,
         vision: nn.Module | None = None,
+        vision_model: Blip2VisionModel | None = None,
     ) -> None:
+        config = copy.deepcopy(config)
         settings = config.blip2
         if settings.image_token_index is None:
             raise ValueError("config.blip2.image_token_index must be the id of an image token, got None")
         if blip2 is None:
             if language_model is None and config.language_locator:
                 language_model = load_module(config.language_locator)
-            if language_model is not None:
-                settings.text_config = language_model.config
-            blip2 = _build(settings, language_model)
-        if not settings.use_decoder_only_language_model:
-            raise ValueError(f"text_config must be of a decoder-only model, got {settings.text_config.model_type!r}")
+            parts = {} if language_model is None else {"language_model": language_model}
+            if parts:
+                settings.text_config = copy.deepcopy(language_model.config)
+                settings.is_encoder_decoder = language_model.config.is_encoder_decoder
+                settings.use_decoder_only_language_model = not settings.is_encoder_decoder
+            blip2 = built(Blip2ForConditionalGeneration, settings, vision_model, **parts)
+            start_queries(blip2)
+        else:
+            blip2 = borrowed(blip2)
+            settings = blip2.config
+            config.blip2 = settings
         super().__init__(config, blip2, vision)
         self.vision_projection = nn.Linear(settings.qformer_config.hidden_size, settings.image_text_hidden_size)
         # The radius needs no gradient from the language loss, which never sees it.
@@ -67,6 +83,9 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         if config.lora is not None:
             self._attach_lora()
         self.train(self.training)
+        self.post_init()
+        # What the Hugging Face model generates with: it asks its language model.
+        self.generation_config = copy.deepcopy(self.blip2.language_model.generation_config)
 
     def train(self, mode: bool = True) -> "HyperBlip2ForConditionalGeneration":
         """Set the mode, but leave a frozen vision encoder, and a language model without LoRA, in evaluation mode."""
@@ -120,21 +139,27 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
             image_text_hidden_size=old.blip2.image_text_hidden_size,
             image_token_index=image_token_id,
         )
-        ids = {name: getattr(old, name) for name in ("cls_token_id", "sep_token_id", "dec_token_id")}
+        kept = ("cls_token_id", "sep_token_id", "dec_token_id", "prompt", "max_tokens")
         config = HyperBlip2Config(
             blip2,
             old.hyperbolic,
             vision_locator=old.vision_locator,
             language_locator=language_locator,
             lora=lora,
-            **ids,
+            **{name: getattr(old, name) for name in kept},
         )
         if vision is None and model._external_vision:
             vision = model.blip2.vision_model.module
-        found = cls(config, language_model=language_model, vision=vision)
-        state = {n.replace("blip2.vision_projection.", "vision_projection."): v for n, v in model.state_dict().items()}
+        own = None if model._external_vision else model.blip2.vision_model
+        found = cls(config, language_model=language_model, vision=vision, vision_model=own)
+        shared = ("blip2.vision_model.",) if own is not None else ()
+        state = {
+            n.replace("blip2.vision_projection.", "vision_projection."): v
+            for n, v in model.state_dict().items()
+            if not n.startswith(shared)
+        }
         load_into(found, state)
-        return found
+        return found.to(model.device)
 
     @classmethod
     def from_blip2(
@@ -143,13 +168,27 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         hyperbolic: HyperbolicConfig | None = None,
         *,
         output_loading_info: bool = False,
+        **options: Any,
     ) -> Any:
-        """Take over a `Blip2ForConditionalGeneration`, or load one by name; the projection to the radius is new."""
+        """Take over a `Blip2ForConditionalGeneration`, or load one by name.
+
+        Such a checkpoint does not hold the projection to the radius: `radius` and `encode_image` refuse to answer.
+
+        Args:
+            source: the model, which stays as it is (frozen weights are shared with it), or a name or folder.
+            hyperbolic: the settings; the defaults if None.
+            output_loading_info: also return a `LoadingInfo`.
+            options: for a name or folder, arguments of its `from_pretrained`, such as `dtype`, `device_map` and `revision`.
+
+        Returns:
+            The model in evaluation mode, and the `LoadingInfo` if asked.
+        """
         if isinstance(source, str):
-            source = Blip2ForConditionalGeneration.from_pretrained(source)
-        model = cls(HyperBlip2Config(source.config, hyperbolic or HyperbolicConfig()), blip2=source)
+            source = Blip2ForConditionalGeneration.from_pretrained(source, **options)
+        config = HyperBlip2Config(source.config, hyperbolic or HyperbolicConfig(), has_radius=False)
+        model = cls(config, blip2=source).to(source.device)
         fresh = tuple(n for n, _ in model.named_parameters() if n.startswith("vision_projection."))
-        return _finished(model, LoadingInfo(fresh, ()), output_loading_info)
+        return finished(model, LoadingInfo(fresh, ()), output_loading_info)
 
     @torch.no_grad()
     def start_from_captions(
@@ -205,7 +244,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
         pixel_values: Float[Tensor, "batch channels height width"],
         input_ids: Int[Tensor, "batch tokens"],
         attention_mask: Int[Tensor, "batch tokens"],
-        labels: Int[Tensor, "batch tokens"] | None = None,
+        labels: Int[Tensor, "batch words"] | None = None,
     ) -> ModelOutput:
         """Logits of the language model, and its loss.
 
@@ -213,7 +252,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
             pixel_values: pictures.
             input_ids: Q image tokens and a text in every row (see `caption_batch`).
             attention_mask: 1 at tokens.
-            labels: token ids, -100 at queries, prompt and padding.
+            labels: token ids, -100 at queries, prompt and padding; for an encoder-decoder the captions alone.
 
         Returns:
             An output with `loss` (None without labels) and `logits` `(batch tokens vocabulary)`.
@@ -222,7 +261,10 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
             ValueError: another number of image tokens, or a loss that is not finite.
         """
         self._check_image_tokens(input_ids)
-        out = self.blip2(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        out = self.blip2(
+            pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask, labels=labels,
+            interpolate_pos_encoding=self._resized(pixel_values),
+        )  # fmt: skip
         if out.loss is not None and not bool(out.loss.detach().isfinite()):
             raise ValueError(
                 f"the loss must be finite, got {out.loss.item()}: look at this batch and at the learning rate"
@@ -233,7 +275,7 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
     def generate(
         self,
         pixel_values: Float[Tensor, "batch channels height width"],
-        input_ids: Int[Tensor, "batch tokens"],
+        input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
         **options: Any,
     ) -> Int[Tensor, "rows new"]:
@@ -241,24 +283,40 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
 
         Args:
             pixel_values: pictures.
-            input_ids: Q image tokens and a prompt in every row.
+            input_ids: Q image tokens and a prompt in every row; the image tokens and what begins a text if None.
             attention_mask: 1 at tokens; all if None.
             options: of `transformers.GenerationMixin.generate`; prefer `max_new_tokens`, as lengths count the queries.
 
         Returns:
-            Token ids: the input, then what was generated.
+            Token ids: the input, then what was generated; of an encoder-decoder, what its decoder wrote.
 
         Raises:
             ValueError: another number of image tokens.
         """
+        if input_ids is None:
+            begin = self.config.blip2.text_config.bos_token_id
+            row = [self.config.blip2.image_token_index] * self.num_queries + ([] if begin is None else [begin])
+            input_ids = torch.tensor(row, device=self.device).repeat(len(pixel_values), 1)
         self._check_image_tokens(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.blip2.generate(pixel_values, input_ids=input_ids, attention_mask=mask, **options)
+        resized = self._resized(pixel_values)
+        options.setdefault("generation_config", self.generation_config)
+        return self.blip2.generate(
+            pixel_values, input_ids=input_ids, attention_mask=mask, interpolate_pos_encoding=resized, **options
+        )
 
     @torch.no_grad()
     def encode_image(self, pixel_values: Float[Tensor, "batch channels height width"]) -> HyperbolicFeatures:
-        """Hyperbolic features of all queries of each picture, parts `(B, Q, ...)`."""
-        return self._lift(self.image_projector, self.vision_projection(self._queries(pixel_values)), "pixel_values")
+        """Hyperbolic features of all queries of each picture, parts `(B, Q, ...)`.
+
+        Raises:
+            ValueError: features that are not finite, or a model whose projection was never trained.
+        """
+        if not self.config.has_radius:
+            raise ValueError(
+                "the projection to the radius must come from stage 1, got a checkpoint without it: take from_pretraining"
+            )
+        return self._lift(self.image_projector, self.vision_projection, self._queries(pixel_values), "pixel_values")
 
     def _queries(self, pixel_values: Tensor) -> Tensor:
         """States of the queries `(B, Q, width)`."""
@@ -278,19 +336,3 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model):
             raise ValueError(
                 f"input_ids must hold {self.num_queries} image tokens (id {token}) in every row, got {counts.tolist()}"
             )
-
-
-def _build(settings: Blip2Config, language_model: PreTrainedModel | None) -> Blip2ForConditionalGeneration:
-    """The Hugging Face model; around a given language model without building another one first."""
-    if language_model is None:
-        blip2 = Blip2ForConditionalGeneration(settings)
-    else:
-        shell = copy.deepcopy(settings)
-        shell.text_config.num_hidden_layers = 0
-        shell.text_config.vocab_size = max(settings.text_config.pad_token_id or 0, 0) + 1
-        blip2 = Blip2ForConditionalGeneration(shell)
-        blip2.language_model = language_model
-        blip2.config.text_config = settings.text_config
-        blip2.config.image_token_index = settings.image_token_index
-    start_queries(blip2)
-    return blip2

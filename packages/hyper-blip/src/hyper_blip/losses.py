@@ -5,14 +5,14 @@ Mandica et al., arXiv:2408.05097 (hyperbolic ITC); Desai et al., ICML 2023, eq. 
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from hyper_blip.config import HyperbolicConfig
 from hyper_blip.gather import gather_rows, world
+from hyper_blip.negatives import positives
 from hyper_blip.projection import DEPTH
-from hyper_blip.sampling import text_keys
 from hyper_blip.similarity import aggregate_queries, matched_similarity, pairwise_similarity, tangent_midpoint, unit
 from hyper_geom import cones, distance_logits, info_nce, lorentz
 
@@ -84,23 +84,6 @@ def image_text_contrastive_loss(
     return tuple((1 - mix) * a + mix * b for a, b in zip(one("cosine"), one("distance"), strict=True))
 
 
-def positives(
-    num: int, image_ids: Tensor | None, text_ids: Tensor | None, device: torch.device | str = "cpu"
-) -> Bool[Tensor, "batch all"]:
-    """E: which of all N pairs count as the pair of each of this rank's `num` rows."""
-    rank, size = world()
-    found = torch.zeros(num, num * size, dtype=torch.bool, device=device)
-    found.diagonal(rank * num).fill_(True)
-    for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
-        if ids is None:
-            continue
-        if ids.shape[0] != num:
-            raise ValueError(f"{name} must have {num} rows, got {ids.shape[0]}")
-        keys = text_keys(ids, (ids != 0).long()) if ids.ndim == 2 else ids
-        found |= keys[:, None] == gather_rows(keys, False)[None, :]
-    return found
-
-
 def _scores(
     image: Tensor, text: Tensor, mode: str, config: HyperbolicConfig, c: Tensor | float, image_side: bool
 ) -> Tensor:
@@ -142,45 +125,6 @@ def _exact_pairs(
     return torch.diagonal_scatter(
         found, exact.mT if exact.ndim == 2 else exact, start if image_side else -start, 0, found.ndim - 1
     )
-
-
-def hard_negatives(
-    sim_i2t: Float[Tensor, "batch all"],
-    sim_t2i: Float[Tensor, "texts all_images"],
-    positive: Bool[Tensor, "rows columns"],
-    generator: torch.Generator | None = None,
-) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Draw a wrong picture for each text and a wrong text for each picture, the more alike the likelier.
-
-    Probabilities softmax(logits) over the pairs that are not positive. (A finite mask such as -10,000 would draw a positive
-    where a row has no negative; such rows are reported instead.)
-
-    Args:
-        sim_i2t: logits of pictures to texts.
-        sim_t2i: logits of texts to pictures.
-        positive: pairs that must not be drawn.
-        generator: source of randomness on the logits' device.
-
-    Returns:
-        Picture for each text, text for each picture, and whether the row has a negative at all; `(batch)` each.
-
-    Raises:
-        ValueError: shapes that differ.
-    """
-    if not sim_i2t.shape == sim_t2i.shape == positive.shape:
-        raise ValueError(
-            f"sim_i2t, sim_t2i and positive must have one shape, got {tuple(sim_i2t.shape)}, {tuple(sim_t2i.shape)} and "
-            f"{tuple(positive.shape)}"
-        )
-    valid = ~positive.all(1)
-
-    def draw(logits: Tensor) -> Tensor:
-        weights = logits.detach().float().masked_fill(positive, -torch.inf).softmax(1)
-        # NaN logits are reported with the loss; here they would end the process on a GPU.
-        weights = torch.where((valid & weights.isfinite().all(1))[:, None], weights, 1.0)
-        return torch.multinomial(weights, 1, generator=generator)[:, 0] if len(weights) else valid.long()
-
-    return draw(sim_t2i), draw(sim_i2t), valid
 
 
 def image_text_matching_loss(logits: Float[Tensor, "rows 2"], labels: Int[Tensor, " rows"]) -> Float[Tensor, ""]:

@@ -6,50 +6,45 @@ those of LAVIS's stage 1.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import Blip2Config, Blip2ForImageTextRetrieval
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.modeling_outputs import ModelOutput
 
-from hyper_blip.base import HyperBlip2Model, _finished, copy_text_ffn, start_queries
-from hyper_blip.config import HyperBlip2Config, HyperbolicConfig, check_positive
+from hyper_blip.beginning import Stage1Start
 from hyper_blip.diagnostics import stage1_diagnostics
-from hyper_blip.gather import fetch_rows, world
+from hyper_blip.gather import common_tokens, everywhere, fetch_rows, world
 from hyper_blip.losses import (
     IGNORED,
-    MixSchedule,
     entailment_loss,
-    hard_negatives,
     image_text_contrastive_loss,
     image_text_matching_loss,
-    positives,
     query_diversity_penalty,
     text_generation_loss,
 )
-from hyper_blip.projection import HyperbolicFeatures, Temperature
+from hyper_blip.negatives import hard_negatives, matching_positives
+from hyper_blip.projection import HyperbolicFeatures
 from hyper_blip.qformer import (
     BIDIRECTIONAL,
     CAUSAL,
-    JOINT,
     ImageKeys,
-    LMHead,
     Segment,
     decoder_ids,
     image_keys,
     joint_states,
 )
-from hyper_blip.sampling import Priority, RandomQuerySelection, RandomTextPruning, stateless_seed, text_keys
-from hyper_blip.similarity import aggregate_queries, pairwise_similarity, query_midpoint
-from hyper_blip.start import Affine, apply_map, check_varied, ridge_map, set_linear, whitened_components
-from hyper_blip.weights import LoadingInfo, bert_state, load_into
+from hyper_blip.sampling import stateless_seed, text_keys
+from hyper_blip.skipping import nothing_to_learn
 
 _LOG = logging.getLogger(__name__)
 
 
-class PretrainingOutput(NamedTuple):
+@dataclass
+class PretrainingOutput(ModelOutput):
     """Losses and features of one batch.
 
     Attributes:
@@ -60,270 +55,27 @@ class PretrainingOutput(NamedTuple):
         diagnostics: numbers to log, without gradient (see `hyper_blip.diagnostics`).
     """
 
-    loss: Tensor
-    loss_itc: Tensor
-    loss_itm: Tensor
-    loss_lm: Tensor
-    loss_entail: Tensor
-    loss_diversity: Tensor
-    image_features: Tensor
-    text_features: Tensor
-    diagnostics: dict[str, Tensor]
+    loss: Tensor | None = None
+    loss_itc: Tensor | None = None
+    loss_itm: Tensor | None = None
+    loss_lm: Tensor | None = None
+    loss_entail: Tensor | None = None
+    loss_diversity: Tensor | None = None
+    image_features: Tensor | None = None
+    text_features: Tensor | None = None
+    diagnostics: dict[str, Tensor] | None = None
 
 
-class HyperBlip2ForPretraining(HyperBlip2Model):
+class HyperBlip2ForPretraining(Stage1Start):
     """BLIP-2's stage 1 on `transformers.Blip2ForImageTextRetrieval`.
 
     Args:
         config: the configuration; `blip2.qformer_config.use_qformer_text_input` is switched on.
         blip2: a model to take over; built from the configuration if None.
         vision: a vision module `(B, 3, H, W) -> (B, M, C)` in place of BLIP-2's own.
+        vision_model: BLIP-2's own vision encoder, where it is there already.
         priority: ranks words for `rtp_mode="priority"`: takes tuples of token ids, returns a score for each.
     """
-
-    def __init__(
-        self,
-        config: HyperBlip2Config,
-        *,
-        blip2: Blip2ForImageTextRetrieval | None = None,
-        vision: nn.Module | None = None,
-        priority: Priority | None = None,
-    ) -> None:
-        qformer = config.blip2.qformer_config
-        if blip2 is None:
-            qformer.use_qformer_text_input = True
-            qformer.vocab_size = max(qformer.vocab_size, config.dec_token_id + 1)
-            # With an image token the Hugging Face model would take the first Q ids of a plain caption for image tokens.
-            config.blip2.image_token_index = None
-            blip2 = Blip2ForImageTextRetrieval(config.blip2)
-            start_queries(blip2)
-            copy_text_ffn(blip2.qformer)
-        super().__init__(config, blip2, vision)
-        hyper = config.hyperbolic
-        self.text_projector = self._projector()
-        self.temperature = Temperature(hyper.temperature)
-        self.lm_head = LMHead(qformer.hidden_size, qformer.vocab_size, qformer.hidden_act, qformer.layer_norm_eps)
-        self.query_selection = RandomQuerySelection(hyper.rqs_prob, hyper.rqs_mode, hyper.seed)
-        self.text_pruning = RandomTextPruning(hyper.rtp_prob, hyper.rtp_mode, hyper.seed, priority)
-        self.mix_schedule = MixSchedule(*hyper.mix)
-        self.starts_word: Tensor | None = None
-        self.non_finite_steps = 0
-
-    # ------------------------------------------------------------------ loading
-
-    @classmethod
-    def from_blip2(
-        cls,
-        source: str | Blip2ForImageTextRetrieval,
-        hyperbolic: HyperbolicConfig | None = None,
-        *,
-        output_loading_info: bool = False,
-        **ids: int,
-    ) -> Any:
-        """Start from a Euclidean BLIP-2.
-
-        Args:
-            source: a `Blip2ForImageTextRetrieval`, or a name or folder for its `from_pretrained`. Captioning checkpoints lack
-                the text side of the Q-Former, which is then initialised afresh.
-            hyperbolic: the settings; the defaults if None.
-            output_loading_info: also return a `LoadingInfo`.
-            ids: `cls_token_id`, `sep_token_id`, `dec_token_id` where they are not BERT's.
-
-        Returns:
-            The model in evaluation mode, and the `LoadingInfo` if asked.
-        """
-        missing: tuple[str, ...] = ()
-        unexpected: tuple[str, ...] = ()
-        if isinstance(source, str):
-            settings = Blip2Config.from_pretrained(source)
-            settings.qformer_config.use_qformer_text_input = True
-            settings.image_token_index = None
-            source, info = Blip2ForImageTextRetrieval.from_pretrained(source, config=settings, output_loading_info=True)
-            missing = tuple(f"blip2.{n}" for n in sorted(info["missing_keys"]))
-            unexpected = tuple(sorted(info["unexpected_keys"]))
-        config = HyperBlip2Config(source.config, hyperbolic or HyperbolicConfig(), **ids)
-        if not config.blip2.qformer_config.use_qformer_text_input:
-            raise ValueError("source must have a Q-Former with use_qformer_text_input=True, got False")
-        source.config.image_token_index = None
-        _grow_vocabulary(source, config.dec_token_id + 1)
-        model = cls(config, blip2=source)
-        fresh = tuple(n for n, _ in model.named_parameters() if not n.startswith("blip2."))
-        return _finished(model, LoadingInfo(tuple(sorted((*missing, *fresh))), unexpected), output_loading_info)
-
-    def load_bert(self, state: Mapping[str, Tensor]) -> LoadingInfo:
-        """Start the Q-Former from a BERT state dict of the same width; cross-attention and the heads that it lacks stay.
-
-        Args:
-            state: of `transformers.BertModel` or a model around one.
-
-        Returns:
-            What the state left open.
-        """
-        embeddings = self.blip2.embeddings
-        rows = (embeddings.word_embeddings.num_embeddings, embeddings.position_embeddings.num_embeddings)
-        return load_into(self, bert_state(state, *rows))
-
-    def use_tokenizer(self, tokenizer: Any) -> "HyperBlip2ForPretraining":
-        """Let pruning keep or remove whole words: ids whose token begins with "##" continue a word."""
-        size = self.config.blip2.qformer_config.vocab_size
-        starts = torch.ones(size, dtype=torch.bool)
-        for token, number in tokenizer.get_vocab().items():
-            if token.startswith("##") and number < size:
-                starts[number] = False
-        self.starts_word = starts
-        return self
-
-    @torch.no_grad()
-    def start_from_pairs(
-        self,
-        pixel_values: Float[Tensor, "pictures channels height width"],
-        input_ids: Int[Tensor, "batch tokens"],
-        attention_mask: Int[Tensor, "rows places"],
-        *,
-        value_ridge: float = 1.0,
-        ridge: float = 0.1,
-        dropout_passes: int = 4,
-        batch_size: int = 128,
-    ) -> "HyperBlip2ForPretraining":
-        """Tie queries and captions by least squares before the first step, so that few pictures suffice.
-
-        Set in closed form: the values of all cross-attentions (ridge regression of the mean patch on the whitened principal
-        components of the caption states, passed on unchanged), the text projection (such components, of the states as training
-        sees them, with dropout), and the vision projection (ridge regression of the queries on the projected captions). Features
-        of both sides then have mean norm sqrt(d), texts in training and pictures in evaluation; the default `init_scale` turns
-        it into 1. Call it after `load_bert`, once. See `hyper_blip.start`.
-
-        Args:
-            pixel_values: training pictures.
-            input_ids: one caption of each, [CLS] ... [SEP], padded.
-            attention_mask: 1 at tokens.
-            value_ridge: penalty of the first regression in units of the mean variance of its inputs, > 0.
-            ridge: penalty of the second, > 0.
-            dropout_passes: how often each caption is read with dropout (seed torch for the same start twice).
-            batch_size: pictures encoded at once.
-
-        Returns:
-            This model, in the mode it was in.
-
-        Raises:
-            ValueError: inputs that do not fit, pictures or captions that are all equal, or features that are not finite.
-        """
-        self._check_text(input_ids, attention_mask)
-        counts = {"dropout_passes": dropout_passes, "batch_size": batch_size}
-        for name, value in {"value_ridge": value_ridge, "ridge": ridge, **counts}.items():
-            check_positive(name, value)
-        if len(pixel_values) != len(input_ids):
-            raise ValueError(
-                f"pixel_values must hold {len(input_ids)} pictures, one per caption, got {len(pixel_values)}"
-            )
-        check_varied("input_ids", input_ids)
-        mode = self.training
-        self.eval()
-        try:
-            self._tie(pixel_values.split(batch_size), input_ids, attention_mask, value_ridge, ridge, dropout_passes)
-        finally:
-            self.train(mode)
-        return self
-
-    def _tie(
-        self,
-        pictures: Sequence[Tensor],
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        value_ridge: float,
-        ridge: float,
-        dropout_passes: int,
-    ) -> None:
-        """`start_from_pairs` in evaluation mode; the vision encoder runs twice, so that its features need not be kept."""
-        qformer, device = self.blip2.qformer, self.device
-        texts = [x.to(device).split(len(pictures[0])) for x in (input_ids, attention_mask)]
-        words = self._class_states(*texts)
-        patches = torch.cat([self.vision_features(part.to(device)).mean(1) for part in pictures])
-        words = check_varied("input_ids", words).double()
-        patches = check_varied("pixel_values", patches).double()
-
-        width = qformer.config.hidden_size
-        value = ridge_map(patches, apply_map(whitened_components(words, width), words), value_ridge)
-        for layer in qformer.encoder.layer:
-            if layer.has_cross_attention:
-                set_linear(layer.crossattention.attention.value, value)
-                set_linear(layer.crossattention.output.dense, Affine(torch.eye(width), torch.zeros(width)))
-        qformer.train()
-        read = torch.cat([self._class_states(*texts) for _ in range(dropout_passes)]).double()
-        qformer.eval()
-        text = whitened_components(read, self.blip2.text_projection.out_features)
-        set_linear(self.blip2.text_projection, text)
-        features = (self.vision_features(part.to(device)) for part in pictures)
-        queries = torch.cat([joint_states(self.blip2, image)[0] for image in features]).double()
-        targets = apply_map(text, words).repeat_interleave(queries.shape[1], 0)
-        set_linear(self.blip2.vision_projection, ridge_map(queries.flatten(0, 1), targets, ridge))
-
-    def _class_states(self, ids: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-        """States of [CLS] of captions `(n width)`, read part by part."""
-        segments = (Segment(*part, BIDIRECTIONAL) for part in zip(ids, masks, strict=True))
-        return torch.cat([joint_states(self.blip2, None, [s], queries=False)[0][:, 0] for s in segments])
-
-    # ------------------------------------------------------------------ encoding
-
-    def encode_image(self, pixel_values: Float[Tensor, "batch channels height width"]) -> HyperbolicFeatures:
-        """Features of all queries of each picture, parts `(B, Q, ...)`."""
-        return self.project_queries(joint_states(self.blip2, self.vision_features(pixel_values))[0])
-
-    def encode_text(
-        self, input_ids: Int[Tensor, "batch tokens"], attention_mask: Int[Tensor, "rows places"]
-    ) -> HyperbolicFeatures:
-        """Features of each caption, parts `(B, ...)`."""
-        self._check_text(input_ids, attention_mask)
-        return self._project_text(
-            joint_states(self.blip2, None, [Segment(input_ids, attention_mask, BIDIRECTIONAL)], queries=False)[0]
-        )
-
-    def project_queries(self, states: Float[Tensor, "batch queries width"]) -> HyperbolicFeatures:
-        """Query states to hyperbolic space."""
-        return self._lift(self.image_projector, self.blip2.vision_projection(states), "pixel_values")
-
-    def _project_text(self, states: Tensor) -> HyperbolicFeatures:
-        return self._lift(self.text_projector, self.blip2.text_projection(states[:, 0]), "input_ids")
-
-    def similarity(
-        self,
-        image: HyperbolicFeatures,
-        text: HyperbolicFeatures,
-        query_agg: str | None = None,
-        mode: str | None = None,
-    ) -> Float[Tensor, "images texts"]:
-        """Similarity of pictures (features of all queries) to texts, as after training.
-
-        Args:
-            image: from `encode_image`.
-            text: from `encode_text`.
-            query_agg: "max", "mean", "fixed", "random" or "midpoint"; that of the configuration if None.
-            mode: "cosine", "distance", "inner" or "angle"; that of the configuration if None.
-        """
-        hyper = self.config.hyperbolic
-        how, mode, c = query_agg or hyper.query_agg, mode or hyper.eval_similarity, self.curvature()
-        if how == "midpoint":
-            one = query_midpoint(image, c, manifold=hyper.manifold)
-            return pairwise_similarity(one, text.tangent, mode, c, manifold=hyper.manifold)
-        each = pairwise_similarity(image.tangent, text.tangent, mode, c, manifold=hyper.manifold)
-        return aggregate_queries(each, how)
-
-    def itm_logits(
-        self,
-        pixel_values: Float[Tensor, "images channels height width"],
-        input_ids: Int[Tensor, "batch tokens"],
-        attention_mask: Int[Tensor, "rows places"],
-    ) -> Float[Tensor, "batch 2"]:
-        """Logits of "does not belong" and "belongs" for each pair of a picture and a caption."""
-        self._check_text(input_ids, attention_mask)
-        return self.match(self.vision_features(pixel_values), input_ids, attention_mask)
-
-    def match(self, image: Tensor | ImageKeys, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "batch 2"]:
-        """`itm_logits` from vision features, or from the keys and values of pictures (one picture may meet many texts)."""
-        queries = joint_states(self.blip2, image, [Segment(input_ids, attention_mask, JOINT)])[0]
-        return self.blip2.itm_head(queries).mean(1).float()
-
-    # ------------------------------------------------------------------ training
 
     def forward(
         self,
@@ -336,25 +88,27 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
     ) -> PretrainingOutput:
         """All losses of stage 1 on a batch of pairs.
 
-        With several processes every rank must hold as many pairs of as many tokens.
+        With several processes every rank must hold as many pairs; shorter captions are padded to those of other ranks.
 
         Args:
             pixel_values: pictures.
             input_ids: captions [CLS] ... [SEP], padded.
             attention_mask: 1 at tokens.
             image_ids: equal for pictures that show the same thing; their pairs count as positive.
-            step: number of the optimizer step; needed in training with random queries or pruning.
+            step: number of the optimizer step; needed in training with random queries or pruning (`StepCallback` sets it).
             progress: fraction of training that is done; needed in training with the similarity "mix".
 
         Returns:
             Losses, features, diagnostics.
 
         Raises:
-            ValueError: inputs that do not fit, a missing step or progress, or features or losses that are not finite.
+            ValueError: inputs that do not fit, a missing step or progress, or features or losses that are not finite; on
+                every rank, whichever has them.
         """
         hyper = self.config.hyperbolic
-        self._check_text(input_ids, attention_mask)
-        self._check_batch(pixel_values, input_ids, image_ids, step, progress)
+        step = self.at_step[0] if step is None else step
+        progress = self.at_step[1] if progress is None else progress
+        input_ids, attention_mask = self._checked(pixel_values, input_ids, attention_mask, image_ids, step, progress)
         weights = hyper.loss_weights
         texts = self._prune(input_ids, attention_mask, step)
         image = self.vision_features(pixel_values)
@@ -384,7 +138,8 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         zero = loss_itc.new_zeros(())
         losses = {"itc": loss_itc, "itm": zero, "lm": zero, "entail": zero, "diversity": zero}
         if weights["itm"]:
-            same = positives(len(input_ids), image_ids, pair_keys, i2t.device)
+            captions = [texts["full"]] if texts["itm"] is texts["full"] else [texts["full"], texts["itm"]]
+            same = matching_positives(image_ids, [text_keys(*caption) for caption in captions])
             losses["itm"] = self._itm_loss(keys, texts["itm"], i2t, t2i, same, step)
         if weights["lm"]:
             losses["lm"] = self._lm_loss(lm_states, *texts["lm"])
@@ -487,33 +242,39 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
         return loss + entailment_loss(text.tangent, self._project_text(full_states).tangent, **more)
 
     def _finite(self, loss: Tensor) -> Tensor:
-        if bool(loss.detach().isfinite()):
+        """The loss if it is finite on every rank; else an error on every rank, or a loss that moves no weight."""
+        if everywhere(loss.detach().isfinite()):
             return loss
         if not self.training or self.config.hyperbolic.on_non_finite == "raise":
             raise ValueError(f"the loss must be finite, got {loss.item()}: look at this batch and at the learning rate")
         self.non_finite_steps += 1
         _LOG.warning("step skipped: the loss is %s (%d so far)", loss.item(), self.non_finite_steps)
-        # Gradient 0 for every parameter, so that other ranks do not wait for missing ones.
-        return sum((p.flatten()[:1] * 0.0).sum() for p in self.parameters() if p.requires_grad)
+        kind = loss.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            return loss  # a GradScaler skips the step on every rank, lowers its scale, and needs the gradients for that
+        return nothing_to_learn(self)
 
-    # ------------------------------------------------------------------ checks
-
-    def _check_text(self, input_ids: Tensor, attention_mask: Tensor) -> None:
-        if input_ids.shape != attention_mask.shape:
-            raise ValueError(
-                f"input_ids and attention_mask must have one shape, got {tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
-            )
-        positions = self.blip2.embeddings.position_embeddings.num_embeddings
-        if input_ids.shape[1] > positions:
-            raise ValueError(f"input_ids must have at most {positions} tokens, got {input_ids.shape[1]}")
-        config, valid = self.config, attention_mask.bool()
-        words = valid & (input_ids != config.cls_token_id) & (input_ids != config.sep_token_id)
-        # One transfer from the device for both answers.
-        starts, filled = torch.stack([(input_ids[:, 0] == config.cls_token_id).all(), words.any(1).all()]).tolist()
-        if not starts:
-            raise ValueError(f"input_ids must begin with cls_token_id {config.cls_token_id} in every row")
-        if not filled:
-            raise ValueError("input_ids must hold a word in every row, got an empty caption")
+    def _checked(
+        self,
+        pixels: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        image_ids: Tensor | None,
+        step: int | None,
+        progress: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Captions and mask, padded to the longest of any rank; all ranks refuse what one refuses."""
+        ids, mask = self._plain_text(ids, mask)
+        problem = None
+        try:
+            self._check_text(ids, mask)
+            self._check_batch(pixels, ids, image_ids, step, progress)
+        except ValueError as error:
+            problem = error
+        more = common_tokens(len(ids), ids.shape[1], problem, self.device) - ids.shape[1]
+        if not more:
+            return ids, mask
+        return F.pad(ids, (0, more), value=self.config.blip2.qformer_config.pad_token_id), F.pad(mask, (0, more))
 
     def _check_batch(
         self, pixels: Tensor, ids: Tensor, image_ids: Tensor | None, step: int | None, progress: float | None
@@ -527,16 +288,3 @@ class HyperBlip2ForPretraining(HyperBlip2Model):
             raise ValueError("step must be given in training with rqs_prob or rtp_prob > 0, got None")
         if self.training and hyper.similarity == "mix" and (progress is None or not 0 <= progress <= 1):
             raise ValueError(f"progress must be the fraction of training that is done, in [0, 1], got {progress}")
-
-
-@torch.no_grad()
-def _grow_vocabulary(blip2: nn.Module, size: int) -> None:
-    """Add rows to the word embeddings, for [DEC]."""
-    old = blip2.embeddings.word_embeddings
-    if old.num_embeddings >= size:
-        return
-    new = nn.Embedding(size, old.embedding_dim, padding_idx=old.padding_idx).to(old.weight)
-    new.weight.normal_(std=0.02)
-    new.weight[: old.num_embeddings] = old.weight
-    blip2.embeddings.word_embeddings = new
-    blip2.config.qformer_config.vocab_size = size

@@ -54,7 +54,7 @@ class HyperbolicProjector(nn.Module):
 
     Args:
         dim: dimension of the features.
-        curvature: the shared curvature module.
+        curvature: the curvature module, held but not registered: whoever shares it among projectors registers it once.
         manifold: "poincare" or "lorentz".
         init_scale: exp(alpha) at the start, in (0, 1]; 1/sqrt(dim) if None. Features of a fresh Q-Former have norm about 9,
             where tanh is 1 in every half precision and all ball points would sit on the rim.
@@ -92,7 +92,8 @@ class HyperbolicProjector(nn.Module):
             raise ValueError(f"init_scale must lie in (0, 1], got {init_scale!r}")
         self.dim, self.manifold, self.max_radius = dim, manifold, max_radius
         self.dtype = getattr(torch, compute_dtype)
-        self.curvature = curvature
+        # Not a submodule: two projectors would save one curvature under two names.
+        self.__dict__["curvature"] = curvature
         # Shape (1,), because fully_shard rejects 0-D parameters.
         alpha = torch.tensor([math.log(scale)])
         if learn_scale:

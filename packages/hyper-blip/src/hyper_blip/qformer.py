@@ -134,7 +134,7 @@ def _run_with_keys(
     for number, layer in enumerate(qformer.encoder.layer):
         args = (layer, hidden, num_queries, mask, *keys.layers.get(number, ()))
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
-            hidden = torch.utils.checkpoint.checkpoint(_layer, *args, use_reentrant=False)
+            hidden = layer._gradient_checkpointing_func(_layer, *args)
         else:
             hidden = _layer(*args)
     return hidden

@@ -30,7 +30,7 @@ def register_locator(prefix: str, loader: Loader) -> None:
 
 
 def load_module(locator: str) -> nn.Module:
-    """The module that a locator names: "hf-lm:<name>" (a causal language model), "hf-vision:<name>", or a registered prefix.
+    """The module that a locator names: "hf-lm:<name>" (a language model), "hf-vision:<name>", or a registered prefix.
 
     Raises:
         ValueError: the prefix is unknown; the message lists the known ones.
@@ -42,9 +42,10 @@ def load_module(locator: str) -> nn.Module:
 
 
 def _hf_language_model(name: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    return AutoModelForCausalLM.from_pretrained(name)
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(name).is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(name)
 
 
 def _hf_vision_model(name: str) -> nn.Module:

@@ -4,18 +4,18 @@ References: Li et al., "BLIP-2", ICML 2023, section 4.1 (a Q-Former starts from 
 key names: lavis/models/blip2_models at 506965b.
 """
 
-import json
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-
-STATE, SETTINGS, FORMAT = "model.safetensors", "hyper_blip.json", 1
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 _LAVIS = (
     (r"^Qformer\.", ""),
@@ -42,6 +42,9 @@ _LAVIS = (
 )
 # The decoder is the word embeddings again; positions are a range.
 _LAVIS_DROPPED = re.compile(r"position_ids$|cls\.predictions\.decoder\.")
+
+
+Given = TypeVar("Given", bound=nn.Module)
 
 
 class LoadingInfo(NamedTuple):
@@ -119,6 +122,30 @@ def bert_state(state: Mapping[str, Tensor], vocabulary: int, positions: int) -> 
     return found
 
 
+def borrowed(module: Given) -> Given:
+    """A module of our own over the same weights: what is frozen, replaced or switched in it stays as it was in the original.
+
+    Its parameters share the memory of the original until `make_own` copies them.
+    """
+    memo: dict[int, Tensor] = {}
+    for parameter in module.parameters():
+        if type(parameter) is nn.Parameter:
+            mine = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            mine._borrowed = True
+            memo[id(parameter)] = mine
+        else:  # a quantised or a spread weight
+            memo[id(parameter)] = parameter
+    return copy.deepcopy(module, memo)
+
+
+def make_own(parameters: Iterable[Tensor]) -> None:
+    """Give borrowed parameters memory of their own, before something is written into them."""
+    for parameter in parameters:
+        if getattr(parameter, "_borrowed", False):
+            parameter.data = parameter.data.clone()
+            parameter._borrowed = False
+
+
 def own_state(model: nn.Module, left_out: tuple[str, ...]) -> dict[str, Tensor]:
     """What a folder must hold: parameters and buffers, each once, without frozen ones below `left_out` prefixes."""
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -130,8 +157,16 @@ def own_state(model: nn.Module, left_out: tuple[str, ...]) -> dict[str, Tensor]:
     return {n: persistent[n] for n in kept}
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], left_out: tuple[str, ...] = ()) -> LoadingInfo:
+def load_into(
+    model: nn.Module, state: Mapping[str, Tensor], left_out: tuple[str, ...] = (), *, take_dtype: bool = False
+) -> LoadingInfo:
     """Copy what fits; a vocabulary table may be shorter or longer than the model's.
+
+    Args:
+        model: receives the values.
+        state: values by name.
+        left_out: prefixes of what the state need not hold.
+        take_dtype: parameters take over the precision of their values in place of keeping their own.
 
     Raises:
         ValueError: a tensor of another shape.
@@ -151,37 +186,37 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], left_out: tuple[str
             rows = min(len(value), len(own[name]))
             value = torch.cat([value[:rows].to(own[name]), own[name][rows:]])
         ready[name] = value
+    for name, parameter in model.named_parameters():
+        if name in ready:
+            make_own([parameter])
+            if take_dtype:
+                parameter.data = parameter.data.to(ready[name].dtype)
     model.load_state_dict(ready, strict=False)
     return LoadingInfo(tuple(sorted(expected - set(ready))), tuple(sorted(set(state) - set(own))))
 
 
-def write_folder(folder: Path, kind: str, config: Mapping, state: Mapping[str, Tensor]) -> None:
-    """Weights, then settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # A clone of views only: safetensors wants each tensor to own its memory.
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / STATE)
-    text = json.dumps({"format": FORMAT, "kind": kind, **config}, indent=1)
-    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+def read_folder(name: str | Path, **hub: Any) -> dict[str, Tensor]:
+    """The weights of a folder, or of a repository on the hub, in one file or in several.
 
-
-def read_folder(name: str | Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    """Settings and weights of a folder, or of a repository on the hub.
+    Args:
+        name: the folder or the repository.
+        hub: `revision`, `subfolder`, `token`, `cache_dir`, `force_download`, `local_files_only`, `proxies`.
 
     Raises:
-        ValueError: a file is missing or damaged, or the folder holds a model of another kind.
+        ValueError: a file is missing or damaged.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(str(name), allow_patterns=[STATE, SETTINGS]))
     try:
-        config = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        state = load_file(folder / STATE)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"folder must hold a complete saved model, got {folder}: {error}") from error
-    if config.get("kind") != kind or config.get("format") != FORMAT:
-        raise ValueError(
-            f"folder must hold a {kind} of format {FORMAT}, got {config.get('kind')!r} of {config.get('format')!r} in {folder}"
-        )
-    return config, state
+        one = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+        if one is None:
+            index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **hub)
+            files, _ = get_checkpoint_shard_files(name, index, **hub)
+        else:
+            files = [one]
+        return {key: value for file in files for key, value in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise incomplete(name, error) from error
+
+
+def incomplete(name: str | Path, error: Exception) -> ValueError:
+    """The error for a folder that lacks something."""
+    return ValueError(f"folder must hold a complete saved model, got {name}: {error}")

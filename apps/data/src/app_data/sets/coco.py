@@ -22,7 +22,8 @@ def load_karpathy(annotations: str | Path, root: str | Path, decoding: Decoding 
     """COCO or Flickr30k with the Karpathy split.
 
     Args:
-        annotations: `dataset_coco.json`, `dataset_flickr30k.json` or `dataset_flickr8k.json`.
+        annotations: `dataset_coco.json`, `dataset_flickr30k.json` or `dataset_flickr8k.json`; or LAVIS's
+            `coco_karpathy_train.json`, beside which those of the other two parts are read if they are there.
         root: The folder of pictures; for COCO the one with `train2014/` and `val2014/`.
         decoding: Size, cache and budget of bad files; missing files count as bad.
 
@@ -34,8 +35,11 @@ def load_karpathy(annotations: str | Path, root: str | Path, decoding: Decoding 
         TooManyBadFiles: More unreadable files than the budget.
     """
     root = Path(root)
+    content = read_json(annotations)
+    if isinstance(content, list) and content:
+        return caption_sets(_lavis_files(Path(annotations), root), decoding)
     files = []
-    for number, image in enumerate(_list(read_json(annotations), "images", annotations)):
+    for number, image in enumerate(_list(content, "images", annotations)):
         try:
             name = "/".join(part for part in (image.get("filepath", ""), image["filename"]) if part)
             captions = tuple(" ".join(sentence["raw"].split()) for sentence in image["sentences"])
@@ -47,6 +51,33 @@ def load_karpathy(annotations: str | Path, root: str | Path, decoding: Decoding 
                 "dataset_flickr30k.json"
             ) from error
     return caption_sets(files, decoding)
+
+
+def _lavis_files(annotations: Path, root: Path) -> list[CaptionedFile]:
+    """LAVIS's lists: a row for each caption in training, a row with all captions for each picture elsewhere."""
+    stem, _, own = annotations.stem.rpartition("_")
+    if own not in ("train", "val", "test"):
+        raise DataError(
+            f"{annotations} holds no object with a list 'images'; for LAVIS's lists its name must end in _train.json, "
+            "_val.json or _test.json"
+        )
+    found = []
+    for part in ("train", "val", "test"):
+        path = annotations.with_name(f"{stem}_{part}.json")
+        if part != own and not path.is_file():
+            continue
+        captions: dict[str, list[str]] = defaultdict(list)
+        for number, row in enumerate(read_json(path)):
+            try:
+                said = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
+                captions[row["image"]] += [" ".join(text.split()) for text in said]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise DataError(f"row {number} of {path} is not in LAVIS's form ({error})") from error
+        for name, texts in captions.items():
+            digits = Path(name).stem.rpartition("_")[2]
+            number = int(digits) if digits.isdigit() else name
+            found.append(CaptionedFile(root / name, name, tuple(texts), number, part))
+    return found
 
 
 def load_coco_captions(

@@ -7,6 +7,7 @@ BERT.
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, Blip2QFormerConfig
+from transformers import AutoTokenizer, BertConfig, Blip2Processor, Blip2QFormerConfig, BlipImageProcessor
 
 from app_data.store.assets import asset_path
 from app_data.store.errors import DataError
@@ -40,6 +41,7 @@ __all__ = [
     "language_tokenizer",
     "mini_config",
     "mini_model",
+    "mini_processor",
     "text_tokenizer",
 ]
 
@@ -111,6 +113,13 @@ def caption_ids(captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tenso
     return made["input_ids"], made["attention_mask"]
 
 
+def mini_processor(tokenizer: Any, size: int) -> Blip2Processor:
+    """The processor that a run saves beside its model: Lite0's scaling of pictures of this size, and a tokenizer."""
+    scaling = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3}
+    # A copy, because the processor adds a token.
+    return Blip2Processor(BlipImageProcessor(size={"height": size, "width": size}, **scaling), deepcopy(tokenizer))
+
+
 def mini_config(hyperbolic: HyperbolicConfig, num_queries: int = 16, num_layers: int = 6) -> HyperBlip2Config:
     """The configuration of the small model.
 
@@ -137,6 +146,7 @@ def mini_config(hyperbolic: HyperbolicConfig, num_queries: int = 16, num_layers:
         cls_token_id=tokenizer.cls_token_id,
         sep_token_id=tokenizer.sep_token_id,
         dec_token_id=bert.vocab_size,
+        prompt=PROMPT,
     )
 
 

@@ -1,21 +1,21 @@
-"""`hier caption RUN PICTURE...` and `hier search RUN TEXT --data DIR`: a trained small BLIP-2 at work."""
+"""`hier caption RUN PICTURE...` and `hier search RUN TEXT --data DIR`: a trained BLIP-2 at work.
+
+Pictures and texts are prepared by the processor that the run saved beside its model.
+"""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+from transformers import Blip2Processor
 
 from app_data.read.pictures import load_picture
 from app_data.store.errors import DataError, MissingAssetError
-from app_data.weights.blip2 import PROMPT, caption_ids, language_tokenizer
-from app_data.weights.lite0_minilm import lite0_preprocess, to_uint8
 from app_eval.ask.settings import Caption, Search
 from hyper_blip import HyperBlip2ForConditionalGeneration, HyperBlip2ForPretraining, generate_captions
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-SIZE, MAX_TOKENS = 128, 16
 
 
 def find_stage(run: Path, stage: str) -> Path:
@@ -24,9 +24,9 @@ def find_stage(run: Path, stage: str) -> Path:
     Raises:
         DataError: there is none, or there are several.
     """
-    if (run / "hyper_blip.json").exists():
+    if (run / "config.json").exists():
         return run
-    found = sorted(p.parent for p in run.glob(f"**/{stage}/hyper_blip.json"))
+    found = sorted(p.parent for p in run.glob(f"**/{stage}/config.json"))
     if not found:
         raise DataError(f"{run} holds no trained {stage}: give the folder of a finished run of blip-mini")
     if len(found) > 1:
@@ -35,39 +35,45 @@ def find_stage(run: Path, stage: str) -> Path:
     return found[0]
 
 
-def _load(kind: type, folder: Path) -> torch.nn.Module:
+def _load(kind: type, folder: Path) -> tuple[torch.nn.Module, Blip2Processor]:
+    """The model and its processor."""
+    import app_data.weights.blip2  # noqa: F401  (the locators of small runs)
+
     try:
-        return kind.from_pretrained(folder)
+        return kind.from_pretrained(folder), Blip2Processor.from_pretrained(folder)
     except (DataError, MissingAssetError):
         raise
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise DataError(str(error)) from error
 
 
-def _read(paths: Sequence[Path]) -> tuple[list[Path], torch.Tensor]:
-    """Pictures that can be read, as uint8 (n, 3, size, size); the others are named on standard error."""
-    good, arrays = [], []
+def _read(paths: Sequence[Path], processor: Blip2Processor) -> tuple[list[Path], torch.Tensor]:
+    """Pictures that can be read, ready for the model (n, 3, size, size); the others are named on standard error."""
+    prepare = processor.image_processor
+    size = prepare.size["height"]
+    good, ready = [], []
     for path in paths:
         try:
-            arrays.append(load_picture(path, SIZE))
-            good.append(path)
+            picture = load_picture(path, size)
         except DataError as error:
             print(f"error: {path}: {error}", file=sys.stderr)  # noqa: T201
-    return good, to_uint8(np.stack(arrays)) if arrays else torch.zeros(0, 3, SIZE, SIZE, dtype=torch.uint8)
+            continue
+        good.append(path)
+        ready.append(prepare(picture.copy(), return_tensors="pt")["pixel_values"])
+    return good, torch.cat(ready) if ready else torch.zeros(0, 3, size, size)
 
 
 def caption(config: Caption) -> int:
     """Print a caption and the radius of each picture; unreadable ones make the exit status 1."""
-    model = _load(HyperBlip2ForConditionalGeneration, find_stage(config.run, "stage2"))
-    good, pixels = _read(config.pictures)
+    model, processor = _load(HyperBlip2ForConditionalGeneration, find_stage(config.run, "stage2"))
+    good, ready = _read(config.pictures, processor)
     if good:
-        ready = lite0_preprocess(pixels)
         captions = generate_captions(
-            model, ready, language_tokenizer(), prompt=PROMPT, num_beams=3, min_new_tokens=2,
-            max_new_tokens=MAX_TOKENS,
-        )  # fmt: skip
+            model, ready, processor.tokenizer, num_beams=3, min_new_tokens=2, max_new_tokens=model.config.max_tokens
+        )
+        prompt = model.config.prompt.strip()
         for path, text, radius in zip(good, captions, model.radius(ready).tolist(), strict=True):
-            print(f"{path}: {PROMPT} {text}   (radius {radius:.3f})")  # noqa: T201
+            print(f"{path}: {f'{prompt} {text}'.strip()}   (radius {radius:.3f})")  # noqa: T201
     return 1 if len(good) < len(config.pictures) else 0
 
 
@@ -80,14 +86,13 @@ def search(config: Search) -> int:
     paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in PICTURES) if images.is_dir() else []
     if not paths:
         raise DataError(f"{images} holds no pictures ({', '.join(PICTURES)})")
-    model = _load(HyperBlip2ForPretraining, find_stage(config.run, "stage1"))
-    good, pixels = _read(paths)
+    model, processor = _load(HyperBlip2ForPretraining, find_stage(config.run, "stage1"))
+    good, ready = _read(paths, processor)
     if not good:
         raise DataError(f"no picture in {images} can be read")
-    wanted = model.encode_text(*caption_ids([text], MAX_TOKENS))
-    scores = torch.cat(
-        [model.similarity(model.encode_image(lite0_preprocess(part)), wanted)[:, 0] for part in pixels.split(64)]
-    )
+    made = processor.tokenizer([text], truncation=True, max_length=model.config.max_tokens, return_tensors="pt")
+    wanted = model.encode_text(made["input_ids"], made["attention_mask"])
+    scores = torch.cat([model.similarity(model.encode_image(part), wanted)[:, 0] for part in ready.split(64)])
     for index in scores.argsort(descending=True)[: config.top].tolist():
         print(f"{scores[index]:.4f}  {good[index]}")  # noqa: T201
     return 1 if len(good) < len(paths) else 0

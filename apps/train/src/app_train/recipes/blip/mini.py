@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from app_data.weights.blip2 import (
     language_tokenizer,
     mini_config,
     mini_model,
+    mini_processor,
+    text_tokenizer,
 )
 from app_eval.measure.retrieval import answers, caption_scores, feature_maps, radii, retrieval
 from app_train.core.checkpoint import remove_checkpoints
@@ -153,9 +156,10 @@ class _Row:
 
     def _first(self) -> HyperBlip2ForPretraining:
         config, seed, device, done = self.config, self.seed, self.run.device, self.folder / "stage1"
-        if (done / "hyper_blip.json").exists():
+        if (done / "config.json").exists():
             return HyperBlip2ForPretraining.from_pretrained(done)
         made = mini_config(hyperbolic(self.name, seed, config.losses), config.num_queries, config.num_layers)
+        made.max_tokens = config.max_tokens
         model = mini_model(made, seed)
         train, maps = self.features.train, self.features.maps("train", model)
         model.to(device)
@@ -176,11 +180,11 @@ class _Row:
             return out.loss, {**pretraining_parts(out), **out.diagnostics}
 
         self._fit(config.stage1, model, forward, len(train), 1)
-        return self._saved(model, done)
+        return self._saved(model, done, text_tokenizer())
 
     def _second(self, first: HyperBlip2ForPretraining) -> HyperBlip2ForConditionalGeneration:
         config, seed, device, done = self.config, self.seed, self.run.device, self.folder / "stage2"
-        if (done / "hyper_blip.json").exists():
+        if (done / "config.json").exists():
             return HyperBlip2ForConditionalGeneration.from_pretrained(done)
         tokenizer = language_tokenizer()
         image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -210,7 +214,7 @@ class _Row:
             return wrapped(maps[rows].to(device).float(), **batch).loss, {}
 
         self._fit(config.stage2, model, forward, len(train), 2)
-        return self._saved(model, done)
+        return self._saved(model, done, tokenizer)
 
     def _fit(self, settings: StageConfig, model: nn.Module, forward: Forward, num: int, number: int) -> None:
         run, label = self.run, f"{self.name}, seed {self.seed}: stage {number}"
@@ -220,10 +224,11 @@ class _Row:
             accelerator=run.accelerator, tensorboard=self.config.tensorboard,
         )  # fmt: skip
 
-    def _saved(self, model: nn.Module, folder: Path) -> nn.Module:
+    def _saved(self, model: nn.Module, folder: Path, tokenizer: Any) -> nn.Module:
         with self.run.new_folder(folder) as target:
             if target is not None:
                 model.save_pretrained(target)
+                mini_processor(tokenizer, self.config.size).save_pretrained(target)
         return model.eval()
 
     def _scores(self, first: HyperBlip2ForPretraining, second: HyperBlip2ForConditionalGeneration | None) -> dict:

@@ -11,12 +11,15 @@ al., arXiv:2408.05097. NOT RUN by us: no machine here can hold the weights or re
 the memory table against a build of the whole model on the meta device, and every step of the loop on small models.
 """
 
+import copy
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Blip2Config, Blip2Processor, BlipImageProcessor
 
 from app_data.read.labelled import Decoding
 from app_data.sets.coco import load_karpathy
@@ -176,10 +179,11 @@ def run(config: Blip2OptConfig) -> dict:
     with Run("blip2-opt-2.7b", run_config, ("cards",), mixed_precision=precision, unused_parameters=True) as run:
         if config.shard and run.accelerator.num_processes < 2:
             raise RunError("--shard needs several processes: start with accelerate launch or torchrun")
-        parts = load_karpathy(config.annotations, config.pictures, Decoding(size=224, cache_dir=config.cache_dir))
+        size = Blip2Config.from_pretrained(config.source).vision_config.image_size
+        parts = load_karpathy(config.annotations, config.pictures, Decoding(size=size, cache_dir=config.cache_dir))
         data = parts["train"]
         run.claim(data.fingerprint)
-        model, forward = (_first if config.stage == 1 else _second)(config, data, run.device)
+        model, processor, forward = (_first if config.stage == 1 else _second)(config, data, run.device)
         if config.checkpointing:
             model.gradient_checkpointing_enable()
         if config.shard:
@@ -190,10 +194,12 @@ def run(config: Blip2OptConfig) -> dict:
             seed=0, label=label, stop=run.stop, accelerator=run.accelerator, tensorboard=config.tensorboard,
         )  # fmt: skip
         # Of sharded layers every process holds a part: all of them save.
+        folder = config.out / f"stage{config.stage}"
         if config.shard or run.main:
-            model.save_pretrained(config.out / f"stage{config.stage}")
+            model.save_pretrained(folder)
         if not run.main:
             return {}
+        processor.save_pretrained(folder)
         result = run.finish({"stage": config.stage, "n": len(data)})
         run.seal()
     return result
@@ -210,13 +216,25 @@ def _caption(data, row: int, epoch: int) -> str:
     return captions[int(np.random.default_rng([epoch, row]).integers(len(captions)))]
 
 
-def _first(config: Blip2OptConfig, data, device: torch.device):
-    from transformers import AutoTokenizer
+def _processor(tokenizer: Any, size: int, queries: int | None = None) -> Blip2Processor:
+    scaling = {"size": {"height": size, "width": size}, "image_mean": list(MEAN), "image_std": list(STD)}
+    return Blip2Processor(BlipImageProcessor(**scaling), copy.deepcopy(tokenizer), num_query_tokens=queries)
 
-    model = HyperBlip2ForPretraining.from_blip2(config.source, HyperbolicConfig(similarity=config.similarity))
-    model.cast_vision(torch.bfloat16)
+
+def _first(config: Blip2OptConfig, data, device: torch.device):
+    # Each process reads the vision encoder alone, in half precision and to its own device.
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    ids = {
+        "cls_token_id": tokenizer.cls_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "dec_token_id": len(tokenizer),
+    }
+    model = HyperBlip2ForPretraining.from_bert(
+        config.source, config.tokenizer, HyperbolicConfig(similarity=config.similarity), ids=ids, device_map=device
+    )
+    model.config.max_tokens = config.max_tokens
     model.use_tokenizer(tokenizer)
+    processor = _processor(tokenizer, model.config.blip2.vision_config.image_size)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(data.ids))}
 
     def forward(wrapped: nn.Module, step: Step, rows: np.ndarray):
@@ -229,26 +247,29 @@ def _first(config: Blip2OptConfig, data, device: torch.device):
         out = wrapped(_pixels(data, rows, device), ids, mask, image_ids=same, step=step.number, progress=step.share)
         return out.loss, {**pretraining_parts(out), **out.diagnostics}
 
-    return model, forward
+    return model, processor, forward
 
 
 def _second(config: Blip2OptConfig, data, device: torch.device):
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Blip2ForConditionalGeneration
-
-    first = HyperBlip2ForPretraining.from_pretrained(config.out / "stage1")
-    source = Blip2ForConditionalGeneration.from_pretrained(config.source, dtype=torch.bfloat16)
-    language: AutoModelForCausalLM = source.language_model
+    first = HyperBlip2ForPretraining.from_pretrained(config.out / "stage1", device_map=device)
+    settings = Blip2Config.from_pretrained(config.source)
+    language = AutoModelForCausalLM.from_pretrained(
+        config.source, config=settings.text_config, key_mapping={r"^language_model\.": ""}, dtype=torch.bfloat16,
+        device_map=device,
+    )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(config.source)
-    token = source.config.image_token_index or IMAGE_TOKEN_ID
+    token = settings.image_token_index or IMAGE_TOKEN_ID
     model = HyperBlip2ForConditionalGeneration.from_pretraining(first, language, image_token_id=token)
-    model.cast_vision(torch.bfloat16)
+    model.config.max_tokens = config.max_tokens
+    processor = _processor(tokenizer, settings.vision_config.image_size, model.num_queries)
 
     def forward(wrapped: nn.Module, step: Step, rows: np.ndarray):
         captions = [_caption(data, int(i), step.epoch) for i in rows]
         batch = caption_batch(
-            captions, tokenizer, num_queries=model.num_queries, image_token_id=token, max_tokens=config.max_tokens
-        )
+            captions, tokenizer, num_queries=model.num_queries, image_token_id=token, prompt=model.config.prompt,
+            max_tokens=config.max_tokens,
+        )  # fmt: skip
         batch = {k: v.to(device) for k, v in batch.items()}
         return wrapped(_pixels(data, rows, device), **batch).loss, {}
 
-    return model, forward
+    return model, processor, forward

@@ -95,8 +95,9 @@ class Blip2OptConfig(RunConfig):
     stage: Literal[1, 2] = 1
     """2 goes on from the model that stage 1 left in `out`."""
     source: str = "Salesforce/blip2-opt-2.7b"
-    """Name or folder of a BLIP-2 checkpoint: its vision encoder and language model are used, its Q-Former is the start."""
+    """Name or folder of a BLIP-2 checkpoint: its vision encoder and its language model are used."""
     tokenizer: str = "bert-base-uncased"
+    """Name or folder of a BERT: the Q-Former starts from it, and reads with its tokenizer."""
     annotations: Path | None = None
     """`dataset_coco.json` of the Karpathy splits (required unless --plan-only)."""
     pictures: Path | None = None
