@@ -28,9 +28,9 @@ from app_data.sets.episodes import (
 )
 from app_data.store.errors import DataError, MissingAssetError
 from app_data.weights.towers import LITE0_WIDTHS
+from app_eval.ask import demonstration_study as icl_study
 from app_eval.ask.demonstration_study import read_cell, run_icl_study, summary
 from app_eval.ask.demonstration_task import Task
-from app_eval.measure import demonstration_study as icl_study
 from app_eval.measure.answers import AnswerReader
 from app_eval.show.stories import icl as icl_story
 from app_train.cli import hier
