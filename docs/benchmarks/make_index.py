@@ -8,6 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # Where a page says why a target is missed.
 WHY = {
+    "main-job": "../results/first-light.md#how-it-was-done",
     "hier-losses": "../hier-losses/losses.md#determinism-and-cost",
     "hyper-geom": "../hyper-geom/info-nce.md",
     "hyper-icl": "../../packages/hyper-icl/README.md#measured",
