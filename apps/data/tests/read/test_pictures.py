@@ -181,7 +181,7 @@ def test_a_person_may_raise_the_limit(tmp_path, monkeypatch, make_picture):
     assert Image.MAX_IMAGE_PIXELS == 50
     allow_megapixels(1e-4)
     assert decode_files([PictureFile(path, "a.png")], decoding).pixels.shape == (1, 8, 8, 3)
-    for bad in (0, -1, float("nan")):
+    for bad in (0, -1, float("nan"), float("inf")):
         with pytest.raises(DataError, match="max_megapixels must be above 0"):
             allow_megapixels(bad)
 

@@ -123,12 +123,12 @@ def allow_megapixels(limit: float | None) -> None:
     The limit keeps a few bytes from unpacking to gigabytes: raise it for files that you know.
 
     Raises:
-        DataError: the limit is not above 0.
+        DataError: the limit is not above 0, or not finite.
     """
     if limit is None:
         return
-    if not limit > 0:
-        raise DataError(f"max_megapixels must be above 0, got {limit}")
+    if not 0 < limit < float("inf"):
+        raise DataError(f"max_megapixels must be above 0 and finite, got {limit}")
     Image.MAX_IMAGE_PIXELS = round(1e6 * limit)
 
 

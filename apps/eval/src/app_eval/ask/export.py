@@ -63,7 +63,8 @@ def export(model: FrozenClassifier | HierLoraCLIP, size: int, path: Path) -> Non
     """
     frozen = isinstance(model, FrozenClassifier)
     if path.suffix == ".safetensors" and not frozen:
-        state = model.merge_and_unload().dual_encoder.state_dict()
+        base = model.merge_and_unload().dual_encoder
+        state = getattr(base, "plain_model", base).state_dict()
         with new_file(path) as temporary:
             save_file({name: value.cpu().clone().contiguous() for name, value in state.items()}, temporary)
     elif path.suffix == ".safetensors":

@@ -124,6 +124,7 @@ def run(config: Predict) -> int:
         raise DataError("there is nothing to do: name pictures or folders of them, or a file after --export")
     allow_megapixels(config.max_megapixels)
     files = _files(config.pictures)
+    paths = list(files)
     asked = Asked.load(config.run, config.decoder, config.top is not None)
     tax = asked.tax
     out_of_reach = _outside(tax, config.within) if config.within else None
@@ -133,9 +134,9 @@ def run(config: Predict) -> int:
     unread = 0
     with open(config.out, "w", encoding="utf-8", newline="") if config.out else nullcontext(sys.stdout) as out:
         write = _writer(config.format, out, tax.num_levels)
-        for start in range(0, len(files), BATCH):
+        for start in range(0, len(paths), BATCH):
             named, pixels = [], []
-            for path in list(files)[start : start + BATCH]:
+            for path in paths[start : start + BATCH]:
                 try:
                     pixels.append(load_picture(path, asked.size))
                     named.append(path)

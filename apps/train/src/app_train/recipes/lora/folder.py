@@ -106,7 +106,10 @@ def run(config: FolderConfig) -> dict:
 
 
 def _choose(task: Task) -> dict:
-    """Which of product and LoRA `hier predict` asks: the one with the lower AHD on the validation pictures."""
+    """Which of product and LoRA `hier predict` asks: the one with the lower AHD on the validation pictures.
+
+    The product's weights were chosen on the same pictures, which flatters it: LoRA must be clearly better to be taken.
+    """
     if task.val is None or not len(task.val):
         why = "LoRA has seen every picture that could choose it"
         print(f"{why}: hier predict asks the product; give a val part, or name the adapter")  # noqa: T201
