@@ -15,7 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from app_data.weights.lite0_minilm import MiniLM, imagenet_class_names, lite0, lite0_preprocess, to_uint8
+from app_data.weights.lite0_minilm import MiniLM, folded, imagenet_class_names, lite0, lite0_preprocess, to_uint8
 
 __all__ = ["Lite0MiniLM", "closed_form_projection", "load"]
 
@@ -95,6 +95,14 @@ class Lite0MiniLM(nn.Module):
         """Embed preprocessed pictures of any size from 32 on; not normalised."""
         # Depthwise convolutions run up to twice as fast on CPU with the channels last.
         return self.project(self.vision(pixels.contiguous(memory_format=torch.channels_last)))
+
+    def frozen_vision(self) -> nn.Module:
+        """A copy of the picture tower to read features with: the same numbers to rounding, in two thirds of the time.
+
+        Raises:
+            ValueError: LoRA layers are attached: merge them first.
+        """
+        return folded(self.vision)
 
     def project(self, features: Float[Tensor, "batch 1280"]) -> Float[Tensor, "batch 384"]:
         """Map the vision tower's pooled features into the common space; not normalised."""

@@ -99,7 +99,7 @@ CHOSEN_LR: dict[str, tuple[float, float]] = {
     "both_consistency": (1e-3, 5e-4),
 }
 # (head, LoRA) learning rates tried for every row on the withheld leaves.
-TRIALS = ((4e-3, 5e-4), (1e-3, 5e-4))
+TRIALS = ((4e-3, 5e-4), (2e-3, 5e-4), (1e-3, 5e-4))
 # Sizes of the frozen features, and (epochs, dropout) of heads on them, tried on the artist left out; the least AHD is chosen.
 FEATURE_SIZES = (160, 192, 224)
 HEAD_TRIALS = ((15, 0.5), (30, 0.5), (30, 0.7), (60, 0.7))
@@ -125,7 +125,7 @@ class EmojiConfig(RowsConfig):
     """Use the pictures of this many leaves only, spread over the taxonomy (for trials)."""
     dropout: float = Field(0.7, ge=0, lt=1)
     """Share of the pooled features that the head does not see in training."""
-    fit: FitConfig = FitConfig(lora=StageConfig(epochs=1))
+    fit: FitConfig = FitConfig(head=HeadStageConfig(epochs=20), lora=StageConfig(epochs=1))
     """Stages of training; `rows` share all of it but the learning rates chosen on validation."""
     lr: dict[str, tuple[float, float]] = Field(default_factory=lambda: dict(CHOSEN_LR))
     """(head, LoRA) learning rates of each row; a row that is not named trains at the rates of `fit`."""
