@@ -7,7 +7,7 @@ word vectors follows DeViSE, Frome et al., 2013, and ConSE, Norouzi et al., 2014
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from app_data.weights.lite0_minilm import MiniLM, folded, imagenet_class_names, lite0, lite0_preprocess, to_uint8
 
-__all__ = ["Lite0MiniLM", "closed_form_projection", "load"]
+__all__ = ["TOWERS", "Lite0MiniLM", "closed_form_projection", "load"]
 
 # Zero-shot accuracy on ImageNet classes left out of the fit (10 folds of 100) is flat and highest from 1 to 3.
 _RIDGE = 1.0
@@ -145,16 +145,20 @@ def closed_form_projection(
     return torch.linalg.solve(gram, text.T @ weight)
 
 
-def load(name: str) -> Lite0MiniLM:
+TOWERS: dict[str, Callable[[], nn.Module]] = {"lite0-minilm": Lite0MiniLM}
+"""What stands behind `pip:<name>`; see `hier_lora.DualEncoder` for what each must have."""
+
+
+def load(name: str) -> nn.Module:
     """The dual encoder behind a locator of the form `pip:<name>`.
 
     Args:
-        name: "pip:lite0-minilm" or "lite0-minilm".
+        name: One of `TOWERS`, with or without `pip:` before it.
 
     Raises:
         ValueError: Another name.
         MissingAssetError: A package of weights is not installed.
     """
-    if name.removeprefix("pip:") != "lite0-minilm":
-        raise ValueError(f"name must be 'pip:lite0-minilm', got {name!r}")
-    return Lite0MiniLM()
+    if name.removeprefix("pip:") not in TOWERS:
+        raise ValueError(f"name must be one of {', '.join(f'pip:{one}' for one in TOWERS)}, got {name!r}")
+    return TOWERS[name.removeprefix("pip:")]()

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from app_data.sets import DATA
 from app_train.core.config import Frozen, RunConfig, StageConfig
 from app_train.recipes.lora.losses import ROWS, LossConfig, MultiLabelLoss
 
@@ -135,8 +136,9 @@ class FolderConfig(RunConfig):
     """The best classifier that can be had from your own folder of pictures and your own taxonomy."""
 
     out: Path = Path("runs/folder")
-    data: Path | None = None
-    """Folder of pictures (required)."""
+    data: Path | None = Field(
+        None, description=f"Folder of pictures, or NAME:PATH for a release of {', '.join(DATA)} (required)."
+    )
     taxonomy: Path | None = None
     """Table or JSON tree; the nested folders themselves if not given."""
     listing: tuple[Path, ...] = ()
