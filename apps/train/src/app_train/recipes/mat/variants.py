@@ -26,7 +26,6 @@ from torch import Tensor
 from app_data.store.atomic import new_file, write_json
 from app_eval.measure.embed import neighbour_logits
 from app_train.core.checkpoint import remove_checkpoints
-from app_train.core.errors import RunError
 from app_train.core.fit import fit
 from app_train.core.records import read_records
 from app_train.core.run_folder import Run, finished
@@ -43,7 +42,7 @@ from app_train.recipes.mat.data import (
 )
 from app_train.recipes.mat.fit import feature_stage
 from app_train.recipes.mat.results import CONTROLS, folder_name, geometry, store, summarise, table
-from app_train.recipes.mat.rows import VARIANTS, Row, study_rows, trained_as
+from app_train.recipes.mat.rows import VARIANTS, Row, chosen_rows, study_rows, trained_as
 from app_train.recipes.mat.second_tree import SecondTree, second_scores, second_tree, without_tree
 from app_train.recipes.mat.settings import MATConfig, MATFitConfig
 from hier_losses import Taxonomy
@@ -97,18 +96,9 @@ def _limited(pictures: Pictures, limit: int) -> Pictures:
     return replace(pictures, **parts)
 
 
-def _chosen(rows: dict[str, Row], names: tuple[str, ...] | None) -> dict[str, Row]:
-    if names is None:
-        return rows
-    unknown = [name for name in names if name not in rows]
-    if unknown:
-        raise RunError(f"--rows: no row {unknown[0]!r} in this study; it has {', '.join(map(repr, rows))}")
-    return {name: rows[name] for name in names}
-
-
 def _compare(shared: Shared) -> dict:
     config, run, pictures = shared.config, shared.run, shared.pictures
-    rows = _chosen(study_rows(config.study, config.variant), config.rows)
+    rows = chosen_rows(study_rows(config.study, config.variant), config.rows)
     homes = {name: name for name in CONTROLS} | {name: trained_as(row) for name, row in rows.items()}
     folders = {
         name: [config.out / folder_name(home) / f"seed-{seed}" for seed in range(config.seeds)]
@@ -224,7 +214,7 @@ def train_row(shared: Shared, row: Row, folder: Path, seed: int, name: str, conf
     facts |= geometry(exact, objective, tokens, text, target, read_records(folder / "metrics.jsonl"))
     logits = _logits(model, row, features, objective.names)
     if tree is not None:
-        facts["second"] = second_scores(logits, _logits(model, row, features, tree.names), pictures, tree)
+        facts["second"] = second_scores(logits, _logits(model, row, features, tree.names), pictures.test, tree)
     result = store(folder, logits, pictures.test, pictures.cuts, facts)
     remove_checkpoints(folder)
     return result
