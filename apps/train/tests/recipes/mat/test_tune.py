@@ -1,21 +1,27 @@
-"""The recipes of Modality Alignment across Trees: published configurations on a small random CLIP, and the cached recipe."""
+"""How prompts are tuned: published settings, schedule, models of the rows, going on; and the rows of the studies."""
 
+import itertools
 import json
-import math
+from dataclasses import replace
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 
+from app_data.read.folder import load_folder
+from app_data.sets.cifar100 import read_stored_tree
 from app_train.core.errors import Interrupted, RunError
 from app_train.core.run_folder import Run
-from app_train.recipes.mat import clip as mat_clip
-from app_train.recipes.mat import variants as mat
-from app_train.recipes.mat.published import PUBLISHED, published
-from app_train.recipes.mat.rows import VARIANTS, depths, study_rows, trained_as
+from app_train.recipes.mat import tune
+from app_train.recipes.mat.published import DATA, SHOTS, published, published_scores
+from app_train.recipes.mat.rows import VARIANTS, Row, chosen_rows, depths, study_rows, trained_as
 from app_train.recipes.mat.settings import MATClipConfig
 from helpers.releases import few_shot
 from helpers.stops import terminated_in_step
+from mat_align import EUCLIDEAN, PROTECT
+
+ROOT = Path(__file__).parents[5]
 
 PATHS = (("animal", "cat"), ("animal", "dog"), ("plant_1", "oak_tree"))
 
@@ -34,58 +40,54 @@ def data(tmp_path_factory):
     return few_shot(tmp_path_factory.mktemp("mat"), PATHS, train=2, test=2)
 
 
-def run_config(data, tmp_path, **changes):
-    return MATClipConfig(
-        images=data / "images",
-        tree=data / "trees" / "cifar100.json",
-        out=tmp_path / "run",
-        cache_dir=data / "cache",
-        **changes,
-    )
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_every_published_configuration_trains_and_scores(name, small, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(mat_clip, "load_clip", lambda settings, weights: small)
-    config = run_config(data, tmp_path, published=name, epochs=1)
-    result = mat_clip.run(config)
-    assert set(result["scores"]) == {"la", "hca", "mta"}
-    assert result["n"] == 6
-    assert all(0 <= value <= 1 for value in result["scores"].values())
-    assert (config.out / "model" / "mat_align.safetensors").exists()
-    lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
-    settings = PUBLISHED[name]()
-    # The configured curvatures are there at the first step.
-    assert lines[0]["c_img"] == pytest.approx(settings.c_img)
-    assert lines[0]["c_txt"] == pytest.approx(settings.c_txt)
-    assert math.isfinite(lines[-1]["total"])
-    assert (lines[0]["regularizer"] > 0) is (settings.method == "promptsrc")
-
-
 def test_published_table():
-    assert len(PUBLISHED) == 16
-    assert PUBLISHED["cifar100-1-maple"]().model_dump(include={"lr", "curv_init", "c_img", "c_txt", "scale"}) == {
+    assert published("cifar100", 1, "maple").model_dump(include={"lr", "curv_init", "c_img", "c_txt", "scale"}) == {
         "lr": 0.02, "curv_init": 0.5, "c_img": 0.5, "c_txt": 0.5, "scale": 10,
     }  # fmt: skip
-    rare = published("rare", 16, "promptsrc")
+    rare = published("rare-species", 16, "promptsrc")
     assert (rare.model, rare.pretrained, rare.epochs, rare.batch_size, rare.seed) == (
         "hf-hub:imageomics/bioclip", None, 10, 8, 2,
     )  # fmt: skip
-    sun = published("sun", 1, "promptsrc")
+    sun = published("sun397", 1, "promptsrc")
     assert (sun.model, sun.pretrained, sun.epochs, sun.lr, sun.c_txt, sun.scale, sun.seed) == (
         "ViT-B-16-quickgelu", "openai", 200, 0.01, 0.025, 10, 1,
     )  # fmt: skip
     assert published("imagenet", 16, "maple").batch_size == 2
-    for config in (PUBLISHED[name]() for name in PUBLISHED):
+    for config in (published(*cell) for cell in itertools.product(DATA, SHOTS, ("maple", "promptsrc"))):
         assert config.curv_init / 10 < min(config.c_img, config.c_txt)
         assert max(config.c_img, config.c_txt) < 10 * config.curv_init
-    with pytest.raises(ValueError, match="must be one of"):
-        published("cifar100", 4, "maple")
+    with pytest.raises(ValueError, match="must be of"):
+        published("cifar100", 3, "maple")
+
+
+@pytest.mark.parametrize(("shots", "tuned_for"), [(2, 1), (4, 16), (8, 16)])
+@pytest.mark.parametrize("method", ["maple", "promptsrc"])
+@pytest.mark.parametrize("data", DATA)
+def test_shots_between_take_published_settings(data, method, shots, tuned_for):
+    assert published(data, shots, method) == published(data, tuned_for, method).model_copy(update={"shots": shots})
+
+
+def test_published_scores_are_those_of_the_results_page():
+    stored = json.loads((ROOT / "docs" / "results" / "mat-align-published.json").read_text(encoding="utf-8"))
+    rows = {"plain": "VANILLA", "+ProTeCt": "PROTECT", "+MAT": "HETEROGENEOUS"}
+    for known in stored["rows"]:
+        base, row = known["method"].lower().split()[0], rows[known["method"].split()[1]]
+        for data, values in zip(DATA, known["values"], strict=True):
+            assert published_scores(data, known["shots"], base, row) == dict(
+                zip(("la", "hca", "mta"), values, strict=True)
+            )
+    (title,) = (name for name in stored if name.startswith("HCA"))
+    for row, values in stored[title].items():
+        for data, value in zip(("cifar100", "sun397", "rare-species"), values, strict=True):
+            assert published_scores(data, 16, "maple", row)["hca"] == value
+    assert (
+        published_scores("imagenet", 16, "maple", "SHARED") == published_scores("cifar100", 4, "maple", "PROTECT") == {}
+    )
 
 
 def test_schedule_and_order():
     settings = published("cifar100", 16, "maple")
-    rates = [mat_clip.learning_rate(settings, epoch, 99, False) for epoch in range(200)]
+    rates = [tune.learning_rate(settings, epoch, 99, False) for epoch in range(200)]
     assert rates[0] == 1e-3
     # The cosine is stepped once an epoch, from the end of the first epoch after the warm-up on.
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=settings.lr)
@@ -95,28 +97,28 @@ def test_schedule_and_order():
         optimizer.step()
         cosine.step()
     ten = settings.model_copy(update={"epochs": 10})
-    mean = sum(mat_clip.learning_rate(ten, epoch, 0) for epoch in range(1, 10)) / 9
+    mean = sum(tune.learning_rate(ten, epoch, 0) for epoch in range(1, 10)) / 9
     assert mean == pytest.approx(0.01 * 5.4755 / 9, rel=1e-4)
-    swings = [mat_clip.learning_rate(settings, 0, step, True) for step in range(802)]
+    swings = [tune.learning_rate(settings, 0, step, True) for step in range(802)]
     assert swings[0] == 1e-3
     assert swings[201] == pytest.approx(0)
     assert swings[1] == swings[401] == swings[801] == pytest.approx(0.01)
-    orders = [mat_clip.epoch_order(settings, 10, epoch).tolist() for epoch in (0, 1)]
+    orders = [tune.epoch_order(settings, 10, epoch).tolist() for epoch in (0, 1)]
     assert orders[0] != orders[1]
-    again = [mat_clip.epoch_order(settings, 10, epoch, True).tolist() for epoch in (0, 1)]
+    again = [tune.epoch_order(settings, 10, epoch, True).tolist() for epoch in (0, 1)]
     assert again[0] == again[1] == orders[0]
 
 
 @pytest.mark.parametrize("method", ["maple", "promptsrc"])
 def test_a_stopped_run_goes_on_bit_for_bit(method, small, data, tmp_path):
     settings = published("cifar100", 16, method).model_copy(update={"epochs": 2, "batch_size": 2, "warmup_epochs": 0})
-    stored = mat_clip.read_stored_tree(data / "trees" / "cifar100.json")
-    train = mat_clip.load_folder(data / "images", stored.taxonomy, size=32, cache_dir=data / "cache")["train"]
+    stored = read_stored_tree(data / "trees" / "cifar100.json")
+    train = load_folder(data / "images", stored.taxonomy, size=32, cache_dir=data / "cache")["train"]
 
     def trained(name):
-        model = mat_clip.build_model(settings, small, "HETEROGENEOUS")
-        with Run("mat-clip", run_config(data, tmp_path, tensorboard=False), processes=False) as run:
-            mat_clip.train_prompts(model, settings, train, stored, run, tmp_path / name)
+        model = tune.build_model(settings, small, Row(VARIANTS["HETEROGENEOUS"]))
+        with Run("mat-clip", MATClipConfig(out=tmp_path / "run", tensorboard=False), processes=False) as run:
+            tune.train_prompts(model, settings, train, stored, run, tmp_path / name)
         return model.trained_state()
 
     whole = trained("whole")
@@ -131,26 +133,28 @@ def test_a_stopped_run_goes_on_bit_for_bit(method, small, data, tmp_path):
     assert logs[0].count("\n") == 6
 
 
-def test_released_run(small, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(mat_clip, "load_clip", lambda settings, weights: small)
-    result = mat_clip.run(run_config(data, tmp_path, epochs=1, released=True))
-    assert "released" in result["variant"]
-
-
-def test_prompts_too_deep_are_refused_before_decoding(data, tmp_path, monkeypatch):
-    vision = {"layers": 4, "width": 16, "head_width": 8, "patch_size": 16, "image_size": 32}
-    shallow = open_clip.model.CLIP(12, vision, {"width": 8, "heads": 2, "layers": 4}).eval()
-    monkeypatch.setattr(mat_clip, "load_clip", lambda settings, weights: shallow)
-    monkeypatch.setattr(mat_clip, "load_folder", lambda *args, **kwargs: pytest.fail("pictures were decoded"))
-    with pytest.raises(ValueError, match=r"depth_text must lie in 1\.\.4, got 9"):
-        mat_clip.run(run_config(data, tmp_path, published="cifar100-16-promptsrc"))
-
-
-def test_user_errors(data, tmp_path):
-    with pytest.raises(RunError, match="--images and --tree"):
-        mat_clip.run(MATClipConfig())
+def test_weights_that_cannot_be_loaded(data):
     with pytest.raises(RunError, match="cannot be loaded"):
-        mat_clip.load_clip(published("cifar100", 1, "maple"), data / "no-such-file.pt")
+        tune.load_clip(published("cifar100", 1, "maple"), data / "no-such-file.pt")
+
+
+@pytest.mark.parametrize(("row", "layers"), [(Row(EUCLIDEAN), (2, 5)), (Row(replace(EUCLIDEAN, mix="learned")), None)])
+def test_promptsrc_needs_the_last_block(small, row, layers):
+    with pytest.raises(ValueError, match="layers must end with the last block"):
+        tune.build_model(published("cifar100", 1, "promptsrc"), small, row, layers)
+
+
+def test_layers_of_a_row(small):
+    settings = published("cifar100", 1, "maple")
+    chosen = {
+        "rule": ((3, 5, 8), (2, 7)), "every": (tuple(range(9)),) * 2, "last two": ((7, 8),) * 2,
+        "shallower tower": ((2, 3, 5),) * 2,
+    }  # fmt: skip
+    for layers, (alone, asked) in chosen.items():
+        row = Row(EUCLIDEAN, layers=layers)
+        assert tune.build_model(settings, small, row).layers.layers == alone
+        assert tune.build_model(settings, small, row, (2, 7)).layers.layers == asked
+    assert tune.build_model(settings, small, Row(PROTECT), (2, 7)).layers.layers == (8,)
 
 
 def test_rows_of_the_studies():
@@ -180,7 +184,7 @@ def test_a_row_of_several_studies_is_trained_under_one_name():
 
 def test_rows_can_be_chosen():
     rows = study_rows("layers", ())
-    assert list(mat._chosen(rows, None)) == list(rows)
-    assert list(mat._chosen(rows, ("tokens: every", "tokens: rule"))) == ["tokens: every", "tokens: rule"]
+    assert list(chosen_rows(rows, None)) == list(rows)
+    assert list(chosen_rows(rows, ("tokens: every", "tokens: rule"))) == ["tokens: every", "tokens: rule"]
     with pytest.raises(RunError, match="no row 'x' in this study"):
-        mat._chosen(rows, ("x",))
+        chosen_rows(rows, ("x",))
