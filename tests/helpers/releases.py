@@ -140,11 +140,12 @@ WNIDS = {
     "n01614925": ("bird", "bald_eagle"),
     "n01616318": ("bird", "vulture"),
 }
+# Short ranks: the small CLIPs of the tests read 24 tokens.
 SPECIES = (
-    ("Animalia", "Chordata", "Aves", "Piciformes", "Picidae", "Picus", "viridis"),
-    ("Animalia", "Chordata", "Aves", "Piciformes", "Picidae", "Dryocopus", "martius"),
-    ("Animalia", "Arthropoda", "Insecta", "Coleoptera", "Attelabidae", "Trachelophorus", "giraffa"),
-    ("Animalia", "Arthropoda", "Insecta", "Coleoptera", "Attelabidae", "Apoderus", "coryli"),
+    ("Animalia", "Bird", "Oak", "Red", "Sun", "Hill", "green"),
+    ("Animalia", "Bird", "Oak", "Red", "Sun", "Lake", "black"),
+    ("Animalia", "Fish", "Pine", "Blue", "Moon", "Sand", "white"),
+    ("Animalia", "Fish", "Pine", "Blue", "Moon", "Rock", "brown"),
 )
 
 

@@ -50,6 +50,7 @@ DESCRIPTION = "data.json"
 
 def run(config: MATClipConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
+    config.check()
     rows = chosen_rows(study_rows(config.study, tuple(VARIANTS)), config.rows)
     if len(config.data) > 1 and config.tree is not None and not config.tree.is_dir():
         raise RunError(
@@ -169,7 +170,7 @@ class _Work:
     def groups(self) -> list[dict]:
         """Compute what is missing; all rows of every base and number of shots over the seeds."""
         config, seeds = self.config, range(1, self.config.seeds + 1)
-        # Before any picture is decoded: a tower may have too few blocks for the prompts or the layers.
+        # Before any picture is decoded: a tower may have too few blocks for the prompts or the layers, or read too few tokens.
         for base in config.base:
             for name in self.rows:
                 self._model(name, self.settings(config.shots[0], base, 1))
@@ -260,7 +261,9 @@ class _Work:
 
     def _model(self, name: str, settings: PublishedConfig) -> MATModel:
         try:
-            return build_model(settings, self.clip, self.row(name), self.config.layers, self.config.chunk_size)
+            model = build_model(settings, self.clip, self.row(name), self.config.layers, self.config.chunk_size)
+            model.tokens_of(self.files.stored.node_text)
+            return model
         except ValueError as error:
             raise RunError(
                 f"the row {name} cannot be built on {settings.model} with {settings.method}: {error}"

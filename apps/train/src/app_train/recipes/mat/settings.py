@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from tyro.constructors import PrimitiveConstructorSpec
 
 from app_train.core.config import Frozen, RunConfig
-from app_train.recipes.mat.published import DATA, SHOTS, DataName, Method, PublishedConfig
+from app_train.core.errors import RunError
+from app_train.recipes.mat.published import DATA, SHOTS, PublishedConfig
 
 T = TypeVar("T")
 
@@ -118,7 +119,7 @@ class MATClipConfig(RunConfig):
     """The paper's table on CLIP weights: a cell for each data set, number of shots, base, row and seed."""
 
     out: Path = Path("runs/mat-clip")
-    data: Annotated[tuple[DataName, ...], _listed(str, "{" + ",".join(DATA) + "}")] = ("cifar100",)
+    data: Annotated[tuple[str, ...], _listed(str, "{" + ",".join(DATA) + "}")] = ("cifar100",)
     """Data sets, with commas between them."""
     source: Path = Path("data")
     """Folder of the data set, or one that holds each under its name."""
@@ -126,7 +127,7 @@ class MATClipConfig(RunConfig):
     """The tree with its cuts in ProTeCt's form, or the folder of the trees; found in or beside the data if not given."""
     shots: Annotated[tuple[int, ...], _listed(int, "{1,2,4,8,16}")] = (16,)
     """Training pictures of each class. 2 take the published settings of 1, 4 and 8 those of 16."""
-    base: Annotated[tuple[Method, ...], _listed(str, "{maple,promptsrc}")] = ("maple",)
+    base: Annotated[tuple[str, ...], _listed(str, "{maple,promptsrc}")] = ("maple",)
     """Prompts of the two towers."""
     study: ClipStudy = "main"
     """Which rows: the variants, or those of an open question (cross: a second tree, CIFAR-100 only)."""
@@ -156,24 +157,27 @@ class MATClipConfig(RunConfig):
     """Pieces in which a batch is taken, to save memory."""
     fit: MATClipFit = MATClipFit()
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def check(self) -> None:
+        """Refuse names and numbers that there are no published settings for, and options that the study itself varies.
+
+        Raises:
+            RunError: it names the option and what is allowed.
+        """
         for name, allowed in (("data", DATA), ("shots", SHOTS), ("base", ("maple", "promptsrc"))):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values) or not set(values) <= set(allowed):
-                raise ValueError(
+                raise RunError(
                     f"--{name} must name some of {', '.join(map(str, allowed))}, each once, got {','.join(map(str, values))!r}"
                 )
         own = {"layers": "layers", "radius": "radius", "intermediate": "intermediate", "defects": "intermediate"}.get(
             self.study
         )
         if own is not None and getattr(self, own) is not None:
-            raise ValueError(f"--{own} goes without --study {self.study}, whose rows differ in it")
+            raise RunError(f"--{own} goes without --study {self.study}, whose rows differ in it")
         if self.study == "cross" and (self.novel or self.data != ("cifar100",)):
-            raise ValueError(
+            raise RunError(
                 "--study cross goes with --data cifar100 and without --novel: its second tree is over all of these classes"
             )
-        return self
 
 
 class MATMiniConfig(RunConfig):
