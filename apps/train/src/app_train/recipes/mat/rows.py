@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from app_train.core.errors import RunError
 from app_train.recipes.mat.settings import Study
 from mat_align import EUCLIDEAN, HETEROGENEOUS, PROTECT, SEPARATE, SHARED, VANILLA, Variant, released
 
+T = TypeVar("T")
 VARIANTS: dict[str, Variant] = {v.name: v for v in (VANILLA, PROTECT, EUCLIDEAN, SHARED, SEPARATE, HETEROGENEOUS)}
 
 
@@ -78,7 +80,7 @@ def study_rows(study: Study, names: tuple[str, ...]) -> dict[str, Row]:
     return rows
 
 
-def chosen_rows(rows: dict[str, Row], names: tuple[str, ...] | None) -> dict[str, Row]:
+def chosen_rows(rows: dict[str, T], names: tuple[str, ...] | None) -> dict[str, T]:
     """The named rows of a study, in that order; all if None.
 
     Raises:

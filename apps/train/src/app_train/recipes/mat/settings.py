@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 VariantName = Literal["VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS"]
 VARIANTS: tuple[VariantName, ...] = ("VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS")
-Study = Literal["main", "radius", "intermediate", "layers", "defects", "flat", "cross"]
+Study = Literal["main", "radius", "intermediate", "layers", "defects", "flat", "cross", "controls"]
 ClipStudy = Literal["main", "radius", "intermediate", "layers", "defects", "cross"]
 Intermediate = Literal[
     "chord", "exact-forward", "exact-reverse", "exact-jeffreys", "arithmetic", "harmonic", "geometric"

@@ -4,6 +4,7 @@
     hier train mat --data cifar100-fewshot --source DIR --shots 16 --tower vit
     hier train mat --variant HETEROGENEOUS            one variant
     hier train mat --study intermediate               a question the paper leaves open
+    hier train mat --study controls                   classifiers of hier-lora on the same features: a free head and TreeLDA
     hier train mat --tune                             learning rates on pictures cut out of the training set
 
 The towers are frozen and their outputs kept in the cache, so a row takes seconds. Trained are the linear map of each
@@ -26,9 +27,15 @@ from torch import Tensor
 from app_data.store.atomic import new_file, write_json
 from app_eval.measure.embed import neighbour_logits
 from app_train.core.checkpoint import remove_checkpoints
+from app_train.core.errors import RunError
 from app_train.core.fit import fit
 from app_train.core.records import read_records
 from app_train.core.run_folder import Run, finished
+from app_train.recipes.lora.classifiers import Features as Heads
+from app_train.recipes.lora.classifiers import OnTree
+from app_train.recipes.lora.classifiers import centred as by_style
+from app_train.recipes.lora.frozen import node_scores
+from app_train.recipes.lora.settings import HeadsConfig
 from app_train.recipes.mat.data import (
     Features,
     Pictures,
@@ -49,6 +56,8 @@ from hier_losses import Taxonomy
 from mat_align import VANILLA, FeatureMATModel, MATObjective
 
 TRIALS = (3e-4, 1e-3, 3e-3)
+# Controls that other rooms fit, by the name of the expert there.
+FITTED = {"free head": "head", "TreeLDA": "tree_lda"}
 TUNED = ("VANILLA", "PROTECT", "EUCLIDEAN")
 
 
@@ -98,8 +107,10 @@ def _limited(pictures: Pictures, limit: int) -> Pictures:
 
 def _compare(shared: Shared) -> dict:
     config, run, pictures = shared.config, shared.run, shared.pictures
-    rows = chosen_rows(study_rows(config.study, config.variant), config.rows)
-    homes = {name: name for name in CONTROLS} | {name: trained_as(row) for name, row in rows.items()}
+    own = config.study == "controls"
+    rows = {} if own else chosen_rows(study_rows(config.study, config.variant), config.rows)
+    fitted = chosen_rows(FITTED, config.rows) if own else {}
+    homes = {name: name for name in (*CONTROLS, *fitted)} | {name: trained_as(row) for name, row in rows.items()}
     folders = {
         name: [config.out / folder_name(home) / f"seed-{seed}" for seed in range(config.seeds)]
         for name, home in homes.items()
@@ -109,6 +120,8 @@ def _compare(shared: Shared) -> dict:
         results[name] = [
             _control(shared, name, folder)
             if name in CONTROLS
+            else _fitted(shared, name, folder, seed)
+            if name in fitted
             else train_row(shared, rows[name], folder, seed, homes[name])
             for seed, folder in enumerate(places)
         ]
@@ -151,6 +164,28 @@ def _control(shared: Shared, name: str, folder: Path) -> dict:
         train = torch.from_numpy(pictures.train.targets)
         logits = neighbour_logits(features.neighbour_train, train, features.neighbour_test, tax)
     return store(folder, logits, pictures.test, pictures.cuts, facts)
+
+
+def _fitted(shared: Shared, name: str, folder: Path, seed: int) -> dict:
+    """A classifier of hier-lora on the features of the last depth: no text, no attention, no manifold."""
+    facts = _facts(shared, name, seed, None)
+    known = finished(folder, facts)
+    if known is not None:
+        return known
+    pictures, features, fit_config = shared.pictures, shared.features, shared.config.fit
+    train, test = features.neighbour_train, features.neighbour_test
+    mean = test.mean(0) if pictures.centred else train.mean(0)
+    x = by_style(train, np.array(pictures.train.styles)) if pictures.centred else train - mean
+    settings = HeadsConfig(
+        epochs=fit_config.epochs, lr=fit_config.lr, batch_size=fit_config.batch_size, dropout=fit_config.dropout
+    )
+    tax = pictures.train.taxonomy
+    on = OnTree(tax, Heads(x, torch.from_numpy(pictures.train.targets)), settings, settings.shrinkage)
+    try:
+        found = on.log_prob(FITTED[name], test - mean, seed)
+    except ValueError as error:
+        raise RunError(f"the row {name} cannot be fitted to these pictures ({error}): choose other --rows") from error
+    return store(folder, node_scores(found, tax), pictures.test, pictures.cuts, facts)
 
 
 @torch.no_grad()
