@@ -262,7 +262,7 @@ def _parts(found: Mapping, judged: Sequence[Key], silent: Sequence[str]) -> Sect
         rows.append(Row(f"{what}: {ours} against {other}", tuple(tally(claims[s]) for s in SCORES)))
     note = (
         f"Verdicts over {len(judged)} runs. A row is better or worse where the interval of its difference excludes 0 both over test "
-        "pictures (paired; unpaired, and so wider, against the classifiers without text) and over seeds (from the deviations of both rows); "
+        "pictures (paired; unpaired, and so wider, against classifiers without text) and over seeds (from the deviations of both rows); "
         "nothing corrects for the number of comparisons."
     )
     more = f"Not counted, because VANILLA does not beat zero-shot at the leaves: {'; '.join(silent)}." if silent else ""
