@@ -304,7 +304,11 @@ def _command(key: Key, entry: Mapping | None = None) -> str:
         size = 128 if (data, tower) == ("emoji", "lite0") else 96
         entry = {"rows": {}, "seeds": 3, "size": size, "settings": fit}
     rows, fit = (
-        [f'"{name}"' if study != "main" else name for name in entry["rows"] if name not in (*CONTROLS, *FITTED)],
+        [
+            f'"{name}"' if study != "main" else name
+            for name in entry["rows"]
+            if name not in CONTROLS and (study == "controls" or name not in FITTED)
+        ],
         entry["settings"],
     )
     words = [
@@ -361,8 +365,10 @@ def _run(found: Mapping, key: Key) -> Section:
     absent = [name for name in VARIANTS if key[3] == "main" and name not in entry["rows"]]
     rows += [Row(name, command=_absent(key, entry, absent)) for name in absent]
     if key[3] == "main" and not key[2].startswith("mini-"):
-        beside = _command((*key[:3], "controls"), {**entry, "rows": {}})
-        rows += [Row(name, command=beside) for name in FITTED if name not in entry["rows"]]
+        # One picture a class has no spread within its class, which TreeLDA measures.
+        absent = [n for n in FITTED if n not in entry["rows"] and (n != "TreeLDA" or key[1] > 1)]
+        beside = _command((*key[:3], "controls"), {**entry, "rows": dict.fromkeys(absent)})
+        rows += [Row(name, command=beside) for name in absent]
     tables = (Table(heads, tuple(rows)), _block(found, key, claims), *_geometry(entry), *_second(entry))
     return Section(_name(key), (note, *tables), _command(key, entry))
 
