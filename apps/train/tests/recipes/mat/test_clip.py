@@ -265,6 +265,9 @@ def test_depth_study_and_the_row_without_a_text_query(hier, tmp_path):
     (group,) = read(tmp_path / "run")["groups"]
     assert list(group["rows"])[2:] == list(rows)
     assert group["baseline"] == "tokens: rule"
+    # One seed decides nothing.
+    words = {v["word"] for row in group["rows"].values() for part in row["against"].values() for v in part.values()}
+    assert words == {"undecided"}
     home = tmp_path / "run" / "cifar100" / "maple"
     # The rule is EUCLIDEAN: the study of the variants takes the cell up.
     assert (home / "EUCLIDEAN" / "shots-1" / "seed-1" / "result.json").is_file()

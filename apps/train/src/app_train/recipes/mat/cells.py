@@ -127,8 +127,8 @@ def _against(ours: list[Parts], other: list[Parts]) -> dict:
 
 
 def _judged(items: Interval | None, seeds: list[float]) -> dict:
-    over = over_seeds(seeds) if len(seeds) > 1 else None
-    shown = {"items": items, "seeds": over}
+    over = over_seeds(seeds)  # of one seed it has no bounds, and decides nothing
+    shown = {"items": items, "seeds": over if len(seeds) > 1 else None}
     return {name: None if v is None else v.as_json() for name, v in shown.items()} | {"word": verdict(items, over)}
 
 
@@ -164,7 +164,8 @@ def table(content: Mapping) -> str:
         blocks.append("\n".join(lines))
     note = (
         "Percent: mean over the seeds +- their standard deviation; published: LA/HCA/MTA of one run of the authors. Differences: 95 % "
-        "interval over pictures, paired; after the semicolon over seeds, paired; a verdict needs both on one side of 0."
+        "interval over pictures, paired; after the semicolon over seeds, paired; a verdict needs both on one side of 0: one seed decides "
+        "nothing."
     )
     return "\n\n".join([*blocks, note]) + "\n"
 
