@@ -37,7 +37,9 @@ def cpu_seconds(command, *args) -> float:
 
 
 @pytest.mark.parametrize(
-    ("words", "most"), [((), 1), (("predict",), 2), (("train", "folder"), 2)], ids=["hier", "predict", "folder"]
+    ("words", "most"),
+    [((), 1), (("predict",), 2), (("train", "folder"), 2), (("train", "mat-clip"), 2)],
+    ids=["hier", "predict", "folder", "mat-clip"],
 )
 def test_help_comes_quickly(command, words, most):
     seconds = []

@@ -39,6 +39,13 @@ def by_loss(path: PurePath) -> str | None:
     return next((old + place.removeprefix(new) for new, old in names.items() if place and place.startswith(new)), place)
 
 
+def by_cell(base: str, path: PurePath) -> str | None:
+    """The only trained cell of `mat-clip` under the name of its base, and its controls; the table is made of these."""
+    if base in path.parts:
+        return base
+    return path.parts[1] if len(path.parts) > 2 else None
+
+
 def by_run(path: PurePath) -> str:
     """The two stages of `blip2-opt-2.7b`, each in a run folder of its own."""
     if path.name == "result.json":
@@ -167,12 +174,11 @@ def _mat_emoji(folder: Path) -> list[list[str]]:
     return [["mat", "--study", "layers", "--out", str(folder / "run"), *quick]]
 
 
-def _mat_clip(published: str, folder: Path) -> list[list[str]]:
-    data = releases.few_shot(folder / "data", releases.GROUPS[:6], train=5, test=2)
+def _mat_clip(base: str, folder: Path) -> list[list[str]]:
+    data = releases.few_shot(folder / "data", releases.GROUPS[:6], train=16, test=2)
     model = weights.open_clip_folder(folder / "clip")
-    files = ["--images", str(data / "images"), "--tree", str(data / "trees" / "cifar100.json")]
-    quick = ["--published", published, "--epochs", "3", "--model", f"local-dir:{model}"]
-    return [["mat-clip", *files, "--out", str(folder / "run"), *quick]]
+    quick = ["--base", base, "--rows", "HETEROGENEOUS", "--fit.epochs", "1", "--model", f"local-dir:{model}"]
+    return [["mat-clip", "--source", str(data), "--out", str(folder / "run"), *quick]]
 
 
 def _mini_clip(folder: Path) -> list[list[str]]:
@@ -239,9 +245,9 @@ RECIPES: dict[str, Case] = {
     "lora-study": Case(_lora_study, by_experiment, TOWERS, outcomes=True),
     "mat": Case(_mat, with_summary, TOWERS, rtol=2e-2),
     "mat-emoji": Case(_mat_emoji, with_summary, EMOJI + TOWERS),
-    "mat-clip": Case(partial(_mat_clip, "cifar100-16-maple"), partial(by_stage, "maple"), ("open_clip",), rtol=1e-2),
+    "mat-clip": Case(partial(_mat_clip, "maple"), partial(by_cell, "maple"), ("open_clip",), rtol=1e-2),
     "mat-clip-promptsrc": Case(
-        partial(_mat_clip, "cifar100-16-promptsrc"), partial(by_stage, "promptsrc"), ("open_clip",)
+        partial(_mat_clip, "promptsrc"), partial(by_cell, "promptsrc"), ("open_clip",)
     ),
     "mini-clip": Case(_mini_clip, partial(by_stage, "mini-clip"), (*EMOJI, *TOWERS, "open_clip")),
     "mat-mini": Case(_mat_mini, with_summary, (*EMOJI, "open_clip")),

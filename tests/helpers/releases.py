@@ -96,6 +96,20 @@ def few_shot(root: Path, paths: Sequence[tuple[str, ...]] = GROUPS, train: int =
         for part, count in (("train", train), ("test", test)):
             for index in range(count):
                 noisy(root / "images" / part / path[-1] / f"{path[-1]}_{index}.png", colour, draw, size=32, spread=20)
+    tree(root / "trees" / "cifar100.json", paths)
+    # The recipes of few-shot CIFAR-100 read train/ and test/ beside trees/.
+    for part in ("train", "test"):
+        (root / part).symlink_to(root / "images" / part)
+    return root
+
+
+def tree(file: Path, paths: Sequence[tuple[str, ...]]) -> None:
+    """A tree in ProTeCt's form with a cut at every depth.
+
+    Args:
+        file: The JSON file.
+        paths: Names from the top node to each leaf, all of one length.
+    """
     prefixes = sorted({path[:depth] for path in paths for depth in range(1, len(path) + 1)}, key=lambda p: (len(p), p))
     number = {(): 0} | {prefix: i for i, prefix in enumerate(prefixes, 1)}
     nodes = [
@@ -114,11 +128,62 @@ def few_shot(root: Path, paths: Sequence[tuple[str, ...]] = GROUPS, train: int =
         cut = sorted({path[:depth] for path in paths})
         labels = [cut.index(path[:depth]) for path in sorted(paths)]
         cuts.append({"text": [p[-1].replace("_", " ") for p in cut], "leaf_to_label": labels})
-    (root / "trees").mkdir(parents=True)
-    (root / "trees" / "cifar100.json").write_text(json.dumps({"nodes": nodes, "leaves": leaves, "treecuts": cuts}))
-    # The recipes of few-shot CIFAR-100 read train/ and test/ beside trees/.
-    for part in ("train", "test"):
-        (root / part).symlink_to(root / "images" / part)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"nodes": nodes, "leaves": leaves, "treecuts": cuts}))
+
+
+# Classes of the miniatures below; ImageNet's are tench, goldfish, bald eagle and vulture.
+SCENES = (("built", "abbey"), ("built", "apartment_building_outdoor"), ("open", "field_wild"), ("open", "orchard"))
+WNIDS = {
+    "n01440764": ("fish", "tench"),
+    "n01443537": ("fish", "goldfish"),
+    "n01614925": ("bird", "bald_eagle"),
+    "n01616318": ("bird", "vulture"),
+}
+# Short ranks: the small CLIPs of the tests read 24 tokens.
+SPECIES = (
+    ("Animalia", "Bird", "Oak", "Red", "Sun", "Hill", "green"),
+    ("Animalia", "Bird", "Oak", "Red", "Sun", "Lake", "black"),
+    ("Animalia", "Fish", "Pine", "Blue", "Moon", "Sand", "white"),
+    ("Animalia", "Fish", "Pine", "Blue", "Moon", "Rock", "brown"),
+)
+
+
+def sun397(root: Path, train: int = 4, test: int = 2) -> Path:
+    """SUN397: four scenes in the first of its splits, and its tree."""
+    folders = ("a/abbey", "a/apartment_building/outdoor", "f/field/wild", "o/orchard")
+    lists: dict[str, list[str]] = {"Training_01": [], "Testing_01": []}
+    for number, folder in enumerate(folders):
+        for index in range(train + test):
+            grey(root / folder / f"sun_{index}.jpg", 40 * number + index)
+            lists["Training_01" if index < train else "Testing_01"].append(f"/{folder}/sun_{index}.jpg")
+    (root / "Partitions").mkdir()
+    for name, lines in lists.items():
+        (root / "Partitions" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    tree(root / "sun.json", SCENES)
+    return root
+
+
+def imagenet(root: Path, train: int = 4, test: int = 2) -> Path:
+    """ImageNet-1k: four of its classes as folders, and their tree."""
+    for number, wnid in enumerate(WNIDS):
+        for part, count in (("train", train), ("val", test)):
+            for index in range(count):
+                grey(root / part / wnid / f"{part}_{index}.JPEG", 40 * number + index + 20 * (part == "val"))
+    tree(root / "imagenet.json", tuple(WNIDS.values()))
+    return root
+
+
+def rare_species(root: Path, count: int = 10) -> Path:
+    """Rare Species: four species with so many pictures, a fifth of which is tested on, and its tree."""
+    rows = ["file_name,kingdom,phylum,class,order,family,genus,species"]
+    for number, ranks in enumerate(SPECIES):
+        for index in range(count):
+            name = f"dataset/{'-'.join(ranks)}/{index}_eol.jpg"
+            grey(root / name, 40 * number + index)
+            rows.append(",".join([name, *ranks]))
+    (root / "metadata.csv").write_text("\n".join(rows))
+    tree(root / "rarespecies.json", [("_".join(r[1:5]).lower(), "_".join(r[1:]).lower()) for r in SPECIES])
     return root
 
 

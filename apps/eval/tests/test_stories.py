@@ -28,7 +28,7 @@ CONTROLS = {
     "emoji": "logistic regression",
     "tree": "logistic regression",
     "lora": "nearest training picture",
-    "mat": "nearest picture",
+    "mat": "TreeLDA",
     "blip": "Euclidean BLIP-2",
     "icl": "vote of the best selector",
 }

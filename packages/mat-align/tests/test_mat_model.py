@@ -101,7 +101,7 @@ def test_curvatures_stay_within_a_factor_of_ten():
     assert head.c_img().item() == pytest.approx(0.5)
     assert head.alpha_img.item() == 0
     assert MATHead(16, SHARED, radius="feature").alpha_txt.exp().item() == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="value must lie"):
+    with pytest.raises(ValueError, match=r"c_img must lie in .* = \(0\.005, 0\.5\), got 0\.6"):
         MATHead(8, HETEROGENEOUS, curv_init=0.05, c_img=0.6)
     for name in ("scale", "min_radius", "curv_init", "kappa"):
         with pytest.raises(ValueError, match=f"^{name} must"):

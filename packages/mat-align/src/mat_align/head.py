@@ -95,16 +95,21 @@ class MATHead(nn.Module):
         self.attention = TextQueriedAttention(dim) if variant.feature == "tokens" else None
         c_img, c_txt = (curv_init if c is None else c for c in (c_img, c_txt))
 
-        def curvature(value: float) -> Curvature:
-            return Curvature(value, learnable=variant.learnable, min=curv_init / 10, max=curv_init * 10)
+        def curvature(name: str, value: float) -> Curvature:
+            low, high = curv_init / 10, curv_init * 10
+            if not low < value < high:
+                raise ValueError(
+                    f"{name} must lie in (curv_init / 10, 10 curv_init) = ({low:g}, {high:g}), got {value}"
+                )
+            return Curvature(value, learnable=variant.learnable, min=low, max=high)
 
         self.c_img = self.c_txt = self.c_third = None
         if variant.curvature == "one":
-            self.c_img = self.c_txt = curvature(c_img)
+            self.c_img = self.c_txt = curvature("c_img", c_img)
         elif variant.curvature != "none":
-            self.c_img, self.c_txt = curvature(c_img), curvature(c_txt)
+            self.c_img, self.c_txt = curvature("c_img", c_img), curvature("c_txt", c_txt)
         if variant.curvature == "three":
-            self.c_third = curvature(c_txt if c_mid is None else c_mid)
+            self.c_third = curvature("c_mid", c_txt if c_mid is None else c_mid)
         if radius == "feature" and variant.curvature != "none":
             start = torch.full((1,), -math.log(dim) / 2)
             self.alpha_img, self.alpha_txt = nn.Parameter(start.clone()), nn.Parameter(start.clone())

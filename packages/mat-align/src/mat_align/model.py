@@ -211,22 +211,37 @@ class MATModel(_Model):
         Raises:
             ValueError: no name, or a prompt that does not fit into the text tower.
         """
-        learner = self.prompts
-        sentence = "a photo of a {}.".format if learner is None else learner.prompt
+        rows, learner = self.tokens_of(names), self.prompts
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.logit_scale.device)
+        first, deeper = (None, ()) if learner is None else learner.text_prompts()
+        return self._in_chunks(lambda part: encode_text(self.backbone, part, first, deeper), ids)
+
+    def tokens_of(self, names: Sequence[str]) -> list[list[int]]:
+        """Token ids of labels in the prompt, which no later call computes again.
+
+        What follows the end token of a causal tower changes nothing and is left out: the longest sentence decides how long
+        a batch is.
+
+        Args:
+            names: node names, cleaned by `label_text`.
+
+        Returns:
+            One list for each name.
+
+        Raises:
+            ValueError: no name, or a prompt that does not fit into the text tower.
+        """
+        if not len(names):
+            raise ValueError("names must hold at least one label, got n = 0")
+        sentence = "a photo of a {}.".format if self.prompts is None else self.prompts.prompt
         new = [name for name in dict.fromkeys(names) if name not in self._ids]
         if new:
             tower = self.backbone.text
             rows = tower.tokenize([sentence(self._label_text(name)) for name in new])
             ends = (tower.end(rows) + 1).tolist() if tower.causal else [rows.shape[1]] * len(rows)
             self._ids.update((name, row[:end].tolist()) for name, row, end in zip(new, rows, ends, strict=True))
-        if not len(names):
-            raise ValueError("names must hold at least one label, got n = 0")
-        # What follows the end token of a causal tower changes nothing: only the longest sentence decides the length.
-        rows = [self._ids[name] for name in names]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.logit_scale.device)
-        first, deeper = (None, ()) if learner is None else learner.text_prompts()
-        return self._in_chunks(lambda part: encode_text(self.backbone, part, first, deeper), ids)
+        return [self._ids[name] for name in names]
 
     def _in_chunks(self, encode: Callable[..., Tensor], rows: Tensor, *rest: Any) -> Tensor:
         """`encode` of all rows, in fp32 or wider."""

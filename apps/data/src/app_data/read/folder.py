@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ class Found:
         warnings: What deserves a look.
         problems: What stops: labels that match nothing, pictures that do not exist.
         left_out: Files that were not taken for pictures, with reasons.
+        node_text: Readable text of every node; the names without underscores if empty.
     """
 
     root: Path
@@ -64,6 +65,12 @@ class Found:
     warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     left_out: list[Skipped] = field(default_factory=list)
+    node_text: tuple[str, ...] = ()
+
+    def select(self, keep: Sequence[int] | np.ndarray) -> "Found":
+        """The pictures at these positions."""
+        chosen = [int(i) for i in keep]
+        return replace(self, files=[self.files[i] for i in chosen], targets=self.targets[chosen])
 
 
 def load_folder(
@@ -123,7 +130,7 @@ def load_found(
     """Decode what `find_pictures` found, and split it; see `load_folder`."""
     if found.problems:
         raise DataError("; ".join(found.problems))
-    return picture_sets(
+    parts = picture_sets(
         found.files,
         found.targets,
         found.tree,
@@ -133,6 +140,7 @@ def load_found(
         seed=seed,
         allow_empty_classes=allow_empty_classes,
     )
+    return {p: replace(d, node_text=found.node_text) for p, d in parts.items()} if found.node_text else parts
 
 
 def find_pictures(

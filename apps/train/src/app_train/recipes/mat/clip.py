@@ -1,264 +1,298 @@
-"""Recipe `mat-clip`: Modality Alignment across Trees on CLIP weights, as published or with one part exchanged.
+"""Recipe `mat-clip`: the table of Modality Alignment across Trees on CLIP weights, cell by cell.
 
-    hier train mat-clip --published cifar100-16-maple --images DIR --tree trees/cifar100.json --weights FILE
+    hier train mat-clip --data cifar100 --shots 1,16 --base maple,promptsrc --rows VANILLA PROTECT HETEROGENEOUS --seeds 3
+    hier train mat-clip --data sun397 --shots 16 --novel            base and novel classes, and their harmonic mean
+    hier train mat-clip --study layers --seeds 3                    which depths give tokens; the row without a text query
+    hier train mat-clip --study cross                               a second tree over the same classes
 
-DIR holds train/<leaf>/ and test/<leaf>/. Without --weights open_clip downloads its own. One card trains CIFAR-100, 16
-shots, in hours: not measured here, where such weights cannot be had; the path runs in tests on small random models.
---released repeats the defects of the released code, for reproduction.
+--source DIR holds the data set or a folder for each, with the trees in or beside it; what is missing is said in a sentence with
+where it comes from. Without --weights open_clip downloads its own. The few shots are chosen by file name and decoded alone. A cell
+that is finished is not computed again: the same command, or one with more data sets, shots, bases, rows or seeds, goes on.
+Controls: zero-shot, and the nearest training picture. No CLIP weights can be had here: what is tested is the path, on random ones.
 """
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app_data.read.folder import load_folder
+from app_data.read.folder import Found, load_found
+from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet
-from app_data.sets.cifar100 import StoredTree, read_stored_tree, take_shots
-from app_data.store.atomic import new_folder
-from app_data.store.progress import progress
+from app_data.sets.few_shot import FewShotFiles, find_few_shot
+from app_data.store.atomic import new_folder, write_json, write_text
+from app_data.store.cache import fingerprint
+from app_data.store.errors import DataError
+from app_data.store.features import weights_digest
+from app_eval.measure.embed import neighbour_logits
 from app_eval.measure.tree_scores import tree_scores
 from app_train.core.checkpoint import remove_checkpoints
-from app_train.core.config import StageConfig
 from app_train.core.errors import RunError
-from app_train.core.fit import fit
-from app_train.core.run_folder import Run
-from app_train.core.schedule import Stage, Step
-from app_train.recipes.mat.fit import step_seed
-from app_train.recipes.mat.published import PUBLISHED, PublishedConfig
-from app_train.recipes.mat.rows import VARIANTS
+from app_train.core.run_folder import Run, finished, read_json
+from app_train.recipes.mat.cells import ALL, BASE, NOVEL, Parts, cell_folder, compared, keep, table
+from app_train.recipes.mat.published import PublishedConfig, published
+from app_train.recipes.mat.results import CONTROLS
+from app_train.recipes.mat.rows import VARIANTS, Row, chosen_rows, study_rows, trained_as
+from app_train.recipes.mat.second_tree import SecondTree, second_scores, superclasses
 from app_train.recipes.mat.settings import MATClipConfig
-from mat_align import (
-    GaussianPromptAverage,
-    MaPLePrompts,
-    MATModel,
-    MATObjective,
-    PromptSRCPrompts,
-    PromptSRCRegularizer,
-    released,
-)
+from app_train.recipes.mat.tune import build_model, encode, encode_labels, load_clip, score, train_prompts
+from mat_align import VANILLA, MATModel, released
+
+# Settings that may grow, or move, from one command to the next: each cell says itself what it was computed from.
+GROWS = ("data", "shots", "base", "study", "rows", "seeds", "novel", "source", "tree")
+DESCRIPTION = "data.json"
 
 
 def run(config: MATClipConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
-    if config.images is None or config.tree is None:
-        raise RunError("--images and --tree are missing: name the folder of pictures and the JSON file of the tree")
-    settings = PUBLISHED[config.published]()
-    changes = {"epochs": config.epochs, "model": config.model}
-    settings = settings.model_copy(update={k: v for k, v in changes.items() if v is not None})
-    with Run("mat-clip", config, processes=False) as run:
-        stored = read_stored_tree(config.tree)
-        clip = load_clip(settings, config.weights)
-        # Before any picture is decoded: a tower may have too few blocks for the prompts.
-        model = build_model(settings, clip, config.variant, config.released)
-        size = clip.visual.image_size[0]
-        parts = load_folder(config.images, stored.taxonomy, size=size, cache_dir=config.cache_dir)
-        if "train" not in parts or "test" not in parts:
-            raise RunError(f"{config.images} must hold train/<leaf>/ and test/<leaf>/, it has {', '.join(parts)}")
-        kept, _ = take_shots(parts["train"], settings.shots, settings.seed)
-        train = parts["train"].select(kept)
-        run.claim(f"{train.fingerprint}-{parts['test'].fingerprint}")
-        if (known := run.result()) is not None:
-            return _show(known)
-        model = model.to(run.device)
-        train_prompts(model, settings, train, stored, run, config.out, config.released)
-        with new_folder(config.out / "model") as target:
-            model.save_pretrained(target)
-        scores = evaluate(model, parts["test"], stored)
-        content = run.finish(
-            {
-                "published": config.published,
-                "variant": model.variant.name,
-                "n": len(parts["test"]),
-                "scores": {name: float(values.mean()) for name, values in scores.items()},
-                "curvatures": [c().item() for c in (model.c_img, model.c_txt) if c is not None],
-            }
+    config.check()
+    rows = chosen_rows(study_rows(config.study, tuple(VARIANTS)), config.rows)
+    if len(config.data) > 1 and config.tree is not None and not config.tree.is_dir():
+        raise RunError(
+            f"--tree must name the folder of the trees where there are several data sets, {config.tree} is none"
         )
-        remove_checkpoints(config.out)
+    files = {n: find_few_shot(n, config.source, config.tree, config.cache_dir) for n in config.data}
+    for name in config.data:
+        for shots in config.shots:
+            files[name].shots(shots, 1)  # a class that has too few is found before anything is trained
+    with Run("mat-clip", config, GROWS, mixed_precision=config.mixed_precision, processes=False) as run:
+        run.claim(f"see {DESCRIPTION} of each data set")
+        for name, found in files.items():
+            _describe(config.out / name / DESCRIPTION, found)
+        if (known := run.result()) is not None:
+            print(table(known))  # noqa: T201
+            return known
+        groups = [group for name in config.data for group in _Work(config, run, name, files[name], rows).groups()]
+        content = run.finish({"study": config.study, "seeds": config.seeds, "novel": config.novel, "groups": groups})
+        kind = f"{config.study}{'-novel' if config.novel else ''}"
+        write_json(config.out / f"result-{kind}.json", content)
+        write_text(config.out / f"table-{kind}.md", table(content))
         run.seal()
-        return _show(content)
-
-
-def _show(content: dict) -> dict:
-    print("  ".join(f"{name.upper()} {100 * value:.2f}" for name, value in content["scores"].items()))  # noqa: T201
+    print(f"{table(content)}\ntable: {config.out / f'table-{kind}.md'}")  # noqa: T201
     return content
 
 
-def load_clip(settings: PublishedConfig, weights: Path | None) -> nn.Module:
-    """The model with its weights, in fp32.
+def _describe(path: Path, files: FewShotFiles) -> None:
+    """Write what a data set is, or refuse to mix two in one folder; say which classes nothing can be learned of."""
+    tax = files.stored.taxonomy
+    names = {part: [f.name for f in found.files] for part, found in (("train", files.train), ("test", files.test))}
+    identity = fingerprint(
+        {**names, "tree": [list(tax.names), tax.parent.tolist()], "text": list(files.stored.node_text)}
+    )
+    content = {
+        "fingerprint": identity,
+        "nodes": tax.num_nodes,
+        "train": len(names["train"]),
+        "test": len(names["test"]),
+    }
+    if path.exists() and (known := read_json(path)) != content:
+        raise RunError(f"{path} belongs to other data ({known} -> {content}); choose another folder with --out")
+    write_json(path, content)
+    empty = len(tax.leaf) - len(np.unique(files.train.targets))
+    if empty:
+        print(  # noqa: T201
+            f"warning: {empty} of the {len(tax.leaf)} classes have no training picture in {files.train.root}; they stay candidates",
+            file=sys.stderr,
+        )
 
-    Raises:
-        RunError: open_clip does not know the model, or the weights cannot be read or fetched.
+
+@dataclass
+class _Work:
+    """The cells of one data set.
+
+    Attributes:
+        config, run: settings and run folder.
+        name: of the data set.
+        files: its pictures, none of them opened.
+        rows: what is trained, by name.
+        plain_tokens: tokens of the test pictures before anything is tuned, once a control has asked for them.
     """
-    import open_clip
 
-    name, source = settings.model, settings.pretrained
-    if weights is not None:
-        source = str(weights)
-        if name.startswith("hf-hub:"):
-            name = "ViT-B-16"  # BioCLIP's configuration
-    elif name.startswith("local-dir:"):
-        source = None  # the folder holds its own weights
-    try:
-        return open_clip.create_model(name, pretrained=source, precision="fp32").eval()
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(
-            f"the model {name} with weights {source} cannot be loaded ({reason}); give a file with --weights"
-        ) from error
+    config: MATClipConfig
+    run: Run
+    name: str
+    files: FewShotFiles
+    rows: Mapping[str, Row]
+    plain_tokens: dict[str, Tensor] | None = None
 
+    @cached_property
+    def clip(self) -> nn.Module:
+        """The model with its weights."""
+        return load_clip(self.settings(self.config.shots[0], self.config.base[0], 1), self.config.weights)
 
-def build_model(settings: PublishedConfig, clip: nn.Module, variant: str, as_released: bool = False) -> MATModel:
-    """The model of a configuration around given weights; the seed fixes its initialisation."""
-    chosen = released(VARIANTS[variant]) if as_released else VARIANTS[variant]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        if settings.method == "maple":
-            prompts = MaPLePrompts(clip, settings.num_ctx, settings.depth, settings.ctx_init)
-        else:
-            prompts = PromptSRCPrompts(
-                clip,
-                settings.num_ctx_text,
-                settings.num_ctx_vision,
-                settings.depth_text,
-                settings.depth_vision,
-                settings.ctx_init,
+    @cached_property
+    def weights(self) -> str:
+        """What tells its weights from others."""
+        return weights_digest(self.clip)
+
+    @cached_property
+    def sides(self) -> dict[str, FewShotFiles]:
+        """The label sets: what is trained on is the first of them."""
+        if not self.config.novel:
+            return {ALL: self.files}
+        tax = self.files.stored.taxonomy
+        leaves = sorted(tax.leaf.tolist(), key=lambda leaf: tax.path_of(leaf)[::-1])
+        half = (len(leaves) + 1) // 2
+        return {part: self.files.under(some) for part, some in ((BASE, leaves[:half]), (NOVEL, leaves[half:]))}
+
+    @cached_property
+    def tests(self) -> dict[str, PictureSet]:
+        """The test pictures of each label set."""
+        return {part: self._decoded(side.test) for part, side in self.sides.items()}
+
+    @property
+    def trained(self) -> FewShotFiles:
+        """The label set that is trained on."""
+        return next(iter(self.sides.values()))
+
+    def settings(self, shots: int, base: str, seed: int) -> PublishedConfig:
+        """The published settings, with what the command exchanges."""
+        config = self.config
+        changes = {**config.fit.model_dump(), "model": config.model}
+        known = published(self.name, shots, base)  # type: ignore[arg-type]
+        return known.model_copy(update={k: v for k, v in changes.items() if v is not None} | {"seed": seed})
+
+    def row(self, name: str) -> Row:
+        """A row, with what the command exchanges."""
+        config, row = self.config, self.rows[name]
+        variant = row.variant
+        if config.intermediate is not None and variant.curvature == "two":
+            variant = replace(variant, intermediate=config.intermediate)
+        return replace(
+            row, variant=released(variant) if config.released else variant, radius=config.radius or row.radius
+        )
+
+    def groups(self) -> list[dict]:
+        """Compute what is missing; all rows of every base and number of shots over the seeds."""
+        config, seeds = self.config, range(1, self.config.seeds + 1)
+        # Before any picture is decoded: a tower may have too few blocks for the prompts or the layers, or read too few tokens.
+        for base in config.base:
+            for name in self.rows:
+                self._model(name, self.settings(config.shots[0], base, 1))
+        cells: dict[tuple[int, str], dict[str, list[Path]]] = {}
+        sizes = {}
+        for shots in config.shots:
+            for seed in seeds:
+                train = self._decoded(self.trained.shots(shots, seed), max_bad_fraction=0, max_bad_files=0)
+                sizes[shots] = len(train)
+                for base in config.base:
+                    for name in (*(c for c in CONTROLS if c != CONTROLS[1] or not config.novel), *self.rows):
+                        folder = self._cell(name, shots, base, seed, train)
+                        places = cells.setdefault((shots, base), {}).setdefault(name, [])
+                        places += [folder] if folder not in places else []
+        tax = self.files.stored.taxonomy
+        return [
+            compared(
+                found,
+                {
+                    "data": self.name, "base": base, "shots": shots, "num_train": sizes[shots],
+                    "num_test": sum(len(test) for test in self.tests.values()), "num_nodes": tax.num_nodes,
+                },
             )
-        names = ("scale", "curv_init", "c_img", "c_txt", "min_radius")
-        return MATModel(clip, prompts, chosen, **{name: getattr(settings, name) for name in names})
+            for (shots, base), found in cells.items()
+        ]  # fmt: skip
 
+    def _cell(self, name: str, shots: int, base: str, seed: int, train: PictureSet) -> Path:
+        self.run.check()
+        home = name if name in CONTROLS else trained_as(self.rows[name])
+        folder = cell_folder(self.config.out, self.name, base, home, shots, seed, self.config.novel)
+        # The zero-shot model knows neither seed nor shots nor base, the nearest picture no base.
+        known = {"set": self.name, "tests": [test.fingerprint for test in self.tests.values()], "weights": self.weights}
+        if name != CONTROLS[0]:
+            known |= {"shots": shots, "train": train.fingerprint}
+        if name not in CONTROLS:
+            known |= {"base": base}
+        facts = self.run.facts(home, 1 if name == CONTROLS[0] else seed) | known
+        done = finished(folder, facts)
+        # A row that another study has trained lacks the scores on the second tree: it is scored again.
+        if done is None or (self.config.study == "cross" and name not in CONTROLS and "second" not in done):
+            try:
+                parts, found = self._computed(name, folder, self.settings(shots, base, seed), train)
+            except ValueError as error:
+                if isinstance(error, RunError | DataError):
+                    raise
+                raise RunError(f"{self.name}, {base}, {name}, {shots} shots, seed {seed}: {error}") from error
+            keep(folder, parts, facts | found)
+            remove_checkpoints(folder)
+        return folder
 
-def learning_rate(settings: PublishedConfig, epoch: int, step: int, as_released: bool = False) -> float:
-    """Constant warm-up, then a cosine over the epochs that begins at its peak, as the released scheduler does.
+    def _computed(self, name: str, folder: Path, settings: PublishedConfig, train: PictureSet) -> tuple[Parts, dict]:
+        stored = self.trained.stored
+        if name in CONTROLS:
+            plain = MATModel(self.clip, None, VANILLA).to(self.run.device).eval()
+            if self.plain_tokens is None:
+                self.plain_tokens = {part: self._encoded(plain, test) for part, test in self.tests.items()}
+            if name == CONTROLS[0]:
+                return self._scored(plain, self.plain_tokens)[0], {}
+            test, new = self.tests[ALL], self.plain_tokens[ALL][:, -1]
+            seen = self._encoded(plain, train)[:, -1]
+            logits = neighbour_logits(seen, torch.from_numpy(train.targets), new, stored.taxonomy)
+            return {ALL: tree_scores(logits, test.targets, stored.taxonomy, stored.cuts)}, {}
+        second = None
+        if self.config.study == "cross":
+            second = superclasses(train, self.tests[ALL], stored.node_text)
+        saved = folder / "model"
+        if saved.exists():  # killed while scoring: the trained prompts are there, whole
+            model = MATModel.from_pretrained(saved, self.clip).to(self.run.device)
+            model.chunk_size = self.config.chunk_size
+        else:
+            model = self._model(name, settings).to(self.run.device)
+            train_prompts(
+                model, settings, train, stored, self.run, folder, self.config.released, accumulate=self.config.accumulate,
+                second=second, trees=self.rows[name].trees, label=f"{name}, {settings.shots} shots, seed {settings.seed}",
+            )  # fmt: skip
+            with new_folder(saved) as target:
+                model.save_pretrained(target)
+        model.eval()
+        facts = {
+            "variant": model.variant.name,
+            "num_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "curvatures": [c().item() for c in (model.c_img, model.c_txt) if c is not None],
+        }
+        parts, more = self._scored(
+            model, {part: self._encoded(model, test) for part, test in self.tests.items()}, second
+        )
+        return parts, facts | more
 
-    The released code advances the same schedule with every step: the rate swings with a period of 2 epochs steps.
+    def _model(self, name: str, settings: PublishedConfig) -> MATModel:
+        try:
+            model = build_model(settings, self.clip, self.row(name), self.config.layers, self.config.chunk_size)
+            model.tokens_of(self.files.stored.node_text)
+            return model
+        except ValueError as error:
+            raise RunError(
+                f"the row {name} cannot be built on {settings.model} with {settings.method}: {error}"
+            ) from error
 
-    Args:
-        settings: the configuration.
-        epoch: 0-based epoch.
-        step: 0-based step of the whole run.
-        as_released: count steps in place of epochs.
-    """
-    at = step if as_released else epoch
-    if at < settings.warmup_epochs:
-        return settings.warmup_lr
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (at - settings.warmup_epochs) / settings.epochs))
+    def _scored(
+        self, model: MATModel, tokens: Mapping[str, Tensor], second: SecondTree | None = None
+    ) -> tuple[Parts, dict]:
+        parts, more = {}, {}
+        for part, side in self.sides.items():
+            test, stored = self.tests[part], side.stored
+            logits = score(model, tokens[part], self._labels(model, stored.node_text))
+            parts[part] = tree_scores(logits, test.targets, stored.taxonomy, stored.cuts)
+            if second is not None:
+                other = score(model, tokens[part], self._labels(model, second.names))
+                more = {"second": second_scores(logits, other, test, second)}
+        return parts, more
 
+    def _encoded(self, model: MATModel, pictures: PictureSet) -> Tensor:
+        with self.run.accelerator.autocast():
+            return encode(model, pictures)
 
-def epoch_order(settings: PublishedConfig, num: int, epoch: int, as_released: bool = False) -> np.ndarray:
-    """Order of the pictures; the released code repeats the first one in every epoch."""
-    return np.random.default_rng([settings.seed, 0 if as_released else epoch]).permutation(num)
+    def _labels(self, model: MATModel, names: Sequence[str]) -> Tensor:
+        with self.run.accelerator.autocast():
+            return encode_labels(model, names)
 
-
-class Average:
-    """PromptSRC's average of the prompts over the epochs, kept with the checkpoints."""
-
-    def __init__(self, settings: PublishedConfig, model: MATModel, per_epoch: int) -> None:
-        self.model, self.per_epoch = model, per_epoch
-        self.average = GaussianPromptAverage(settings.epochs, settings.average_mean, settings.average_std)
-
-    def update(self, step: Step) -> None:
-        """Take the prompts of this epoch up."""
-        self.average.update(self.model.named_parameters())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The average so far."""
-        return self.average.average
-
-    def restore(self, tensors: Mapping[str, Tensor], index: int) -> None:
-        """Take it back."""
-        device = self.model.logit_scale.device
-        self.average.average = {name: value.to(device) for name, value in tensors.items()}
-        self.average.num_updates = index // self.per_epoch
-
-
-def train_prompts(
-    model: MATModel,
-    settings: PublishedConfig,
-    train: PictureSet,
-    stored: StoredTree,
-    run: Run,
-    folder: Path,
-    as_released: bool = False,
-) -> None:
-    """Train in place; go on from the newest checkpoint below `folder` if there is one."""
-    source = settings.method == "promptsrc"
-    regularizer = PromptSRCRegularizer(settings.text_weight, settings.image_weight, settings.logit_weight)
-    objective = MATObjective(
-        stored.taxonomy,
-        settings.treecut_weight,
-        settings.node_weight,
-        settings.entail_weight,
-        settings.treecut_dropout,
-        stored.node_text,
-        regularizer if source else None,
-    )
-    device = model.logit_scale.device
-    targets, draw = torch.from_numpy(train.targets).to(device), step_seed(settings.seed)
-
-    def forward(wrapped: nn.Module, step: Step, rows: np.ndarray):
-        images = preprocess(model.clip, train.batch(rows)).to(device)
-        generator = torch.Generator().manual_seed(draw(step))
-        losses = objective(wrapped, images, targets[torch.from_numpy(rows).to(device)], generator)
-        return losses.total, {name: value for name, value in losses._asdict().items() if bool(value.isfinite())}
-
-    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-    stage = Stage(
-        "prompts", StageConfig(epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size), len(train), forward,
-        optimizer=lambda parameters: kinds[settings.optimizer](parameters.values(), lr=1.0, weight_decay=0.0),
-        order=lambda epoch: epoch_order(settings, len(train), epoch, as_released),
-        # The rate itself, over a peak of 1: the warm-up of the released code is no share of the peak.
-        rate=lambda step: learning_rate(settings, step.epoch, step.index, as_released),
-        draw=draw, after_step=model.head.clamp_, clip_grad=None,
-    )  # fmt: skip
-    average = Average(settings, model, stage.per_epoch) if source else None
-    stage = replace(
-        stage, save_every=stage.per_epoch, keeper=average, after_epoch=None if average is None else average.update
-    )
-    fit(model, [stage], folder, seed=settings.seed, label="training", stop=run.stop, tensorboard=run.config.tensorboard)
-    if average is not None:
-        average.average.copy_to(model)
-
-
-def preprocess(clip: nn.Module, pictures: Tensor) -> Tensor:
-    """CLIP's normalisation of uint8 pictures of the model's size."""
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
-    mean = getattr(clip.visual, "image_mean", None) or OPENAI_DATASET_MEAN
-    std = getattr(clip.visual, "image_std", None) or OPENAI_DATASET_STD
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    return (pictures.float() / 255 - mean) / std
-
-
-@torch.no_grad()
-def evaluate(model: MATModel, test: PictureSet, stored: StoredTree, batch_size: int = 64) -> dict[str, np.ndarray]:
-    """LA, HCA and MTA of each test picture."""
-    model.eval()
-    tokens, text = encode(model, test, batch_size), encode_labels(model, stored.node_text)
-    return tree_scores(score(model, tokens, text, batch_size), test.targets, stored.taxonomy, stored.cuts)
-
-
-@torch.no_grad()
-def encode(model: MATModel, pictures: PictureSet, batch_size: int = 64) -> Tensor:
-    """Layer tokens of all pictures, on the CPU."""
-    device, found = model.logit_scale.device, []
-    for start in progress(range(0, len(pictures), batch_size), "encoding"):
-        rows = range(start, min(start + batch_size, len(pictures)))
-        found.append(model.encode_image(preprocess(model.clip, pictures.batch(rows)).to(device)).cpu())
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def encode_labels(model: MATModel, names: Sequence[str], batch_size: int = 64) -> Tensor:
-    """Text features of labels, on the model's device."""
-    return torch.cat([model.encode_text(names[i : i + batch_size]) for i in range(0, len(names), batch_size)])
-
-
-@torch.no_grad()
-def score(model: MATModel, tokens: Tensor, text: Tensor, batch_size: int = 64) -> Tensor:
-    """Logits of encoded pictures, batch by batch, on the CPU."""
-    return torch.cat([model.score(part.to(text.device), text).cpu() for part in tokens.split(batch_size)])
+    def _decoded(self, found: Found, **budget: float) -> PictureSet:
+        """The pictures at the size of the model; no shot may be missing, so that none is left out."""
+        size = self.clip.visual.image_size[0]
+        decoding = Decoding(size, cache_dir=self.config.cache_dir, **budget)
+        (pictures,) = load_found(found, decoding, allow_empty_classes=True).values()
+        return pictures

@@ -27,10 +27,11 @@ from app_train.core.errors import RunError
 from app_train.core.records import read_records
 from app_train.core.run_folder import Run, finished
 from app_train.recipes.lora.task import cuts_for
-from app_train.recipes.mat.clip import build_model, encode, encode_labels, load_clip, score, train_prompts
 from app_train.recipes.mat.data import TEST_ARTIST, TRAIN_ARTISTS
 from app_train.recipes.mat.results import CONTROLS, folder_name, geometry, store, summarise, table
+from app_train.recipes.mat.rows import VARIANTS, Row
 from app_train.recipes.mat.settings import MATMiniConfig
+from app_train.recipes.mat.tune import build_model, encode, encode_labels, load_clip, score, train_prompts
 from mat_align import VANILLA, MATModel, MATObjective
 
 
@@ -117,7 +118,7 @@ def _train(
     if saved.exists():  # killed while scoring: the trained prompts are there, whole
         model = MATModel.from_pretrained(saved, clip)
     else:
-        model = build_model(settings, clip, name)
+        model = build_model(settings, clip, Row(VARIANTS[name]))
         train_prompts(model, settings, train, stored, run, folder)
         with new_folder(saved) as target:
             model.save_pretrained(target)

@@ -32,9 +32,9 @@ from app_train.core.records import read_records
 from app_train.core.run_folder import Run
 from app_train.core.schedule import Stage, Step
 from app_train.recipes.lora.task import style_offsets
-from app_train.recipes.mat.clip import preprocess
 from app_train.recipes.mat.data import TRAIN_ARTISTS, lite0_features
 from app_train.recipes.mat.settings import MiniClipConfig
+from app_train.recipes.mat.tune import preprocess
 from hier_losses import Taxonomy
 from mat_align.prompts import label_text
 

@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from app_train.core.errors import RunError
 from app_train.recipes.mat.settings import Study
 from mat_align import EUCLIDEAN, HETEROGENEOUS, PROTECT, SEPARATE, SHARED, VANILLA, Variant, released
 
+T = TypeVar("T")
 VARIANTS: dict[str, Variant] = {v.name: v for v in (VANILLA, PROTECT, EUCLIDEAN, SHARED, SEPARATE, HETEROGENEOUS)}
 
 
@@ -75,6 +78,21 @@ def study_rows(study: Study, names: tuple[str, ...]) -> dict[str, Row]:
     for name in ("intermediate", "padding", "skip_single_child"):
         rows[f"released: {name}"] = Row(replace(HETEROGENEOUS, **{name: getattr(whole, name)}))
     return rows
+
+
+def chosen_rows(rows: dict[str, T], names: tuple[str, ...] | None) -> dict[str, T]:
+    """The named rows of a study, in that order; all if None.
+
+    Raises:
+        RunError: the study has no such row.
+    """
+    if names is None:
+        return rows
+    unknown = [name for name in names if name not in rows]
+    if unknown or not names:
+        named = f"no row {unknown[0]!r} in this study" if unknown else "no row is named"
+        raise RunError(f"--rows: {named}; it has {', '.join(map(repr, rows))}")
+    return {name: rows[name] for name in names}
 
 
 def trained_as(row: Row) -> str:

@@ -1,12 +1,14 @@
 """Label sets other than one tree, for the recipe `mat`: no tree at all, and a second tree whose classes cut across the first."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from app_data.read.pictures import PictureSet
 from app_data.weights.dual_encoder import Lite0MiniLM
 from app_eval.measure.tree_scores import tree_scores
 from app_train.core.errors import RunError
@@ -40,60 +42,72 @@ class SecondTree:
     Attributes:
         taxonomy: superclasses and classes.
         cuts: drawn cuts.
-        names: key of each node's text: a class has that of the first tree.
-        text: features of the superclasses' texts by key.
+        names: of each node for `encode_text`: a class has that of the first tree.
         target: (n,) node of each test picture.
         train_target: (n,) node of each training picture.
+        text: features of the superclasses' texts by name, where texts are features.
     """
 
     taxonomy: Taxonomy
     cuts: TreeCuts
     names: list[str]
-    text: dict[str, Tensor]
     target: Tensor
     train_target: Tensor
+    text: dict[str, Tensor] = field(default_factory=dict)
 
 
-def second_tree(pictures: Pictures) -> SecondTree:
-    """The superclasses for the pictures of CIFAR-100.
+def superclasses(train: PictureSet, test: PictureSet, names: Sequence[str]) -> SecondTree:
+    """The superclasses for the pictures of CIFAR-100; the name of a superclass is its text.
+
+    Args:
+        train: training pictures under the first tree.
+        test: test pictures under it.
+        names: name of each node of the first tree.
 
     Raises:
         RunError: the pictures have other classes.
     """
-    tax, other = pictures.train.taxonomy, cifar100().taxonomy
+    tax, other = train.taxonomy, cifar100().taxonomy
     by_name = {tax.names[leaf]: leaf for leaf in tax.leaf.tolist()}
     own = {other.names[leaf]: leaf for leaf in other.leaf.tolist()}
     if by_name.keys() != own.keys():
-        raise RunError("the study 'cross' needs CIFAR-100: run it with --data cifar100-fewshot")
-    names, prompts = [], {}
-    for node, name in enumerate(other.names):
-        if other.leaf_index[node] >= 0:
-            names.append(str(by_name[name]))
-        else:
-            names.append(f"superclass {node}")
-            prompts[names[-1]] = pictures.template.format(name.replace("_", " "))
+        raise RunError("the study 'cross' needs the classes of CIFAR-100, and all of them")
+    found = [
+        names[by_name[name]] if other.leaf_index[node] >= 0 else name.replace("_", " ")
+        for node, name in enumerate(other.names)
+    ]
+    move = np.array([own.get(name, -1) for name in tax.names])
+    targets = (torch.from_numpy(move[part.targets]) for part in (test, train))
+    return SecondTree(other, cuts_for(other), found, *targets)
+
+
+def second_tree(pictures: Pictures) -> SecondTree:
+    """The superclasses with features of their texts, under names that no node of the first tree has.
+
+    Raises:
+        RunError: the pictures have other classes.
+    """
+    numbers = [str(node) for node in range(pictures.train.taxonomy.num_nodes)]
+    tree = superclasses(pictures.train, pictures.test, numbers)
+    prompts, names = {}, list(tree.names)
+    for node, name in enumerate(tree.names):
+        if tree.taxonomy.leaf_index[node] < 0:
+            names[node] = f"superclass {node}"
+            prompts[names[node]] = pictures.template.format(name)
     with torch.no_grad():
         base = Lite0MiniLM()
         first = base.encode_text([pictures.template.format(text) for text in pictures.train.node_text])
         encoded = F.normalize(base.encode_text(list(prompts.values())) - first.mean(0), dim=-1)
-    move = np.array([own.get(name, -1) for name in tax.names])
-    return SecondTree(
-        other,
-        cuts_for(other),
-        names,
-        dict(zip(prompts, encoded, strict=True)),
-        torch.from_numpy(move[pictures.test.targets]),
-        torch.from_numpy(move[pictures.train.targets]),
-    )
+    return replace(tree, names=names, text=dict(zip(prompts, encoded, strict=True)))
 
 
-def second_scores(first: Tensor, second: Tensor, pictures: Pictures, tree: SecondTree) -> dict[str, float]:
+def second_scores(first: Tensor, second: Tensor, test: PictureSet, tree: SecondTree) -> dict[str, float]:
     """Scores on the second tree, and how both label sets hold together.
 
     Args:
         first: logits of the first tree's nodes (n, N).
         second: logits of the second tree's nodes.
-        pictures: the test pictures with their first targets.
+        test: the test pictures with their first targets.
         tree: the second tree.
 
     Returns:
@@ -102,7 +116,7 @@ def second_scores(first: Tensor, second: Tensor, pictures: Pictures, tree: Secon
     """
     scores = {k: float(v.mean()) for k, v in tree_scores(second, tree.target.numpy(), tree.taxonomy, tree.cuts).items()}
     sides = (
-        (first, torch.from_numpy(pictures.test.targets), pictures.test.taxonomy),
+        (first, torch.from_numpy(test.targets), test.taxonomy),
         (second, tree.target, tree.taxonomy),
     )
     edges = [len(tax.edge_parent) for _, _, tax in sides]

@@ -1,16 +1,25 @@
 """Settings of the recipes of this folder; the module is light, for `--help`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field
+from tyro.constructors import PrimitiveConstructorSpec
 
 from app_train.core.config import Frozen, RunConfig
-from app_train.recipes.mat.published import PUBLISHED, PublishedConfig
+from app_train.core.errors import RunError
+from app_train.recipes.mat.published import DATA, SHOTS, PublishedConfig
+
+T = TypeVar("T")
 
 VariantName = Literal["VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS"]
 VARIANTS: tuple[VariantName, ...] = ("VANILLA", "PROTECT", "EUCLIDEAN", "SHARED", "SEPARATE", "HETEROGENEOUS")
-Study = Literal["main", "radius", "intermediate", "layers", "defects", "flat", "cross"]
+Study = Literal["main", "radius", "intermediate", "layers", "defects", "flat", "cross", "controls"]
+ClipStudy = Literal["main", "radius", "intermediate", "layers", "defects", "cross"]
+Intermediate = Literal[
+    "chord", "exact-forward", "exact-reverse", "exact-jeffreys", "arithmetic", "harmonic", "geometric"
+]
 # Prompts of mat-mini go no deeper than the text tower of mini-clip.
 MINI_DEPTH = 3
 
@@ -74,25 +83,101 @@ class MATConfig(RunConfig):
     """Compare learning rates on pictures cut out of the training set instead; never touches the test set."""
 
 
-class MATClipConfig(RunConfig):
-    """Train one published configuration on CLIP weights."""
+def _listed(kind: Callable[[str], T], metavar: str) -> PrimitiveConstructorSpec[tuple[T, ...]]:
+    """How values with commas or blanks between them are read from the command line."""
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=lambda words: tuple(kind(part) for word in words for part in word.split(",") if part),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
 
-    published: Literal[tuple(PUBLISHED)] = "cifar100-16-maple"  # type: ignore[valid-type]
-    """data-shots-method."""
-    images: Path | None = None
-    """Folder with train/<leaf>/ and test/<leaf>/ (required)."""
+
+class MATClipFit(Frozen):
+    """In place of the published settings, which stand where nothing is given."""
+
+    epochs: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1)
+    lr: float | None = Field(None, gt=0)
+    warmup_epochs: int | None = Field(None, ge=0)
+    treecut_weight: float | None = Field(None, ge=0)
+    node_weight: float | None = Field(None, ge=0)
+    entail_weight: float | None = Field(None, ge=0)
+    treecut_dropout: float | None = Field(None, ge=0, lt=1)
+    min_radius: float | None = Field(None, gt=0)
+    """K of the half aperture."""
+    scale: float | None = Field(None, gt=0)
+    """Radius of the lifted unit features."""
+    curv_init: float | None = Field(None, gt=0)
+    """Centre of the bounds of the curvatures."""
+    c_img: float | None = Field(None, gt=0)
+    c_txt: float | None = Field(None, gt=0)
+
+
+class MATClipConfig(RunConfig):
+    """The paper's table on CLIP weights: a cell for each data set, number of shots, base, row and seed."""
+
+    out: Path = Path("runs/mat-clip")
+    data: Annotated[tuple[str, ...], _listed(str, "{" + ",".join(DATA) + "}")] = ("cifar100",)
+    """Data sets, with commas between them."""
+    source: Path = Path("data")
+    """Folder of the data set, or one that holds each under its name."""
     tree: Path | None = None
-    """JSON tree with its cuts, in ProTeCt's form (required)."""
-    weights: Path | None = None
-    """Weights file for the model; open_clip's own download if not given."""
+    """The tree with its cuts in ProTeCt's form, or the folder of the trees; found in or beside the data if not given."""
+    shots: Annotated[tuple[int, ...], _listed(int, "{1,2,4,8,16}")] = (16,)
+    """Training pictures of each class. 2 take the published settings of 1, 4 and 8 those of 16."""
+    base: Annotated[tuple[str, ...], _listed(str, "{maple,promptsrc}")] = ("maple",)
+    """Prompts of the two towers."""
+    study: ClipStudy = "main"
+    """Which rows: the variants, or those of an open question (cross: a second tree, CIFAR-100 only)."""
+    rows: tuple[str, ...] | None = None
+    """Only these rows of the study, by name; PROTECT, or the first of them, is what the others are compared with."""
+    seeds: int = Field(1, ge=1)
+    """Seeds 1 .. seeds: choice of the shots, initialisation, order of the data, tree cuts."""
+    novel: bool = False
+    """Train on the first half of the classes by name, and score both halves, each among its own classes."""
     model: str | None = None
     """Another open_clip model than the published one; `local-dir:FOLDER` is one that `mini-clip` wrote, with its weights."""
-    variant: VariantName = "HETEROGENEOUS"
+    weights: Path | None = None
+    """Weights file for the model; open_clip's own download if not given."""
+    layers: tuple[int, ...] | None = None
+    """Blocks that give tokens, from 0, in place of the published 4, 7 and 11."""
+    radius: Literal["unit", "feature"] | None = None
+    """Lift unit features, as published, or the features with a radius of their own."""
+    intermediate: Intermediate | None = None
+    """How c_mid is found: the published chord objective, a mean, or the minimiser of an exact divergence."""
     released: bool = False
     """Repeat the defects of the released code."""
-    epochs: int | None = Field(None, ge=1)
-    """In place of the published number."""
-    out: Path = Path("runs/mat-clip")
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Precision of the towers; cosines, curvatures and what trains stay in fp32."""
+    chunk_size: int | None = Field(None, ge=1)
+    """Labels and pictures encoded at a time, and again in the backward: memory for one more forward pass."""
+    accumulate: int = Field(1, ge=1)
+    """Pieces in which a batch is taken, to save memory."""
+    fit: MATClipFit = MATClipFit()
+
+    def check(self) -> None:
+        """Refuse names and numbers that there are no published settings for, and options that the study itself varies.
+
+        Raises:
+            RunError: it names the option and what is allowed.
+        """
+        for name, allowed in (("data", DATA), ("shots", SHOTS), ("base", ("maple", "promptsrc"))):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values) or not set(values) <= set(allowed):
+                raise RunError(
+                    f"--{name} must name some of {', '.join(map(str, allowed))}, each once, got {','.join(map(str, values))!r}"
+                )
+        own = {"layers": "layers", "radius": "radius", "intermediate": "intermediate", "defects": "intermediate"}.get(
+            self.study
+        )
+        if own is not None and getattr(self, own) is not None:
+            raise RunError(f"--{own} goes without --study {self.study}, whose rows differ in it")
+        if self.study == "cross" and (self.novel or self.data != ("cifar100",)):
+            raise RunError(
+                "--study cross goes with --data cifar100 and without --novel: its second tree is over all of these classes"
+            )
 
 
 class MATMiniConfig(RunConfig):

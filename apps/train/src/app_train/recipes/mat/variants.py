@@ -4,6 +4,7 @@
     hier train mat --data cifar100-fewshot --source DIR --shots 16 --tower vit
     hier train mat --variant HETEROGENEOUS            one variant
     hier train mat --study intermediate               a question the paper leaves open
+    hier train mat --study controls                   classifiers of hier-lora on the same features: a free head and TreeLDA
     hier train mat --tune                             learning rates on pictures cut out of the training set
 
 The towers are frozen and their outputs kept in the cache, so a row takes seconds. Trained are the linear map of each
@@ -30,6 +31,11 @@ from app_train.core.errors import RunError
 from app_train.core.fit import fit
 from app_train.core.records import read_records
 from app_train.core.run_folder import Run, finished
+from app_train.recipes.lora.classifiers import Features as Heads
+from app_train.recipes.lora.classifiers import OnTree
+from app_train.recipes.lora.classifiers import centred as by_style
+from app_train.recipes.lora.frozen import node_scores
+from app_train.recipes.lora.settings import HeadsConfig
 from app_train.recipes.mat.data import (
     Features,
     Pictures,
@@ -43,13 +49,15 @@ from app_train.recipes.mat.data import (
 )
 from app_train.recipes.mat.fit import feature_stage
 from app_train.recipes.mat.results import CONTROLS, folder_name, geometry, store, summarise, table
-from app_train.recipes.mat.rows import VARIANTS, Row, study_rows, trained_as
+from app_train.recipes.mat.rows import VARIANTS, Row, chosen_rows, study_rows, trained_as
 from app_train.recipes.mat.second_tree import SecondTree, second_scores, second_tree, without_tree
 from app_train.recipes.mat.settings import MATConfig, MATFitConfig
 from hier_losses import Taxonomy
 from mat_align import VANILLA, FeatureMATModel, MATObjective
 
 TRIALS = (3e-4, 1e-3, 3e-3)
+# Controls that other rooms fit, by the name of the expert there.
+FITTED = {"free head": "head", "TreeLDA": "tree_lda"}
 TUNED = ("VANILLA", "PROTECT", "EUCLIDEAN")
 
 
@@ -97,19 +105,12 @@ def _limited(pictures: Pictures, limit: int) -> Pictures:
     return replace(pictures, **parts)
 
 
-def _chosen(rows: dict[str, Row], names: tuple[str, ...] | None) -> dict[str, Row]:
-    if names is None:
-        return rows
-    unknown = [name for name in names if name not in rows]
-    if unknown:
-        raise RunError(f"--rows: no row {unknown[0]!r} in this study; it has {', '.join(map(repr, rows))}")
-    return {name: rows[name] for name in names}
-
-
 def _compare(shared: Shared) -> dict:
     config, run, pictures = shared.config, shared.run, shared.pictures
-    rows = _chosen(study_rows(config.study, config.variant), config.rows)
-    homes = {name: name for name in CONTROLS} | {name: trained_as(row) for name, row in rows.items()}
+    own = config.study == "controls"
+    rows = {} if own else chosen_rows(study_rows(config.study, config.variant), config.rows)
+    fitted = chosen_rows(FITTED, config.rows) if own else {}
+    homes = {name: name for name in (*CONTROLS, *fitted)} | {name: trained_as(row) for name, row in rows.items()}
     folders = {
         name: [config.out / folder_name(home) / f"seed-{seed}" for seed in range(config.seeds)]
         for name, home in homes.items()
@@ -119,6 +120,8 @@ def _compare(shared: Shared) -> dict:
         results[name] = [
             _control(shared, name, folder)
             if name in CONTROLS
+            else _fitted(shared, name, folder, seed)
+            if name in fitted
             else train_row(shared, rows[name], folder, seed, homes[name])
             for seed, folder in enumerate(places)
         ]
@@ -161,6 +164,28 @@ def _control(shared: Shared, name: str, folder: Path) -> dict:
         train = torch.from_numpy(pictures.train.targets)
         logits = neighbour_logits(features.neighbour_train, train, features.neighbour_test, tax)
     return store(folder, logits, pictures.test, pictures.cuts, facts)
+
+
+def _fitted(shared: Shared, name: str, folder: Path, seed: int) -> dict:
+    """A classifier of hier-lora on the features of the last depth: no text, no attention, no manifold."""
+    facts = _facts(shared, name, seed, None)
+    known = finished(folder, facts)
+    if known is not None:
+        return known
+    pictures, features, fit_config = shared.pictures, shared.features, shared.config.fit
+    train, test = features.neighbour_train, features.neighbour_test
+    mean = test.mean(0) if pictures.centred else train.mean(0)
+    x = by_style(train, np.array(pictures.train.styles)) if pictures.centred else train - mean
+    settings = HeadsConfig(
+        epochs=fit_config.epochs, lr=fit_config.lr, batch_size=fit_config.batch_size, dropout=fit_config.dropout
+    )
+    tax = pictures.train.taxonomy
+    on = OnTree(tax, Heads(x, torch.from_numpy(pictures.train.targets)), settings, settings.shrinkage)
+    try:
+        found = on.log_prob(FITTED[name], test - mean, seed)
+    except ValueError as error:
+        raise RunError(f"the row {name} cannot be fitted to these pictures ({error}): choose other --rows") from error
+    return store(folder, node_scores(found, tax), pictures.test, pictures.cuts, facts)
 
 
 @torch.no_grad()
@@ -224,7 +249,7 @@ def train_row(shared: Shared, row: Row, folder: Path, seed: int, name: str, conf
     facts |= geometry(exact, objective, tokens, text, target, read_records(folder / "metrics.jsonl"))
     logits = _logits(model, row, features, objective.names)
     if tree is not None:
-        facts["second"] = second_scores(logits, _logits(model, row, features, tree.names), pictures, tree)
+        facts["second"] = second_scores(logits, _logits(model, row, features, tree.names), pictures.test, tree)
     result = store(folder, logits, pictures.test, pictures.cuts, facts)
     remove_checkpoints(folder)
     return result

@@ -1,0 +1,103 @@
+"""Hours and memory of the ImageNet cells of `hier train mat-clip` on one card: computed, not measured.
+
+    python docs/mat-align/cost.py TREES/imagenet.json [--tflops 60]
+
+Operations of one step are counted on fake tensors: ViT-B/16 at 224 px, batch 2, the mean number of labels that a step encodes on
+this tree, in chunks of 64. Hours are operations over the rate that a card sustains, which is an assumption: 60 TFLOP/s is a fifth
+of the 312 that an A100 is sold with in bf16. Memory is that of `bench_memory.py`, counted in the same way.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from app_data.sets.cifar100 import StoredTree, read_stored_tree
+from app_train.recipes.mat.published import SHOTS, published
+from app_train.recipes.mat.rows import VARIANTS, Row
+from app_train.recipes.mat.tune import build_model
+from hier_losses.treecuts import sample_cut
+from mat_align import MATModel, MATObjective
+
+CHUNK, TEST, TEMPLATES = 64, 50_000, 60
+
+
+def labels_of_a_step(stored: StoredTree, batch: int, draws: int = 200) -> float:
+    """Mean number of labels that a step encodes: those of a random cut, and of the children on two random paths."""
+    objective, generator = MATObjective(stored.taxonomy), torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(draws):
+        cut = sample_cut(stored.taxonomy, 0.1, generator)
+        target = stored.taxonomy.leaf[torch.randint(len(stored.taxonomy.leaf), (batch,), generator=generator)]
+        found.append(len(objective.nodes_in_use(target, cut)))
+    return float(np.mean(found))
+
+
+def faked(model: MATModel, mode: FakeTensorMode) -> None:
+    """Give every weight a size and no memory."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, value in held.items():
+                if value is not None:
+                    fake = mode.from_tensor(value)
+                    held[name] = nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+
+
+def tera(work) -> float:
+    """TFLOP of some work: 2 for each multiplication and addition."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tree", type=Path)
+    parser.add_argument("--tflops", type=float, default=60.0, help="what the card sustains")
+    args = parser.parse_args()
+    import open_clip
+
+    stored = read_stored_tree(args.tree)
+    batch = published("imagenet", 16, "maple").batch_size
+    used = labels_of_a_step(stored, batch)
+    texts = list(stored.node_text)
+    print(
+        f"{len(texts):,} nodes, of which a step encodes {used:,.0f}; batch {batch}; {args.tflops:g} TFLOP/s sustained\n"
+    )
+    print(
+        "| base | shots | steps | TFLOP a step | training, hours | scoring, hours | a cell, hours |\n|---|---|---|---|---|---|---|"
+    )
+    for base in ("maple", "promptsrc"):
+        clip = open_clip.create_model("ViT-B-16-quickgelu")
+        model = build_model(published("imagenet", 16, base), clip, Row(VARIANTS["HETEROGENEOUS"]), chunk_size=CHUNK)
+        model.tokens_of(texts)
+        chosen = sorted(texts, key=lambda text: -len(model.tokens_of([text])[0]))[:1] + texts[: round(used) - 1]
+        mode = FakeTensorMode()
+        faked(model, mode)
+        with mode:
+            images = torch.randn(batch, 3, 224, 224)
+
+            def step(model=model, images=images, chosen=chosen, base=base) -> None:
+                model(images, chosen).logits.sum().backward()
+                if base == "promptsrc":
+                    model.frozen_image(images)
+
+            each = tera(step)
+            with torch.no_grad():
+                score = tera(lambda model=model: model.encode_image(torch.randn(64, 3, 224, 224))) * TEST / 64
+                text = tera(lambda model=model: model.encode_text(texts))
+        once = TEMPLATES * text if base == "promptsrc" else 0.0
+        for shots in SHOTS:
+            settings = published("imagenet", shots, base)
+            steps = settings.epochs * -(-1000 * shots // settings.batch_size)
+            hours = [(steps * each + once) / args.tflops / 3600, (score + text) / args.tflops / 3600]
+            print(f"| {base} | {shots} | {steps:,} | {each:.1f} | {hours[0]:.1f} | {hours[1]:.2f} | {sum(hours):.1f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
