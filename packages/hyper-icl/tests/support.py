@@ -47,7 +47,16 @@ FEATURES = {
     "LoRA": "`lora_config`, then a plan",
 }
 # Their prompts are read by an encoder, without a causal mask: there are no demonstrations to weigh in the decoder.
-ENCODER_DECODER = ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder", "blip", "git")
+ENCODER_DECODER = (
+    "florence2",
+    "pix2struct",
+    "pp_formulanet",
+    "t5gemma2",
+    "udop",
+    "vision-encoder-decoder",
+    "blip",
+    "git",
+)
 # Not a language model that answers: a policy, a denoiser, or a guard with Gemma 3's text model.
 OTHER_KINDS = ("diffusion_gemma", "pi0", "shieldgemma2", "evolla")
 # Their forward refuses a prompt without a picture: their language model alone is tried.
@@ -127,6 +136,10 @@ def _shrunk(config, small):
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
         settings["rope_parameters"] = {**rope, "rope_type": "default", "mrope_section": [2, 3, 3]}
+    for key in config.sub_configs:
+        sub = getattr(config, key, None)
+        if hasattr(sub, "sub_configs"):
+            settings[key] = _shrunk(sub, SMALL_VISION)
     return type(config)(**settings)
 
 
@@ -150,6 +163,10 @@ def build(name):
     kind = getattr(__import__("transformers"), modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])
     if isinstance(kind, tuple):
         kind = kind[0]
+    with torch.device("meta"):
+        size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
+    if size > 2e7:
+        raise MemoryError(f"{size / 1e6:.0f} million parameters after shrinking")
     model = families.grown(kind, config)
     if name in NEED_A_PICTURE:
         model = model.language_model
@@ -211,7 +228,9 @@ def _agree(found, expected, what, tolerance=1e-4):
 
 
 def _pieces(model, cuts, cache):
-    return torch.cat([forward(model, IDS[:, a:b], past_key_values=cache) for a, b in zip(cuts, cuts[1:], strict=False)], 1)
+    return torch.cat(
+        [forward(model, IDS[:, a:b], past_key_values=cache) for a, b in itertools.pairwise(cuts)], 1
+    )
 
 
 def _text(model):
@@ -243,7 +262,9 @@ class Family:
         _agree(forward(self.model, IDS, use_cache=False), self.plain.double(), "logits", 1e-5)
 
     def one_pass(self):
-        assert float((self.expected - self.plain).abs().max() / self.plain.abs().max()) > 1e-3, "the plan changes nothing"
+        assert float((self.expected - self.plain).abs().max() / self.plain.abs().max()) > 1e-3, (
+            "the plan changes nothing"
+        )
         with calibrate(self.model, self.plan):
             _agree(forward(self.model, IDS[:, :LENGTH]), self.prompt_expected, "logits")
 
@@ -277,7 +298,10 @@ class Family:
         cache = self._dynamic()
         forward(self.model, IDS[:, :8], past_key_values=cache)
         with calibrate(self.model, self.plan):
-            parts = [forward(self.model, IDS[:, a:b], past_key_values=cache) for a, b in ((8, LENGTH), (LENGTH, LENGTH + MORE))]
+            parts = [
+                forward(self.model, IDS[:, a:b], past_key_values=cache)
+                for a, b in ((8, LENGTH), (LENGTH, LENGTH + MORE))
+            ]
         _agree(torch.cat(parts, 1), self.expected[:, 8:], "logits")
 
     def beams(self):
@@ -326,7 +350,9 @@ class Family:
             _agree(forward(self.model, IDS, use_cache=False), self.plain.double(), "an adapter of zeros", 1e-5)
             torch.nn.init.normal_(adapter.u_k)
             torch.nn.init.normal_(adapter.u_q)
-            assert (forward(self.model, IDS, use_cache=False) - self.plain).abs().max() > 1e-3, "the adapter changes nothing"
+            assert (forward(self.model, IDS, use_cache=False) - self.plain).abs().max() > 1e-3, (
+                "the adapter changes nothing"
+            )
 
     def lora(self):
         student = get_peft_model(copy.deepcopy(self.model), lora_config(self.model, r=2))
@@ -339,7 +365,20 @@ class Family:
 METHODS = dict(
     zip(
         FEATURES,
-        ("no_plan", "one_pass", "steps", "beams", "left", "right", "chunks", "prefix", "static", "compiled", "adapter", "lora"),
+        (
+            "no_plan",
+            "one_pass",
+            "steps",
+            "beams",
+            "left",
+            "right",
+            "chunks",
+            "prefix",
+            "static",
+            "compiled",
+            "adapter",
+            "lora",
+        ),
         strict=True,
     )
 )

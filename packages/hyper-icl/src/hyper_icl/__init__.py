@@ -30,22 +30,27 @@ from hyper_icl.distill import (
     segment_log_mass,
     tilt,
 )
+from hyper_icl.diverse import BalancedSelector, DppSelector, MmrSelector, vote_k
 from hyper_icl.lorentz_anchor_loss import LorentzAnchorLoss, align_suffix, lorentz_anchor_loss
 from hyper_icl.prompts import format_prompt, insert_demos, postprocess_caption, postprocess_vqa
 from hyper_icl.segments import SegmentMap
 from hyper_icl.selection import HyperbolicDemoIndex
+from hyper_icl.vectors import inner_product_query, inner_product_vectors
 
 __all__ = [
     "AnchorBank",
     "AnchorLoss",
+    "BalancedSelector",
     "CalibrationPlan",
     "DemoSelection",
     "DistillTerms",
+    "DppSelector",
     "HyperbolicDemoIndex",
     "HyperbolicLift",
     "LogitAdapter",
     "LorentzAnchorLoss",
     "MmicesSelector",
+    "MmrSelector",
     "RandomSelector",
     "RicesSelector",
     "SegmentDistillLoss",
@@ -62,6 +67,8 @@ __all__ = [
     "calibrate",
     "format_prompt",
     "hierarchy_bias",
+    "inner_product_query",
+    "inner_product_vectors",
     "insert_demos",
     "knn_vote",
     "lora_config",
@@ -75,4 +82,5 @@ __all__ = [
     "text_attention_modules",
     "tilt",
     "use_calibrated_attention",
+    "vote_k",
 ]
