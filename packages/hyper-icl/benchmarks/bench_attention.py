@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from hyper_icl import CalibrationPlan, LogitAdapter, SegmentMap, segment_kl, segment_log_mass
 from hyper_icl._attention import _augmented, _sdpa
 from hyper_icl._hooks import _CALL, Call, set_hook
-from hyper_icl._segment_bias import SegmentBias
+from hyper_icl.demonstrations._segment_bias import SegmentBias
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

@@ -11,7 +11,7 @@ import torch
 from _bench import Bench, arguments
 
 from hyper_icl import HyperbolicDemoIndex, RicesSelector
-from hyper_icl._bounds import exact_scores
+from hyper_icl.demonstrations._bounds import exact_scores
 
 
 def pool(num: int, dim: int, seed: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from hyper_icl import (
     inner_product_vectors,
     vote_k,
 )
-from hyper_icl import selection as module
+from hyper_icl.demonstrations import selection as module
 
 HAS_FAISS = importlib.util.find_spec("faiss") is not None
 BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(not HAS_FAISS, reason="faiss is not installed"))]

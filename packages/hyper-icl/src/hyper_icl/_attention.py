@@ -60,6 +60,10 @@ def _hooked(
             query = hooks.adapter.rewrite(module.layer_idx, query, scaling)
         placed = None if hooks.bias is None else hooks.bias.place(query, key)
         if hooks.collector is not None:
+            if _has_extras(kwargs) or kwargs.get("position_bias") is not None:
+                raise ValueError(
+                    "model must have plain attention while masses are collected, got softcap, s_aux or position_bias"
+                )
             hooks.collector.record(module.layer_idx, query, key, attention_mask, scaling, placed)
         if placed is None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -109,8 +113,14 @@ def _biased_mask(placed, module, query, key, attention_mask, start, kwargs):
 
 
 def _has_extras(kwargs: dict) -> bool:
-    """Whether the model adds a soft cap or attention sinks to its scores, which sdpa refuses or leaves out in silence."""
+    """Whether the model puts a soft cap or attention sinks on its scores, which sdpa refuses or leaves out in silence."""
     return kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+
+
+def _of_rows(kwargs: dict, start: int) -> dict:
+    """The arguments of a call with query rows start.. alone: a bias by position of the model's own has rows too."""
+    own = kwargs.get("position_bias")
+    return kwargs if own is None or own.shape[2] == 1 else {**kwargs, "position_bias": own[:, :, start:]}
 
 
 def _plain_sdpa(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
@@ -136,7 +146,7 @@ def _biased_sdpa(placed, module, query, key, value, attention_mask, *, scaling, 
     mask = _biased_mask(placed, module, query, key, attention_mask, start, kwargs)
     tail = query[:, :, start:]
     attend = _attend if _has_extras(kwargs) else sdpa_attention_forward
-    calibrated, _ = attend(module, tail, key, value, mask, scaling=scaling, **kwargs)
+    calibrated, _ = attend(module, tail, key, value, mask, scaling=scaling, **_of_rows(kwargs, start))
     keep = placed.unbiased(start)
     if start == 0 and keep is None:
         return calibrated, None
@@ -146,7 +156,20 @@ def _biased_sdpa(placed, module, query, key, value, attention_mask, *, scaling, 
     return torch.cat((plain[:, :start], calibrated), dim=1), None
 
 
-def _attend(module, query, key, value, mask, *, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs):
+def _attend(
+    module,
+    query,
+    key,
+    value,
+    mask,
+    *,
+    scaling=None,
+    dropout=0.0,
+    softcap=None,
+    s_aux=None,
+    position_bias=None,
+    **kwargs,
+):
     """Explicit attention with its weights; softmax in fp32; `s_aux` holds a sink's score for every head."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
@@ -154,8 +177,9 @@ def _attend(module, query, key, value, mask, *, scaling=None, dropout=0.0, softc
     scores = query @ key.mT * scaling
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
-    if mask is not None:
-        scores = scores + mask[..., : key.shape[2]]
+    for added in (position_bias, mask):
+        if added is not None:
+            scores = scores + added[..., : key.shape[2]]
     if s_aux is not None:
         sink = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=-1)

@@ -13,11 +13,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from hyper_icl._bounds import gamma, products_are_rounded
 from hyper_icl._checks import check_count, check_groups, check_rows
-from hyper_icl._exact import search_by_bound
-from hyper_icl._pool_file import fp64_norm
-from hyper_icl._selected import DemoSelection, best_first, check_available, in_order
+from hyper_icl.demonstrations._bounds import gamma, products_are_rounded
+from hyper_icl.demonstrations._exact import search_by_bound
+from hyper_icl.demonstrations._pool_file import fp64_norm
+from hyper_icl.demonstrations._selected import DemoSelection, best_first, check_available, in_order
 
 # Queries are searched in blocks whose cosines fit in this many bytes.
 _BLOCK_BYTES = 256 << 20

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from hyper_icl._attention import causal_rows
 from hyper_icl._checks import check_count
 from hyper_icl._hooks import set_hook
-from hyper_icl._segment_bias import PlacedBias
-from hyper_icl.calibration import text_attention_modules
-from hyper_icl.segments import SegmentMap
+from hyper_icl._routing import text_attention_modules
+from hyper_icl.demonstrations._segment_bias import PlacedBias
+from hyper_icl.demonstrations.segments import SegmentMap
 
 
 def segment_log_mass(

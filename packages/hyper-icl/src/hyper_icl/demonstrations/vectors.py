@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from hyper_icl import _bounds
 from hyper_icl._checks import check_positive, check_rows
+from hyper_icl.demonstrations import _bounds
 
 
 def inner_product_vectors(tangent: Float[Tensor, "n d"], c: float = 1.0, mu: float = 0.0) -> Float32[Tensor, "n d1"]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyper_icl._checks import check_choice, check_count, check_positive, check_rows
-from hyper_icl._selected import ORDERS, DemoSelection, in_order
-from hyper_icl.baselines import TopKClipSelector
+from hyper_icl.demonstrations._selected import ORDERS, DemoSelection, in_order
+from hyper_icl.demonstrations.baselines import TopKClipSelector
 
 
 class _Rerank:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hyper_geom import lorentz
 from hyper_icl._checks import check_count, check_groups, check_positive, check_rows
-from hyper_icl._pool_file import fp64_norm, read_pool, write_pool
-from hyper_icl.selection import HyperbolicDemoIndex
+from hyper_icl.demonstrations._pool_file import fp64_norm, read_pool, write_pool
+from hyper_icl.demonstrations.selection import HyperbolicDemoIndex
 
 
 class HyperbolicLift(nn.Module):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from hyper_icl._checks import check_count
 from hyper_icl._hooks import set_hook
-from hyper_icl.calibration import check_routed, text_attention_modules
+from hyper_icl._routing import check_routed, text_attention_modules
 
 _SETTINGS, _WEIGHTS = "logit_adapter.json", "logit_adapter.safetensors"
 
@@ -121,7 +121,7 @@ class LogitAdapter(nn.Module):
 def _heads(module: nn.Module) -> tuple[int, int]:
     """Number and width of the query heads, whatever the projections: plain, fused (qkv) or latent (MLA)."""
     config = module.config
-    num = config.num_attention_heads
+    num = getattr(module, "num_heads", None) or config.num_attention_heads
     width = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or config.hidden_size // num
     return num, width
 

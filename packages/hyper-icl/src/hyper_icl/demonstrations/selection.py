@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from hyper_icl import _bounds
 from hyper_icl._checks import check_choice, check_count, check_groups, check_positive, check_rows
-from hyper_icl._exact import Results, below, search_by_bound
-from hyper_icl._pool_file import fp64_norm, read_pool, write_pool
-from hyper_icl._selected import DemoSelection, best_first, check_available, in_order, marginal_relevance
+from hyper_icl.demonstrations import _bounds
+from hyper_icl.demonstrations._exact import Results, below, search_by_bound
+from hyper_icl.demonstrations._pool_file import fp64_norm, read_pool, write_pool
+from hyper_icl.demonstrations._selected import DemoSelection, best_first, check_available, in_order, marginal_relevance
 
 BACKENDS = ("auto", "torch", "faiss")
 # cosh(k|x|) cosh(k|q|) must stay below the largest fp64 number, exp(709).

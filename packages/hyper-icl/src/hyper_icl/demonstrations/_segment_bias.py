@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import Cache
 
 from hyper_icl._hooks import Call, call_of
-from hyper_icl.segments import SegmentMap
+from hyper_icl.demonstrations.segments import SegmentMap
 
 
 class Admission:
