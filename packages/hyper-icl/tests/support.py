@@ -11,6 +11,7 @@ import argparse
 import copy
 import importlib.util
 import itertools
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -431,12 +432,19 @@ def row_of(name, features=tuple(FEATURES)):
         return row, why
 
 
-def page(names):
-    """The page, and whether every family was tried."""
+def page(names, kept):
+    """Table rows, notes, and families that could not be built; finished families are kept in a file, so that runs go on."""
+    done = {}
+    if kept is not None and kept.exists():
+        done = {name: (row, why) for name, row, why in map(json.loads, kept.read_text(encoding="utf-8").splitlines())}
     rows, notes, missing = [], [], []
     for name in names:
-        row, why = row_of(name)
-        print(name, row, {k: v[:160] for k, v in why.items()}, file=sys.stderr, flush=True)
+        if name not in done:
+            done[name] = row_of(name)
+            if kept is not None:
+                with kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([name, *done[name]]) + "\n")
+        row, why = done[name]
         if row is None:
             missing.append(f"{name} ({why['']})")
             continue
@@ -449,10 +457,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--families", nargs="*")
+    parser.add_argument("--keep", type=Path, help="JSON lines of finished families; a run that was stopped goes on")
     args = parser.parse_args()
     every = sorted(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     tried = args.families or [n for n in every if n not in (*ENCODER_DECODER, *OTHER_KINDS)]
-    rows, notes, missing = page(tried)
+    rows, notes, missing = page(tried, args.keep)
     import transformers
 
     lines = [
