@@ -75,6 +75,8 @@ class Check:
     """Lists of pictures in place of class folders; of several each is the part of its name."""
     listing_columns: str = ""
     """Names of the columns of the lists, such as path=image_id,label=order+family+species,split=fold."""
+    outside: bool = False
+    """Let the lists name files that do not lie in the folder."""
     max_bad_fraction: float = 0.01
     """Budget of unreadable files, as a share; ten are always allowed."""
     quick: bool = False

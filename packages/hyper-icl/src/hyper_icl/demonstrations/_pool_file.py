@@ -108,6 +108,6 @@ def read_pool(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, str], li
         if ids is not None and len(ids) != len(tensors["tangent"]):
             raise KeyError(f"ids for {len(tensors['tangent'])} items")
         float(facts["c"])
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"folder must hold a complete {FILE}, got {folder}: {error}") from error
     return tensors, facts, ids

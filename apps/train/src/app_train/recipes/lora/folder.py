@@ -138,7 +138,10 @@ def _read(config: FolderConfig, run: Run) -> dict[str, PictureSet]:
         if config.listing or config.listing_columns:
             raise DataError(f"--listing is not used for {config.data}: a release has its own lists")
         return load_named(name, root, decoding, config.taxonomy)
-    found = find_pictures(config.data, config.taxonomy, listing=config.listing, listing_columns=config.listing_columns)
+    found = find_pictures(
+        config.data, config.taxonomy,
+        listing=config.listing, listing_columns=config.listing_columns, outside=config.outside,
+    )  # fmt: skip
     report = examine(found, cache_dir=config.cache_dir, max_bad_fraction=config.max_bad_fraction)
     if report.stops:
         raise DataError(f"{'; '.join(report.stops)} (hier check {config.data} shows all)")

@@ -145,6 +145,8 @@ class FolderConfig(RunConfig):
     """Lists of pictures in place of class folders; of several each is the part of its name."""
     listing_columns: str = ""
     """Names of the columns of the lists, such as path=image_id,label=order+family+species,split=fold."""
+    outside: bool = False
+    """Let the lists name files that do not lie in the folder."""
     size: int = Field(128, ge=32)
     """Height and width of the pictures in pixels."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
