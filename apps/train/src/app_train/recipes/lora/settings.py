@@ -94,10 +94,10 @@ class RowsConfig(RunConfig):
 # Chosen by `nox -s train -- --tune`: the lower AHD@1 on withheld leaves, which no row has seen; see
 # docs/results/first-light-tuning.json.
 CHOSEN_LR: dict[str, tuple[float, float]] = {
-    "leaf_ce": (1e-3, 5e-4),
-    "level_ce": (1e-3, 5e-4),
-    "both": (1e-3, 5e-4),
-    "both_consistency": (1e-3, 5e-4),
+    "leaf_ce": (4e-3, 5e-4),
+    "level_ce": (2e-3, 5e-4),
+    "both": (2e-3, 5e-4),
+    "both_consistency": (2e-3, 5e-4),
 }
 # (head, LoRA) learning rates tried for every row on the withheld leaves.
 TRIALS = ((4e-3, 5e-4), (2e-3, 5e-4), (1e-3, 5e-4))
