@@ -331,6 +331,7 @@ FAULTS = {
     "layers": (("--layers", "4", "12"), "layers must be ascending, different and in [0, 8], got (4, 12)"),
     "layers for PromptSRC": (("--base", "promptsrc", "--layers", "4", "7"), "layers must end with the last block"),
     "layers of the study": (("--study", "layers", "--layers", "4"), "--layers goes without --study layers"),
+    "two ways to c_mid": (("--released", "--intermediate", "harmonic"), "--intermediate goes without --released"),
     "curvatures": (("--fit.c-img", "9"), "c_img must lie in (curv_init / 10, 10 curv_init) = (0.05, 5), got 9.0"),
     "second tree": (("--study", "cross"), "needs the classes of CIFAR-100, and all of them"),
     "second tree of novel classes": (("--study", "cross", "--novel"), "--study cross goes with --data cifar100 and without --novel"),

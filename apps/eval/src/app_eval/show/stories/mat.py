@@ -250,7 +250,8 @@ def _setting() -> Section:
             "cosines. VANILLA (cross-entropy of leaves) and PROTECT (VANILLA with losses over tree cuts) train the map of the last depth "
             "alone; EUCLIDEAN adds tokens of several depths, SHARED, SEPARATE and HETEROGENEOUS add entailment cones. So rows with several "
             "tokens have more trainable numbers; the tables print them. One learning rate, set beforehand, serves every row. On mini-CLIP, "
-            "a small model of our own, prompts are tuned for few steps.",
+            "a small model of our own, prompts are tuned for few steps. Two classifiers read the features of the last depth and no text: a "
+            "free head over the leaves, trained for as many epochs by a loss that knows the tree (HXE), and TreeLDA, in closed form.",
         ),
     )
 

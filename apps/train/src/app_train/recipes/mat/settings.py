@@ -174,6 +174,8 @@ class MATClipConfig(RunConfig):
         )
         if own is not None and getattr(self, own) is not None:
             raise RunError(f"--{own} goes without --study {self.study}, whose rows differ in it")
+        if self.released and self.intermediate is not None:
+            raise RunError("--intermediate goes without --released, which finds c_mid as the released code does")
         if self.study == "cross" and (self.novel or self.data != ("cifar100",)):
             raise RunError(
                 "--study cross goes with --data cifar100 and without --novel: its second tree is over all of these classes"
