@@ -396,6 +396,8 @@ def test_a_full_graph_is_refused(families):
         with pytest.raises(torch._dynamo.exc.Unsupported, match="compile with fullgraph=False"):
             forward(compiled, ids)
         forward(model, ids)
+    # The graph of before serves again.
+    torch.testing.assert_close(forward(compiled, ids), forward(model, ids), atol=1e-5, rtol=1e-5)
 
 
 def test_checkpointing_in_a_thread_of_autograd(families):
