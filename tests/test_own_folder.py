@@ -200,6 +200,27 @@ def test_hostile_yaml(command, tmp_path, text, words):
     fails(command("apps/train", "folder", "--config", str(config)), "c.yaml", *words)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("folder --fit.lora.lr -1", "--fit.lora.lr should be greater than 0, got -1.0; see hier train folder --help"),
+        ("folder --fit.lora.lr x", "--fit.lora.lr: could not convert string to float: 'x'"),
+        ("folder --sizes 3", "unrecognized options: --sizes, 3; perhaps you meant --size INT"),
+        ("folder --fit.towers none", "invalid choice 'none' for argument '--fit.towers'"),
+        ("folder --size", "missing value for argument '--size'"),
+        ("folder --size 3", "--size should be greater than or equal to 32, got 3"),
+        ("select --k 2", "missing from hier select: --data PATH --query"),
+        ("page soup x.md", "soup"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(command, words, said):
+    first, *rest = words.split()
+    program = "apps/train" if first == "folder" else "apps/eval"
+    result = command(program, first, *rest)
+    fails(result, said)
+    assert len(result[2].strip().splitlines()) == 1
+
+
 def test_an_unknown_recipe(command):
     fails(command("apps/train", "soup"), "soup", "emoji")
 

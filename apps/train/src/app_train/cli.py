@@ -1,8 +1,11 @@
 """The command line: `hier COMMAND ...`, and `hier train RECIPE ...` for its command `train`."""
 
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,7 +45,7 @@ def hier(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
 
     def work() -> int:
-        config = tyro.cli(command.kind(), args=argv[len(name.split()) :], prog=f"hier {name}")
+        config = _read(command.kind(), argv[len(name.split()) :], f"hier {name}")
         return _heavy(lambda: command.function()(config))
 
     return guarded(work)
@@ -110,9 +113,47 @@ def parse(name: str, kind: type[RunConfig], argv: Sequence[str]) -> RunConfig:
         default = read_yaml(Path(argv[at + 1]), kind)
         del argv[at : at + 2]
     try:
-        return tyro.cli(kind, args=argv, default=default, prog=f"hier train {name}")
+        return _read(kind, argv, f"hier train {name}", default)
     except ValidationError as error:
         raise RunError(explain(error, kind)) from error
+
+
+def _read(kind: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Settings from a command line.
+
+    Raises:
+        RunError: for a wrong option or value, in one sentence where tyro draws a box.
+    """
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            return tyro.cli(kind, args=argv, prog=prog, default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        raise RunError(f"{_sentence(told.getvalue())}; see {prog} --help") from None
+
+
+def _sentence(box: str) -> str:
+    """What a box of tyro says: without its frame, its title, and the help texts in it, which are indented."""
+    said = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:
+        text = line.strip("\n|+\u2502\u256d\u256e\u2570\u256f").rstrip()
+        if text.lstrip().startswith(("For ful", "For fur", "Argument helptext")):
+            break
+        if text.strip(" -\u2500") and not text.startswith(" " * 9):
+            said.append(text.strip())
+    text = " ".join(said).rstrip(".:")
+    wrong = re.fullmatch(
+        r"Error parsing (\S*): \d+ validation errors? for \w+ (\S+) (.*) \[type=\w+, input_value=(.*), input_type=.*",
+        text,
+    )
+    if wrong is None:
+        text = text.removeprefix("Error parsing ").replace(" Perhaps you meant:", "; perhaps you meant")
+        return text[:1].lower() + text[1:]
+    group, field, rule, value = wrong.groups()
+    option = ".".join(part for part in (*group.split("."), field) if part[:1].islower()).replace("_", "-")
+    return f"--{option} {rule.removeprefix('Value error, ')}, got {value}".replace("Input should", "should")
 
 
 def list_recipes() -> int:
