@@ -246,9 +246,7 @@ RECIPES: dict[str, Case] = {
     "mat": Case(_mat, with_summary, TOWERS, rtol=2e-2),
     "mat-emoji": Case(_mat_emoji, with_summary, EMOJI + TOWERS),
     "mat-clip": Case(partial(_mat_clip, "maple"), partial(by_cell, "maple"), ("open_clip",), rtol=1e-2),
-    "mat-clip-promptsrc": Case(
-        partial(_mat_clip, "promptsrc"), partial(by_cell, "promptsrc"), ("open_clip",)
-    ),
+    "mat-clip-promptsrc": Case(partial(_mat_clip, "promptsrc"), partial(by_cell, "promptsrc"), ("open_clip",)),
     "mini-clip": Case(_mini_clip, partial(by_stage, "mini-clip"), (*EMOJI, *TOWERS, "open_clip")),
     "mat-mini": Case(_mat_mini, with_summary, (*EMOJI, "open_clip")),
     "blip-mini": Case(
