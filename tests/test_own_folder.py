@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from app_eval.ask.frozen import FrozenClassifier
 from app_eval.ask.predict import find_model
+from helpers import releases
 from hier_lora import HierLoraCLIP, load_dual_encoder
 
 
@@ -147,6 +148,30 @@ def test_an_empty_folder(command, quick, tmp_path):
     (tmp_path / "empty").mkdir()
     fails(train(command, tmp_path / "empty", tmp_path / "run", quick), "empty")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "words"),
+    [
+        ("planets:{0}", [], ["planets", "cifar100, cub, aircraft"]),
+        ("aircraft:{0}", ["--taxonomy", "tree.csv"], ["--taxonomy is not used for aircraft"]),
+        ("cub:{0}", [], ["--taxonomy is missing for cub"]),
+        ("aircraft:{0}", ["--listing", "train.csv"], ["--listing is not used"]),
+        ("aircraft:{0}", [], ["FGVC-Aircraft", "images_manufacturer"]),
+    ],
+)
+def test_a_released_data_set_that_cannot_be_read(command, quick, tmp_path, data, more, words):
+    (tmp_path / "release").mkdir()
+    fails(train(command, data.format(tmp_path / "release"), tmp_path / "out", quick, *more), *words)
+
+
+def test_a_released_data_set_by_name(command, quick, tmp_path):
+    release, out = tmp_path / "release", tmp_path / "out"
+    releases.cub(release)
+    plain = [word for word in quick if word != "--lora"]
+    status, _, err = train(command, f"cub:{release}", out, plain, "--taxonomy", str(release / "tree.csv"))
+    assert status == 0, err
+    assert json.loads((out / "result.json").read_text())["n"] == 6
 
 
 def test_a_wrong_key_in_yaml(command, tmp_path):

@@ -13,8 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hyper_icl import CalibrationPlan, LogitAdapter, SegmentMap, segment_kl, segment_log_mass
-from hyper_icl._attention import _augmented, _sdpa, set_hook
-from hyper_icl._segment_bias import SegmentBias
+from hyper_icl._attention import _augmented, _sdpa
+from hyper_icl._hooks import _CALL, Call, set_hook
+from hyper_icl.demonstrations._segment_bias import SegmentBias
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -64,6 +65,8 @@ def main() -> None:
         def hooked(name, value, function=_sdpa, q=q, k=k, v=v):
             def step(name=name, value=value):
                 before = set_hook(module, name, value)
+                # What the decoder would have said: the queries are the last positions.
+                _CALL.set(Call(0, k.shape[2] - q.shape[2], q.shape[2]))
                 try:
                     return function(module, q, k, v, None, scaling=scaling)
                 finally:

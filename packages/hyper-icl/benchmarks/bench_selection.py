@@ -11,7 +11,7 @@ import torch
 from _bench import Bench, arguments
 
 from hyper_icl import HyperbolicDemoIndex, RicesSelector
-from hyper_icl._bounds import exact_scores
+from hyper_icl.demonstrations._bounds import exact_scores
 
 
 def pool(num: int, dim: int, seed: int) -> torch.Tensor:
@@ -42,14 +42,14 @@ def main() -> None:
     bench = Bench(1 if args.quick else 2)
     items, queries = pool(num, dim, 0), pool(64, dim, 1)
     setting = f"N {num:,}, d {dim}, one thread"
-    rices = RicesSelector(items)
+    rices, unit = RicesSelector(items), torch.nn.functional.normalize(items, dim=-1)
     indexes = {mu: HyperbolicDemoIndex(items, mu=mu) for mu in (0.3,)}
     try:
         import faiss
 
         faiss.omp_set_num_threads(1)
         flat = faiss.IndexFlatIP(dim)
-        flat.add(rices.features.numpy())
+        flat.add(unit.numpy())
         through_faiss = HyperbolicDemoIndex(items, mu=0.3, backend="faiss")
     except ImportError:
         flat = None
@@ -62,7 +62,7 @@ def main() -> None:
                 return index.search(query, 8)
 
             def sort(query=query):
-                return (query @ rices.features.mT).argsort(dim=-1, descending=True)[:, :8]
+                return (query @ unit.mT).argsort(dim=-1, descending=True)[:, :8]
 
             def topk(query=query):
                 return rices.search(query, 8)

@@ -131,13 +131,19 @@ _MAKE = {
 
 def make_model(name):
     """A seeded model in evaluation mode."""
+    return grown(*_MAKE[name]())
+
+
+def grown(kind, config):
+    """A seeded model of a class with larger weights; sinks, which transformers leaves empty, are drawn."""
     torch.manual_seed(0)
-    kind, config = _MAKE[name]()
     model = kind(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
+            if name.endswith("sinks"):
+                parameter.normal_()
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = 2
     model.generation_config.bos_token_id = 1
@@ -195,3 +201,42 @@ def make_prompt(name, batch=2, seed=0, pad=0, text=(5, 5, 4)):
         inputs["pixel_values"] = pixels
     lengths = [num + length for length in text]
     return Prompt(inputs, [1 + pad] * batch, [lengths[:-1]] * batch, [lengths[-1]] * batch)
+
+
+# Text models whose attention differs: fused or latent projections, windows, soft caps, sinks.
+TEXT_MODELS = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 8}),
+    "gemma2": ("Gemma2", {"sliding_window": 8, "head_dim": 16, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3", {"sliding_window": 8, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+    "cohere2": ("Cohere2", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gpt_oss": (
+        "GptOss",
+        {"sliding_window": 8, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": {}},
+    ),
+    "phi3": ("Phi3", {}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 2,
+        },
+    ),
+    "opt": ("OPT", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "persimmon": ("Persimmon", {}),
+}
+
+
+def make_text_model(name, **changed):
+    """A seeded text model in evaluation mode; `changed` settings override the family's."""
+    kind, own = TEXT_MODELS[name]
+    settings = {**TEXT, **own, **changed}
+    if settings.get("rope_parameters") == {}:
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    config = getattr(hf, f"{kind}{'Text' if kind == 'Gemma3' else ''}Config")(**settings)
+    return grown(getattr(hf, f"{kind}ForCausalLM"), config)

@@ -158,7 +158,11 @@ def test_lift_learns_to_vary_depth():
         (lambda: HyperbolicLift(2, 2, max_radius=-1.0), "max_radius must"),
         (lambda: HyperbolicLift(2, 2)(torch.ones(1, 3)), "width 2"),
         (lambda: SegmentMap.from_lengths([1], [[2]], [0]), "query must"),
-        (lambda: SegmentMap.from_lengths([1, 1], [[2], [2, 2]], [1, 1]), "demos must"),
+        (lambda: SegmentMap.from_lengths([1, 1], [[2]], [1, 1]), "one entry a prompt"),
+        (
+            lambda: SegmentMap.batch([SegmentMap.from_lengths([1], [[2]], [1])], torch.tensor([[1, 1, 0, 1, 1]])),
+            "in one block",
+        ),
         (lambda: SegmentMap(torch.tensor([[0, 1, 0]]), torch.tensor([1]), 1), "ids must"),
         (lambda: SegmentMap(torch.tensor([[0, 0, 2]]), torch.tensor([2]), 1), "ids must"),
         (

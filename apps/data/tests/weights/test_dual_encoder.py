@@ -1,3 +1,4 @@
+import copy
 import inspect
 import os
 import re
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps
 
 from app_data.store.assets import asset_path
 from app_data.weights.dual_encoder import closed_form_projection, load
-from app_data.weights.lite0_minilm import MiniLM, imagenet_class_names, lite0, lite0_preprocess, to_uint8
+from app_data.weights.lite0_minilm import MiniLM, folded, imagenet_class_names, lite0, lite0_preprocess, to_uint8
 
 pytestmark = pytest.mark.usefixtures("model_assets")
 
@@ -246,6 +247,26 @@ def test_lora_targets_name_existing_layers(encoder, tower, count):
         module = encoder.get_submodule(name)
         assert isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
         assert getattr(module, "groups", 1) == 1, "a depthwise layer has no low-rank update"
+
+
+def test_the_folded_tower_gives_the_same_features_without_batch_norms(encoder, drawings):
+    pixels = encoder.preprocess(drawings)
+    tower = encoder.frozen_vision()
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels), encoder.vision(pixels), rtol=1e-4, atol=1e-4)
+    assert not [m for m in tower.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert [m for m in encoder.vision.modules() if isinstance(m, torch.nn.BatchNorm2d)], "the tower itself must stay"
+    assert not tower.training
+
+
+def test_a_tower_with_lora_layers_must_be_merged_before_it_is_folded(encoder, drawings):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    vision = inject_adapter_in_model(
+        LoraConfig(r=4, target_modules=r"blocks\..*\.conv_pw"), copy.deepcopy(encoder.vision)
+    )
+    with pytest.raises(ValueError, match="plain convolution before bn"):
+        folded(vision)
 
 
 def test_load_names():

@@ -107,29 +107,6 @@ def test_second_load_reads_the_cache_and_says_nothing(loaded, folder, monkeypatc
     assert len(list(folder.iterdir())) == 1
 
 
-def test_rotary_order():
-    """llama.cpp turns neighbours 2i and 2i + 1 by one angle, transformers turns i and i + d/2: same scores."""
-    generator = torch.Generator().manual_seed(0)
-    wq, wk = torch.randn(2, 12, 5, generator=generator, dtype=torch.float64)  # two heads of six rows each
-    x = torch.randn(5, generator=generator, dtype=torch.float64)
-    angles = torch.tensor([0.3, 0.7, 1.9], dtype=torch.float64)
-
-    def neighbours(vector, position):
-        pairs = torch.view_as_complex(vector.view(2, 3, 2))
-        return pairs * torch.exp(1j * position * angles)
-
-    def halves(vector, position):
-        first, second = vector.view(2, 2, 3).unbind(1)
-        return torch.complex(first, second) * torch.exp(1j * position * angles)
-
-    theirs = (neighbours(wq @ x, 4) * neighbours(wk @ x, 1).conj()).real.sum(1)
-    ours_q, ours_k = smollm2._rotary_halves(wq, 6), smollm2._rotary_halves(wk, 6)
-    ours = (halves(ours_q @ x, 4) * halves(ours_k @ x, 1).conj()).real.sum(1)
-    torch.testing.assert_close(ours, theirs)
-    assert not torch.allclose((halves(wq @ x, 4) * halves(wk @ x, 1).conj()).real.sum(1), theirs)
-
-
-@pytest.fixture
 def tiny(tmp_path):
     """A folder that looks like a finished conversion."""
     (tmp_path / "model.safetensors").write_bytes(bytes(range(200)))

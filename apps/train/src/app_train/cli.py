@@ -86,6 +86,8 @@ def guarded(work: Callable[[], int]) -> int:
         return int(stop.code)
     except (DataError, MissingAssetError, RunError) as error:
         return _fail(str(error))
+    except RecursionError:
+        return _fail("a file is nested too deep to be read; files that people or this program wrote are not")
     except OSError as error:
         if error.errno is None:
             raise

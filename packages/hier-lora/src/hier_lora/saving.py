@@ -4,6 +4,7 @@ Model cards: Mitchell et al., 2019.
 """
 
 import json
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from hier_lora.model import HierLoraCLIP
 
 STATE, SETTINGS, TREE, CARD = "hier_lora.safetensors", "hier_lora.json", "taxonomy.json", "README.md"
+# Of peft, and the longest pattern in it: ours have under 100 signs.
+CONFIG, LONGEST = "adapter_config.json", 1000
 # transformers 5 writes the first, older versions wrote the second.
 _PREPROCESSING = ("processor_config.json", "preprocessor_config.json")
 # Settings that formats 1 and 2 lack, and what they stood for.
@@ -104,7 +107,7 @@ def load(cls: type["HierLoraCLIP"], folder: str | Path, model: nn.Module | None,
         scale = state["logit_scale"].reshape(())
         if len(prompts) != tax.num_nodes:
             raise ValueError(f"{len(prompts)} prompts for {tax.num_nodes} nodes")
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"folder must hold a complete saved model, got {folder}: {error}") from error
     model = load_dual_encoder(locator, **settings["options"]) if model is None else model
     if hasattr(model, "load_preprocessing") and any((folder / name).exists() for name in _PREPROCESSING):
@@ -114,6 +117,7 @@ def load(cls: type["HierLoraCLIP"], folder: str | Path, model: nn.Module | None,
     adapter = None
     if adapted:
         try:
+            _check_patterns(folder / CONFIG)
             adapter = _adapter(model, folder, settings["format"], trainable)
         except (OSError, KeyError, SafetensorError, RuntimeError, ValueError) as error:
             raise ValueError(f"folder must hold a readable adapter of {locator}, got {folder}: {error}") from error
@@ -129,6 +133,27 @@ def load(cls: type["HierLoraCLIP"], folder: str | Path, model: nn.Module | None,
     if not trainable:
         found.requires_grad_(False)
     return found.eval()
+
+
+def _check_patterns(path: Path) -> None:
+    """Refuse regular expressions that could search for hours: those of adapters have one or two repetitions, of one sign each.
+
+    Raises:
+        ValueError: such a pattern, or a file that is no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        named = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+        named += [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or ()]
+    except (AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path.name} is no JSON object of an adapter: {error}") from error
+    for pattern in named:
+        if isinstance(pattern, str):
+            plain = re.sub(r"\\.", "", pattern)
+            if len(pattern) > LONGEST or len(re.findall(r"[*+{]", plain)) > 3 or re.search(r"[)][*+{]", plain):
+                raise ValueError(
+                    f"{path.name} holds a pattern with many or nested repetitions, which could search for hours: {pattern[:80]!r}"
+                )
 
 
 def _adapter(encoder: nn.Module, folder: Path, number: int, trainable: bool) -> "PeftModel":

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hier_losses._fingerprint import fingerprint
+from hier_losses._formats import load_json
 from hier_losses.functional.tree_ops import ancestor_sum
 from hier_losses.taxonomy import Taxonomy
 
@@ -176,7 +177,7 @@ class TreeCuts(Sequence):
         Raises:
             ValueError: the file belongs to another taxonomy.
         """
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = load_json(Path(path).read_text(encoding="utf-8"))
         if content["taxonomy"] != fingerprint(tax):
             raise ValueError(
                 f"tax must be the taxonomy of the stored cuts ({content['num_nodes']} nodes, fingerprint "
@@ -200,7 +201,7 @@ class TreeCuts(Sequence):
             ValueError: a leaf that the taxonomy lacks, a text that fits no node above its leaves.
         """
         file = isinstance(source, str | os.PathLike)
-        content: Any = json.loads(Path(str(source)).read_text(encoding="utf-8")) if file else source
+        content: Any = load_json(Path(str(source)).read_text(encoding="utf-8")) if file else source
         texts, leaves = _resolve_nodes(content, tax)
         spans: dict[tuple[int, int], list[int]] = {}
         for node, span in enumerate(zip(tax.leaf_start.tolist(), tax.n_leaves.tolist(), strict=True)):

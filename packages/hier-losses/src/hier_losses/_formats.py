@@ -148,16 +148,19 @@ def text_or_file(source: PathLike, opening: str) -> str:
     return Path(source).read_bytes().decode("utf-8-sig")
 
 
+def load_json(text: str) -> Any:
+    """Return the content of JSON text; ValueError where it is none, or nested deeper than Python's reader goes."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply for Python's reader; a node list has no such limit") from None
+
+
 def read_json(source: PathLike | Mapping | Sequence, root: str | None) -> Parts:
     """Read a node list, nested objects with children, or nested mappings, from a file or from parsed data."""
     data: Any = source
     if isinstance(source, str | os.PathLike):
-        try:
-            data = json.loads(text_or_file(source, "{["))
-        except RecursionError:
-            raise ValueError(
-                "the JSON is nested too deeply for Python's reader; a node list has no such limit"
-            ) from None
+        data = load_json(text_or_file(source, "{["))
     if isinstance(data, Mapping) and isinstance(data.get("nodes"), Sequence) and not isinstance(data["nodes"], str):
         data = data["nodes"]
     if isinstance(data, Sequence) and data and all(isinstance(n, Mapping) and "parent" in n for n in data):

@@ -1,51 +1,68 @@
 """Choosing, weighing and distilling demonstrations for multimodal in-context learning, in hyperbolic space.
 
-Two methods live here under their own names. The seed-note system: `HyperbolicLift`, `AnchorBank`, `HyperbolicDemoIndex`,
-`calibrate`, `SegmentDistillLoss`. The published Hyper-ICL (arXiv 2606.04434): `LogitAdapter`, `LorentzAnchorLoss`.
+Two rooms, one for each method. `hyper_icl.demonstrations` is the seed-note system: `HyperbolicLift`, `AnchorBank`,
+`HyperbolicDemoIndex`, `calibrate`, `SegmentDistillLoss`. `hyper_icl.published` is Hyper-ICL (arXiv 2606.04434):
+`LogitAdapter`, `LorentzAnchorLoss`. The flat names below stay for one more release.
 """
 
 from hyper_icl.__about__ import __version__
-from hyper_icl._selected import DemoSelection
-from hyper_icl.adapter import LogitAdapter, attach
-from hyper_icl.anchors import AnchorBank, AnchorLoss, HyperbolicLift, anchor_loss
-from hyper_icl.baselines import MmicesSelector, RandomSelector, RicesSelector, TopKClipSelector, knn_vote
-from hyper_icl.calibration import (
+from hyper_icl.demonstrations import (
+    AnchorBank,
+    AnchorLoss,
+    BalancedSelector,
     CalibrationPlan,
-    additive_mask,
-    augment_qk,
-    calibrate,
-    hierarchy_bias,
-    register_attention,
-    text_attention_modules,
-    use_calibrated_attention,
-)
-from hyper_icl.distill import (
+    DemoSelection,
     DistillTerms,
+    DppSelector,
+    HyperbolicDemoIndex,
+    HyperbolicLift,
+    MmicesSelector,
+    MmrSelector,
+    RandomSelector,
+    RicesSelector,
     SegmentDistillLoss,
+    SegmentMap,
     SegmentMassCollector,
+    TopKClipSelector,
+    additive_mask,
+    anchor_loss,
+    augment_qk,
     base_model,
+    calibrate,
+    format_prompt,
+    hierarchy_bias,
+    inner_product_query,
+    inner_product_vectors,
+    insert_demos,
+    knn_vote,
     lora_config,
     middle_layers,
+    postprocess_caption,
+    postprocess_vqa,
+    register_attention,
     segment_kl,
     segment_log_mass,
+    text_attention_modules,
     tilt,
+    use_calibrated_attention,
+    vote_k,
 )
-from hyper_icl.lorentz_anchor_loss import LorentzAnchorLoss, align_suffix, lorentz_anchor_loss
-from hyper_icl.prompts import format_prompt, insert_demos, postprocess_caption, postprocess_vqa
-from hyper_icl.segments import SegmentMap
-from hyper_icl.selection import HyperbolicDemoIndex
+from hyper_icl.published import LogitAdapter, LorentzAnchorLoss, align_suffix, attach, lorentz_anchor_loss
 
 __all__ = [
     "AnchorBank",
     "AnchorLoss",
+    "BalancedSelector",
     "CalibrationPlan",
     "DemoSelection",
     "DistillTerms",
+    "DppSelector",
     "HyperbolicDemoIndex",
     "HyperbolicLift",
     "LogitAdapter",
     "LorentzAnchorLoss",
     "MmicesSelector",
+    "MmrSelector",
     "RandomSelector",
     "RicesSelector",
     "SegmentDistillLoss",
@@ -62,6 +79,8 @@ __all__ = [
     "calibrate",
     "format_prompt",
     "hierarchy_bias",
+    "inner_product_query",
+    "inner_product_vectors",
     "insert_demos",
     "knn_vote",
     "lora_config",
@@ -75,4 +94,5 @@ __all__ = [
     "text_attention_modules",
     "tilt",
     "use_calibrated_attention",
+    "vote_k",
 ]

@@ -1,14 +1,12 @@
-"""The attention functions that are registered with transformers, and what they look up on the calling module.
+"""The attention functions that are registered with transformers.
 
-References: Vaswani et al., "Attention is all you need", NeurIPS 2017, eq. 1. transformers calls a registered function
-with the module and the rotated, cached queries and keys; whatever should change an attention call therefore sits on that
-module, never in keyword arguments, which leak into vision towers and which `generate` refuses.
+References: Vaswani et al., "Attention is all you need", NeurIPS 2017, eq. 1; Gemma Team, "Gemma 2", 2024 (soft cap); Xiao
+et al., "Efficient streaming language models with attention sinks", ICLR 2024. transformers calls a registered function
+with the module and the rotated, cached queries and keys; what should change the call is looked up in `_hooks`.
 """
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -20,6 +18,8 @@ from transformers.integrations.flex_attention import compile_friendly_flex_atten
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import eager_mask, flex_attention_mask, sdpa_mask
 
+from hyper_icl._hooks import hooks_of, is_active, outside_graphs
+
 # "sdpa" and "flex_attention" inside a name would trigger transformers' capability checks of those backends.
 NAMES = {
     "sdpa": "hyper_icl",
@@ -27,34 +27,6 @@ NAMES = {
     "flex": "hyper_icl_flex",
     "augmented": "hyper_icl_augmented",
 }
-_ATTRIBUTE = "_hyper_icl"
-
-
-@dataclass
-class Hooks:
-    """What an attention module carries: a bias by segment, a rewrite of the queries, and a record of the masses."""
-
-    bias: Any = None
-    adapter: Any = None
-    collector: Any = None
-
-
-def hooks_of(module: nn.Module) -> Hooks | None:
-    """The module's hooks, if any."""
-    return module.__dict__.get(_ATTRIBUTE)
-
-
-def set_hook(module: nn.Module, name: str, value: Any) -> Any:
-    """Set one hook and return what it replaces; an attribute of the object, so that no state dict ever holds it."""
-    hooks = hooks_of(module) or Hooks()
-    before = getattr(hooks, name)
-    setattr(hooks, name, value)
-    empty = hooks == Hooks()
-    if empty:
-        module.__dict__.pop(_ATTRIBUTE, None)
-    else:
-        object.__setattr__(module, _ATTRIBUTE, hooks)
-    return before
 
 
 def register_attention() -> None:
@@ -77,20 +49,29 @@ def _hooked(
 ) -> Callable[..., tuple[Float[Tensor, "b t h d"], Float[Tensor, "b h t s"] | None]]:
     """An attention function that applies the module's hooks, and is `plain` where there are none."""
 
-    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    # Out of the graph: what is compiled knows nothing of threads and blocks, and would keep the plan of its first call.
+    @outside_graphs
+    def with_hooks(module, query, key, value, attention_mask, scaling=None, **kwargs):
         hooks = hooks_of(module)
         if hooks is None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if hooks.adapter is not None:
             query = hooks.adapter.rewrite(module.layer_idx, query, scaling)
-        if hooks.bias is not None:
-            hooks.bias.check_call(module.layer_idx, query, key)
+        placed = None if hooks.bias is None else hooks.bias.place(query, key)
         if hooks.collector is not None:
-            hooks.collector.record(module.layer_idx, query, key, attention_mask, scaling, hooks.bias)
-        if hooks.bias is None:
+            if _has_extras(kwargs) or kwargs.get("position_bias") is not None:
+                raise ValueError(
+                    "model must have plain attention while masses are collected, got softcap, s_aux or position_bias"
+                )
+            hooks.collector.record(module.layer_idx, query, key, attention_mask, scaling, placed)
+        if placed is None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return biased(hooks.bias, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return biased(placed, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        call = with_hooks if is_active(module) else plain
+        return call(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     return attention
 
@@ -102,14 +83,17 @@ def causal_rows(query: Tensor, key: Tensor, start: int) -> Tensor:
 
 
 def rows_mask(
-    query: Tensor, key: Tensor, attention_mask: Tensor | None, start: int, is_causal: bool
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, start: int, causal: Tensor | None
 ) -> Float[Tensor, "b 1 r s"]:
-    """The mask of query rows start.. as numbers to add: 0 or the lowest number of the query's dtype."""
+    """The mask of query rows start.. as numbers to add: 0 or the lowest number of the query's dtype.
+
+    `causal` (rows, keys) stands for a mask that is None; None for an attention that looks both ways.
+    """
     lowest = torch.finfo(query.dtype).min
     if attention_mask is None:
-        if not is_causal:
+        if causal is None:
             return query.new_zeros(1, 1, query.shape[2] - start, key.shape[2])
-        allowed = causal_rows(query, key, start)[None, None]
+        allowed = causal[None, None]
     else:
         attention_mask = attention_mask[:, :, start:, : key.shape[2]]
         if attention_mask.dtype != torch.bool:
@@ -123,57 +107,100 @@ def _is_causal(module: nn.Module, kwargs: dict) -> bool:
     return getattr(module, "is_causal", True) if stated is None else stated
 
 
-def _biased_sdpa(bias, module, query, key, value, attention_mask, *, scaling, **kwargs):
+def _biased_mask(placed, module, query, key, attention_mask, start, kwargs):
+    causal = placed.causal(start) if _is_causal(module, kwargs) else None
+    return rows_mask(query, key, attention_mask, start, causal) + placed.rows(query.dtype, start)
+
+
+def _has_extras(kwargs: dict) -> bool:
+    """Whether the model puts a soft cap or attention sinks on its scores, which sdpa refuses or leaves out in silence."""
+    return kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+
+
+def _of_rows(kwargs: dict, start: int) -> dict:
+    """The arguments of a call with query rows start.. alone: a bias by position of the model's own has rows too."""
+    own = kwargs.get("position_bias")
+    return kwargs if own is None or own.shape[2] == 1 else {**kwargs, "position_bias": own[:, :, start:]}
+
+
+def _plain_sdpa(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
+    if not _has_extras(kwargs):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    num, causal = query.shape[2], None
+    if attention_mask is None and num > 1 and _is_causal(module, kwargs):
+        # Without a mask the queries are the first positions: a static cache is longer than what it holds.
+        key, value = key[:, :, :num], value[:, :, :num]
+        causal = causal_rows(query, key, 0)
+    mask = rows_mask(query, key, attention_mask, 0, causal)
+    return _attend(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+
+def _biased_sdpa(placed, module, query, key, value, attention_mask, *, scaling, **kwargs):
     """Biased rows are computed apart, with a mask of their own, and replace those of a plain call.
 
     The rows before the query thus keep their bits, and no (T, T) mask is made: only (rows of the query, T).
     """
-    start = bias.first_biased_row(query, key)
+    start = placed.first_biased_row()
     if start >= query.shape[2]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    mask = rows_mask(query, key, attention_mask, start, _is_causal(module, kwargs)) + bias.rows(query, key, start)
+        return _plain_sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    mask = _biased_mask(placed, module, query, key, attention_mask, start, kwargs)
     tail = query[:, :, start:]
-    calibrated, _ = sdpa_attention_forward(module, tail, key, value, mask, scaling=scaling, **kwargs)
-    keep = bias.unbiased(query, key, start)
+    attend = _attend if _has_extras(kwargs) else sdpa_attention_forward
+    calibrated, _ = attend(module, tail, key, value, mask, scaling=scaling, **_of_rows(kwargs, start))
+    keep = placed.unbiased(start)
     if start == 0 and keep is None:
         return calibrated, None
-    plain, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    plain, _ = _plain_sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if keep is not None:
         calibrated = torch.where(keep[:, :, None, None], plain[:, start:], calibrated)
     return torch.cat((plain[:, :start], calibrated), dim=1), None
 
 
-def _refuse_extras(kwargs: dict) -> None:
-    """Refuse what some text models add to attention, rather than leave it out in silence; sdpa refuses on its own."""
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"backend cannot compute this model's {name!r}: use a model without it")
-
-
-def _attend(module, query, key, value, mask, *, scaling, dropout=0.0, **kwargs):
-    """Explicit attention with its weights; softmax in fp32."""
-    _refuse_extras(kwargs)
+def _attend(
+    module,
+    query,
+    key,
+    value,
+    mask,
+    *,
+    scaling=None,
+    dropout=0.0,
+    softcap=None,
+    s_aux=None,
+    position_bias=None,
+    **kwargs,
+):
+    """Explicit attention with its weights; softmax in fp32; `s_aux` holds a sink's score for every head."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = query @ key.mT * scaling
-    if mask is not None:
-        scores = scores + mask[..., : key.shape[2]]
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    for added in (position_bias, mask):
+        if added is not None:
+            scores = scores + added[..., : key.shape[2]]
+    if s_aux is not None:
+        sink = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    weights = F.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def _biased_eager(bias, module, query, key, value, attention_mask, *, scaling, **kwargs):
-    mask = rows_mask(query, key, attention_mask, 0, _is_causal(module, kwargs)) + bias.rows(query, key, 0)
+def _biased_eager(placed, module, query, key, value, attention_mask, *, scaling, **kwargs):
+    mask = _biased_mask(placed, module, query, key, attention_mask, 0, kwargs)
     return _attend(module, query, key, value, mask, scaling=scaling, **kwargs)
 
 
-def _biased_flex(bias, module, query, key, value, attention_mask, *, scaling, **kwargs):
+def _biased_flex(placed, module, query, key, value, attention_mask, *, scaling, **kwargs):
     if isinstance(attention_mask, Tensor):
         raise ValueError(
             "attention_mask must be 2-D with backend 'flex', got a 4-D mask: use backend 'sdpa' for masks of your own"
         )
-    _refuse_extras(kwargs)
-    table, row, column = bias.lookup(query, key)
+    if _has_extras(kwargs):
+        raise ValueError("backend must be 'sdpa' or 'eager' for a model with softcap or s_aux (sinks), got 'flex'")
+    table, row, column = placed.table, placed.row, placed.column
     last_head = table.shape[1] - 1
 
     def add_bias(score, b, h, q, k):
@@ -190,9 +217,10 @@ def _biased_flex(bias, module, query, key, value, attention_mask, *, scaling, **
     return output.transpose(1, 2).contiguous(), None
 
 
-def _biased_augmented(bias, module, query, key, value, attention_mask, *, scaling, **kwargs):
-    table, row, column = bias.lookup(query, key)
-    wide = augment_qk(query, key, value, table, column, scaling, query_segments=row)
+def _biased_augmented(placed, module, query, key, value, attention_mask, *, scaling, **kwargs):
+    if _has_extras(kwargs):
+        raise ValueError("backend must be 'sdpa' or 'eager' for a model with softcap or s_aux (sinks), got 'augmented'")
+    wide = augment_qk(query, key, value, placed.table, placed.column, scaling, query_segments=placed.row)
     output, _ = sdpa_attention_forward(module, *wide, attention_mask, scaling=scaling, **kwargs)
     return output[..., : value.shape[-1]].contiguous(), None
 
@@ -243,7 +271,7 @@ def augment_qk(
     )
 
 
-_sdpa = _hooked(sdpa_attention_forward, _biased_sdpa)
+_sdpa = _hooked(_plain_sdpa, _biased_sdpa)
 _eager = _hooked(_attend, _biased_eager)
 _flex = _hooked(flex_attention_forward, _biased_flex)
-_augmented = _hooked(sdpa_attention_forward, _biased_augmented)
+_augmented = _hooked(_plain_sdpa, _biased_augmented)

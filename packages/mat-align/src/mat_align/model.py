@@ -303,7 +303,10 @@ class MATModel(_Model):
             ValueError: a folder of another format, or weights that do not fit.
         """
         folder = Path(folder)
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        try:
+            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        except RecursionError as error:
+            raise ValueError(f"{folder / _CONFIG} is nested too deep to be read") from error
         if config.get("format") != _FORMAT:
             raise ValueError(f"folder must hold format {_FORMAT}, got {config.get('format')} in {folder / _CONFIG}")
         prompts = None

@@ -88,6 +88,7 @@ def load_folder(
     max_bad_fraction: float = 0.01,
     max_bad_files: int = 10,
     allow_empty_classes: bool = False,
+    outside: bool = False,
 ) -> dict[str, PictureSet]:
     """Read labelled pictures and split them.
 
@@ -105,6 +106,7 @@ def load_folder(
         max_bad_fraction: Budget of unreadable files: the larger of this share and `max_bad_files`.
         max_bad_files: See `max_bad_fraction`.
         allow_empty_classes: Keep leaves without pictures as candidate labels.
+        outside: See `find_pictures`.
 
     Returns:
         The parts by name; all share one taxonomy. `skipped` lists the files that could not be read: those of the part
@@ -114,7 +116,7 @@ def load_folder(
         DataError: Anything in the folder or the tables that does not fit together.
         TooManyBadFiles: More unreadable files than the budget.
     """
-    found = find_pictures(root, taxonomy, listing=listing, listing_columns=listing_columns)
+    found = find_pictures(root, taxonomy, listing=listing, listing_columns=listing_columns, outside=outside)
     decoding = Decoding(size, fit, cache_dir, workers, max_bad_fraction, max_bad_files)
     return load_found(found, decoding, fractions=fractions, seed=seed, allow_empty_classes=allow_empty_classes)
 
@@ -149,6 +151,7 @@ def find_pictures(
     *,
     listing: str | Path | Sequence[str | Path] | None = None,
     listing_columns: str = "",
+    outside: bool = False,
 ) -> Found:
     """Find pictures with their labels and parts, without opening any.
 
@@ -160,6 +163,7 @@ def find_pictures(
         listing: Lists of the pictures in place of the folders, see `read_listing`; of several each is the part of its
             name. Paths are relative to `root`. Without `taxonomy`, labels spell full paths such as `animal/dog`.
         listing_columns: See `read_listing`.
+        outside: Whether a list may name files that do not lie below `root`.
 
     Raises:
         DataError: Anything that leaves no tree or no pictures; names that match nothing are in `problems`.
@@ -170,7 +174,7 @@ def find_pictures(
     classes = None
     if taxonomy is not None:
         classes = Classes(taxonomy) if isinstance(taxonomy, Taxonomy) else read_taxonomy(taxonomy)
-    search = _Search(root, nested=classes is None)
+    search = _Search(root, classes is None, outside)
     lists = [listing] if isinstance(listing, str | Path) else list(listing or ())
     if lists:
         files = search.from_lists([Path(path) for path in lists], listing_columns, classes)
@@ -212,8 +216,8 @@ def _children(folder: Path) -> tuple[list[Path], list[Path]]:
 class _Search:
     """Finds labelled files, and keeps what is to be said about it."""
 
-    def __init__(self, root: Path, nested: bool) -> None:
-        self.root, self.nested, self.split = root, nested, "made"
+    def __init__(self, root: Path, nested: bool, outside: bool) -> None:
+        self.root, self.nested, self.outside, self.split = root, nested, outside, "made"
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.problems: list[str] = []
@@ -342,7 +346,13 @@ class _Search:
         return list(files.values())
 
     def _at(self, name: str) -> Path:
-        return self.root / Path(name).expanduser()
+        at = self.root / Path(name).expanduser()
+        # By its spelling: a link inside the folder was put there by whoever owns it.
+        if not self.outside and not Path(os.path.normpath(at)).is_relative_to(os.path.normpath(self.root)):
+            raise DataError(
+                f"a list names {name}, which does not lie in {self.root}: say outside (--outside) if that is meant"
+            )
+        return at
 
     def _exists(self, name: str) -> bool:
         return self._at(name).exists()

@@ -21,6 +21,8 @@ from app_data.store.errors import DataError
 from hier_losses import builders
 from hier_losses.builders import DatasetTree
 
+_ENTRY = 4096  # bytes on the disk that an empty file takes
+
 __all__ = ["load_aircraft", "load_butterfly200", "load_cifar100_folders", "load_cub200", "load_inaturalist", "unpack"]
 
 
@@ -174,7 +176,8 @@ def load_inaturalist(root: str | Path, decoding: Decoding | None = None) -> dict
 def unpack(archive: str | Path, cache_dir: str | Path | None = None) -> Path:
     """Unpack a tar archive once.
 
-    Members that would land outside, links to elsewhere and devices are refused (Python's `data` filter).
+    Members that would land outside, links to elsewhere and devices are refused (Python's `data` filter), and so is more than
+    the disk has room for: a few bytes can unpack to any number.
 
     Args:
         archive: The file.
@@ -194,9 +197,20 @@ def unpack(archive: str | Path, cache_dir: str | Path | None = None) -> Path:
         return folder
     temporary = root / f"{folder.name}.tmp-{uuid.uuid4().hex}"
     temporary.mkdir(parents=True)
+    room = shutil.disk_usage(root).free
+
+    def checked(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        nonlocal room
+        room -= member.size + _ENTRY
+        if room < 0:
+            raise DataError(
+                f"the archive {archive} unpacks to more than {root} has room for: free some, or choose another cache_dir"
+            )
+        return tarfile.data_filter(member, path)
+
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
+            tar.extractall(temporary, filter=checked)
         temporary.rename(folder)
     except (tarfile.TarError, EOFError, OSError) as error:
         if not folder.is_dir():  # else another process was first

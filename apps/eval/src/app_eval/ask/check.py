@@ -24,7 +24,11 @@ def run(config: Check) -> int:
         report = check_taxonomy(classes.taxonomy, classes.notes)
     else:
         found = find_pictures(
-            config.data, config.taxonomy, listing=config.listing, listing_columns=config.listing_columns
+            config.data,
+            config.taxonomy,
+            listing=config.listing,
+            listing_columns=config.listing_columns,
+            outside=config.outside,
         )
         report = examine(
             found, cache_dir=config.cache_dir, whole=not config.quick, max_bad_fraction=config.max_bad_fraction
@@ -37,7 +41,9 @@ def _suggest(config: Check) -> int:
     """Print a tree over the classes, ready for a file, and on standard error what each name was taken for."""
     if config.data is None:
         raise DataError(f"--taxonomy {config.taxonomy} suggests a tree over the classes of a folder: name the folder")
-    found = find_pictures(config.data, listing=config.listing, listing_columns=config.listing_columns)
+    found = find_pictures(
+        config.data, listing=config.listing, listing_columns=config.listing_columns, outside=config.outside
+    )
     folder = find_wordnet(str(config.taxonomy).removeprefix(PREFIX))
     tree = suggest_tree([found.tree.names[node] for node in found.tree.leaf.tolist()], folder)
     print(tree.lines(), end="")  # noqa: T201

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from app_data.read.pictures import square, upright
 from app_data.store.errors import DataError
-from app_eval.measure.embed import BATCH, embedding, prepare
+from app_eval.measure.embed import BATCH, embedding, frozen_tower, prepare
 from hier_lora import Prediction, ProductOfExperts, load_dual_encoder, predict_paths
 
 BACKBONE, MEAN = "backbone.json", "mean.safetensors"
@@ -60,12 +60,11 @@ class FrozenClassifier:
 
         Pictures are turned upright, and cut to the centre square at the size of training.
         """
-        rows = [torch.zeros(0, self.product.tax.num_nodes)]
+        rows, tower = [torch.zeros(0, self.product.tax.num_nodes)], frozen_tower(self.base)
         for start in range(0, len(pictures), BATCH):
             arrays = [self._square(picture) for picture in pictures[start : start + BATCH]]
             pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-            forward = getattr(self.base, "vision", self.base.encode_image)
-            x = forward(prepare(self.base, pixels)).float() - self.mean
+            x = tower(prepare(self.base, pixels)).float() - self.mean
             features: dict[str, Tensor] = dict.fromkeys(self.product.experts, x)
             if "prompts" in features:
                 features["prompts"] = embedding(self.base)(x)

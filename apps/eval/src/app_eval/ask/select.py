@@ -4,6 +4,8 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import MiniLM, lite0
 from app_eval.ask.pool import DemoPool, TrainLift, encode_pictures, encode_pool, fit_bank, read_items
-from app_eval.ask.settings import Select
+from app_eval.ask.settings import SELECTORS, Select
 from hyper_icl import (
     DemoSelection,
     HyperbolicDemoIndex,
@@ -23,9 +25,8 @@ from hyper_icl import (
     TopKClipSelector,
 )
 
-__all__ = ["METHODS", "select_demos"]
+__all__ = ["Request", "select_demos"]
 
-METHODS = ("hyperbolic", "rices", "topk", "mmices", "random")
 FORMAT = 1
 
 
@@ -49,8 +50,7 @@ def select_demos(
         train_lift: Trains a lift, for "hyperbolic".
         k: Demonstrations a query.
         mu: Weight of the depth, for "hyperbolic".
-        method: "hyperbolic", "rices" (most similar last), "topk" (most similar first), "mmices" (the 200 most similar
-            pictures, ranked by their questions' similarity to `question`) or "random".
+        method: A name of `app_eval.ask.settings.SELECTORS`.
         diversity: In [0, 1], for "hyperbolic"; see `HyperbolicDemoIndex.search`.
         seed: Seed of "random" and of the training of the lift.
         question: What is asked about every query, for "mmices".
@@ -62,8 +62,8 @@ def select_demos(
         DataError: The pool or a query cannot be used, or k is too large.
         MissingAssetError: The encoder's packages are not installed.
     """
-    if method not in METHODS:
-        raise DataError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method not in SELECTORS:
+        raise DataError(f"method must be one of {', '.join(SELECTORS)}, got {method!r}")
     if k < 1:
         raise DataError(f"k must be at least 1, got {k}")
     paths = [Path(query) for query in queries]
@@ -79,7 +79,9 @@ def select_demos(
     available = len(pool.items) - max(int((pool.groups == group).sum()) for group in exclude)
     if k > available:
         raise DataError(f"k must be at most {available}, the pool without the query's own picture, got {k}")
-    selection, notes = _select(pool, features, train_lift, exclude, k, mu, method, diversity, seed, question)
+    request = Request(pool, features, exclude, k, mu, diversity, seed, question, train_lift)
+    module, _, name = SELECTORS[method].run.partition(":")
+    selection, notes = getattr(import_module(f"app_eval.ask.{module}"), name)(request)
     return {
         "format": FORMAT,
         "pool": str(source),
@@ -108,49 +110,84 @@ def select_demos(
     }
 
 
-def _select(
-    pool: DemoPool,
-    features: torch.Tensor,
-    train_lift: TrainLift,
-    exclude: torch.Tensor,
-    k: int,
-    mu: float,
-    method: str,
-    diversity: float,
-    seed: int,
-    question: str,
-) -> tuple[DemoSelection, dict]:
-    if method == "random":
-        return RandomSelector(len(pool.items), seed, pool.groups).search(features, k, exclude), {"seed": seed}
-    mean = pool.features.mean(0)
-    if method == "mmices":
-        if not all(item.question for item in pool.items):
-            raise DataError("method mmices needs a question for every item of the pool: give JSON lines with question")
-        unique = sorted({item.question for item in pool.items})
-        with torch.no_grad():
-            embedded = MiniLM()([*unique, question])
-        texts = embedded[torch.tensor([unique.index(item.question) for item in pool.items])]
-        selector = MmicesSelector(pool.features - mean, texts, max(200, k), pool.groups)
-        asked = embedded[-1:].expand(len(features), -1)
-        return selector.search(features - mean, k, exclude, text=asked), {"question": question}
-    if method != "hyperbolic":
-        kind = RicesSelector if method == "rices" else TopKClipSelector
-        return kind(pool.features - mean, pool.groups).search(features - mean, k, exclude), {}
-    bank, lift, mean, scale = fit_bank(pool, train_lift, seed)
+@dataclass(frozen=True)
+class Request:
+    """What a selector works with.
+
+    Attributes:
+        pool: The demonstrations.
+        features: Of the queries, not centred, (n, d).
+        exclude: Group of each query's own picture, -1 for none, (n,).
+        k, mu, diversity, seed, question: See `select_demos`.
+        train_lift: Trains a lift.
+    """
+
+    pool: DemoPool
+    features: torch.Tensor
+    exclude: torch.Tensor
+    k: int
+    mu: float
+    diversity: float
+    seed: int
+    question: str
+    train_lift: TrainLift
+
+    def centred(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of pool and queries less the pool's mean."""
+        mean = self.pool.features.mean(0)
+        return self.pool.features - mean, self.features - mean
+
+
+def at_random(request: Request) -> tuple[DemoSelection, dict]:
+    """The control."""
+    selector = RandomSelector(len(request.pool.items), request.seed, request.pool.groups)
+    return selector.search(request.features, request.k, request.exclude), {"seed": request.seed}
+
+
+def rices(request: Request) -> tuple[DemoSelection, dict]:
+    """Most similar pictures, the best last (Alayrac et al., 2022)."""
+    pool, queries = request.centred()
+    return RicesSelector(pool, request.pool.groups).search(queries, request.k, request.exclude), {}
+
+
+def topk(request: Request) -> tuple[DemoSelection, dict]:
+    """Most similar pictures, the best first."""
+    pool, queries = request.centred()
+    return TopKClipSelector(pool, request.pool.groups).search(queries, request.k, request.exclude), {}
+
+
+def mmices(request: Request) -> tuple[DemoSelection, dict]:
+    """Similar pictures ranked by their questions (Chen et al., 2024)."""
+    items, question = request.pool.items, request.question
+    if not all(item.question for item in items):
+        raise DataError("method mmices needs a question for every item of the pool: give JSON lines with question")
+    unique = sorted({item.question for item in items})
     with torch.no_grad():
-        centred = features - mean
+        embedded = MiniLM()([*unique, question])
+    texts = embedded[torch.tensor([unique.index(item.question) for item in items])]
+    pool, queries = request.centred()
+    selector = MmicesSelector(pool, texts, max(200, request.k), request.pool.groups)
+    asked = embedded[-1:].expand(len(queries), -1)
+    return selector.search(queries, request.k, request.exclude, text=asked), {"question": question}
+
+
+def hyperbolic(request: Request) -> tuple[DemoSelection, dict]:
+    """Exact search on a Lorentz manifold, which weighs how deep an item lies."""
+    bank, lift, mean, scale = fit_bank(request.pool, request.train_lift, request.seed)
+    with torch.no_grad():
+        centred = request.features - mean
         query = scale * centred if lift is None else lift(F.normalize(centred, dim=-1))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            index = HyperbolicDemoIndex(bank.tangent, bank.c, mu, groups=bank.groups)
-            found = index.search(query.clone(), k, exclude, diversity=diversity)
+            index = HyperbolicDemoIndex(bank.tangent, bank.c, request.mu, groups=bank.groups)
+            found = index.search(query.clone(), request.k, request.exclude, diversity=request.diversity)
     except ValueError as error:
         raise DataError(str(error)) from error
     how = "trained on shared answers" if lift is not None else "untrained: depth is the distance from the pool's mean"
     return found, {
-        "mu": mu,
-        "diversity": diversity,
+        "mu": request.mu,
+        "diversity": request.diversity,
         "lift": how,
         "warnings": [str(warning.message) for warning in caught if warning.category is UserWarning],
     }
@@ -184,7 +221,7 @@ def run(config: Select, train_lift: TrainLift) -> int:
 
 def text_table(found: dict) -> str:
     """The chosen demonstrations in prompt order, one line each."""
-    order = "most relevant first" if found["method"] in ("topk", "mmices", "random") else "most relevant last"
+    order = f"most relevant {'last' if SELECTORS[found['method']].last else 'first'}"
     facts = [f"{found['num_items']} items", found["method"], f"k = {found['k']}", order]
     if "lift" in found:
         facts += [f"mu = {found['mu']:g}", f"lift {found['lift']}"]

@@ -6,6 +6,31 @@ from typing import Annotated, Literal
 
 import tyro
 
+
+@dataclass(frozen=True)
+class Selector:
+    """One way to choose demonstrations.
+
+    Attributes:
+        help: one line.
+        run: `module:function` below `app_eval.ask`, from a `Request` to a `DemoSelection` and notes for the result.
+        last: whether the most relevant stands last in the prompt, nearest to the question.
+    """
+
+    help: str
+    run: str
+    last: bool = False
+
+
+SELECTORS: dict[str, Selector] = {
+    "hyperbolic": Selector("near on a Lorentz manifold, general ones first", "select:hyperbolic", last=True),
+    "rices": Selector("most similar, the best last", "select:rices", last=True),
+    "topk": Selector("most similar, the best first", "select:topk"),
+    "mmices": Selector("of the 200 most similar pictures those with the most similar question", "select:mmices"),
+    "random": Selector("at random", "select:at_random"),
+}
+SelectorName = Literal[tuple(SELECTORS)]  # type: ignore[valid-type]
+
 Run = Annotated[Path, tyro.conf.Positional]
 Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
@@ -50,6 +75,8 @@ class Check:
     """Lists of pictures in place of class folders; of several each is the part of its name."""
     listing_columns: str = ""
     """Names of the columns of the lists, such as path=image_id,label=order+family+species,split=fold."""
+    outside: bool = False
+    """Let the lists name files that do not lie in the folder."""
     max_bad_fraction: float = 0.01
     """Budget of unreadable files, as a share; ten are always allowed."""
     quick: bool = False
@@ -98,7 +125,7 @@ class Select:
     """Demonstrations a query."""
     mu: float = 0.3
     """Weight of the depth (method hyperbolic)."""
-    method: Literal["hyperbolic", "rices", "topk", "mmices", "random"] = "hyperbolic"
+    method: SelectorName = "hyperbolic"
     """How to choose."""
     diversity: float = 0.0
     """0 to 1: maximal marginal relevance (method hyperbolic)."""

@@ -43,6 +43,13 @@ def prepare(base: nn.Module, batch: Tensor) -> Tensor:
     return torch.stack([base.preprocess(picture.permute(1, 2, 0).contiguous().numpy()) for picture in batch])
 
 
+def frozen_tower(base: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The picture tower for reading features, which nothing trains: before the projection if that stands apart."""
+    if hasattr(base, "frozen_vision"):
+        return base.frozen_vision()
+    return base.vision if hasattr(base, "vision") else base.encode_image
+
+
 def tower_features(
     base: nn.Module,
     data: PictureSet,
@@ -60,15 +67,15 @@ def tower_features(
         check: called after every batch; it may raise to stop.
     """
     base.eval()
-    tower = getattr(base, "vision", base)
-    forward = base.vision if tower is not base else base.encode_image
+    tower, forward = getattr(base, "vision", base), frozen_tower(base)
     device = next(tower.parameters()).device
 
     def compute(start: int, end: int) -> Tensor:
         part = data.select(range(start, end))
         return run_batches(part, lambda x: forward(prepare(base, x).to(device)), label, check)
 
-    key = f"tower {weights_digest(tower)} {device.type} {data.fingerprint}"
+    weights = weights_digest(forward if isinstance(forward, nn.Module) else tower)
+    key = f"tower {weights} {device.type} {data.fingerprint}"
     # 512 rows are eight whole batches: pieces change no number.
     return cached_features(key, compute, len(data), cache_dir, piece=8 * BATCH)
 

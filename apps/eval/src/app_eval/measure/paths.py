@@ -23,22 +23,31 @@ DECODERS: dict[str, Callable[[Tensor, Taxonomy], Tensor]] = {
     "bottom_up": decoding.bottom_up,
     "joint_path": decoding.joint_path,
 }
-# Scores of the decoded path, then scores of the logits, which do not depend on a decoder.
-PATH_SCORES = ("leaf", "fpa", "tice", "severity", "ahd")
-LOGIT_SCORES = ("hca", "mta")
-LOWER_IS_BETTER = ("tice", "severity", "ahd")
-TITLES = {
-    "leaf": "leaf acc.", "fpa": "FPA", "tice": "TICE", "hca": "HCA", "mta": "MTA", "severity": "severity", "ahd": "AHD@1",
-}  # fmt: skip
 
 
-# Our short names of the scores of decoded paths, and those of `hier_losses.metrics.path_scores`.
-_NAMES = {
-    "leaf": "leaf_accuracy",
-    "fpa": "full_path_accuracy",
-    "tice": "tice",
-    "severity": "mistake_severity",
-    "ahd": "average_hierarchical_distance",
+@dataclass(frozen=True)
+class Score:
+    """One column of every results table.
+
+    Attributes:
+        title: over the column.
+        of: its name in `hier_losses.metrics.path_scores`; "" for one of the logits, which no decoder changes.
+        lower: whether lower is better.
+    """
+
+    title: str
+    of: str = ""
+    lower: bool = False
+
+
+SCORES: dict[str, Score] = {
+    "leaf": Score("leaf acc.", "leaf_accuracy"),
+    "fpa": Score("FPA", "full_path_accuracy"),
+    "tice": Score("TICE", "tice", lower=True),
+    "severity": Score("severity", "mistake_severity", lower=True),
+    "ahd": Score("AHD@1", "average_hierarchical_distance", lower=True),
+    "hca": Score("HCA"),
+    "mta": Score("MTA"),
 }
 
 
@@ -96,7 +105,7 @@ def outcome(logits: Tensor, target: np.ndarray, tax: Taxonomy, cuts: TreeCuts, c
 def per_picture(result: Outcome, tax: Taxonomy, decoder: str) -> dict[str, Pair]:
     """Numerator and denominator of every score for each picture, float64 (n,) each."""
     found = path_scores(torch.from_numpy(result.paths[decoder]), torch.from_numpy(result.target), tax)
-    scores = {ours: tuple(part.numpy() for part in found[theirs]) for ours, theirs in _NAMES.items()}
+    scores = {name: tuple(part.numpy() for part in found[score.of]) for name, score in SCORES.items() if score.of}
     one = np.ones(len(result.target))
     scores |= {"hca": (result.hca, one), "mta": (result.mta, one)}
     top, bottom = (part.numpy() for part in found["level_accuracy"])

@@ -1,5 +1,6 @@
 """The stored result of one row of an experiment: versioned JSON for people and pages, tensors for paired comparisons."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from app_data.store.atomic import new_file, write_json
 from app_eval.measure.interval import bootstrap, paired_difference, resamples
-from app_eval.measure.paths import (
-    DECODERS,
-    LOGIT_SCORES,
-    PATH_SCORES,
-    TITLES,
-    Outcome,
-    per_picture,
-)
+from app_eval.measure.paths import DECODERS, SCORES, Outcome, per_picture
 from hier_losses import Taxonomy
 from hier_losses.metrics import mta_majority_baseline
 from hier_losses.treecuts import TreeCuts
@@ -63,15 +57,20 @@ def load_outcome(folder: Path) -> Outcome:
     return Outcome(arrays["target"], paths, arrays["hca"], arrays["mta"], arrays["confidence"])
 
 
+def columns_of(rows: Mapping[str, dict]) -> list[str]:
+    """The scores that all rows have: an older run lacks those that came after it."""
+    return [name for name in SCORES if all(name in result["scores"]["bottom_up"] for result in rows.values())]
+
+
 def text_table(rows: dict[str, dict], decoders: tuple[str, ...] = tuple(DECODERS)) -> str:
     """The rows of a run as a table for the terminal: value and half the width of the interval, under each decoder."""
-    columns = (*PATH_SCORES, *LOGIT_SCORES)
+    columns = columns_of(rows)
     width = max(len(name) for name in rows) + 2
     lines = [
         "value and half-width of its 95 % interval over the test pictures; HCA and MTA do not depend on the decoder"
     ]
     for decoder in decoders:
-        lines.append(f"\n{'decoded by ' + decoder:<{width}}" + "".join(f"{TITLES[name]:>15}" for name in columns))
+        lines.append(f"\n{'decoded by ' + decoder:<{width}}" + "".join(f"{SCORES[name].title:>15}" for name in columns))
         for name, result in rows.items():
             cells = [result["scores"][decoder][score] for score in columns]
             lines.append(

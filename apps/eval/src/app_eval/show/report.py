@@ -1,14 +1,15 @@
 """One self-contained HTML page for a run: table, training curves, where mistakes fall in the tree, sample predictions."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from app_data.read.pictures import PictureSet
-from app_eval.measure.paths import DECODERS, LOGIT_SCORES, LOWER_IS_BETTER, PATH_SCORES, TITLES, Outcome
+from app_eval.measure.paths import DECODERS, SCORES, Outcome
+from app_eval.measure.results import columns_of
 from app_eval.show.figures import mistake_bars, png_uri, top_confusion, training_curves
 
 STYLE = """
@@ -51,22 +52,29 @@ class ReportContent:
     credits: tuple[str, ...] = ()
 
 
+def _confusion(content: ReportContent) -> str:
+    compared = {name: content.outcomes[name] for name in content.compared}
+    return top_confusion(compared, content.test.taxonomy)
+
+
+# Heading and picture; one that gives "" is left out.
+FIGURES: dict[str, Callable[[ReportContent], str]] = {
+    "Training": lambda content: training_curves(content.records) if content.records else "",
+    "Where the mistakes fall in the tree": lambda content: mistake_bars(content.outcomes, content.test.taxonomy),
+    "Confusion of the top level": _confusion,
+}
+
+
 def write_report(path: Path, content: ReportContent) -> None:
     """Write the page."""
-    tax = content.test.taxonomy
-    compared = {name: content.outcomes[name] for name in content.compared}
     majority = next(iter(content.rows.values()))["mta_majority"]
     parts = [
         f"<h1>{html.escape(content.title)}</h1><p>{html.escape(content.lead)}</p>",
         "<h2>Scores</h2><p>Value and 95&nbsp;% bootstrap interval over the test pictures. Lower is better for "
-        f"{', '.join(TITLES[s] for s in LOWER_IS_BETTER)}. HCA and MTA do not depend on the decoder; always naming the majority "
-        f"member of each cut gives an MTA of {majority:.3f}.</p>",
+        f"{', '.join(score.title for score in SCORES.values() if score.lower)}. HCA and MTA do not depend on the decoder; always "
+        f"naming the majority member of each cut gives an MTA of {majority:.3f}.</p>",
         *[f"<h3>decoded by <code>{name}</code></h3>{_table(content.rows, name)}" for name in DECODERS],
-        f"<h2>Training</h2><img alt='training curves' src='{training_curves(content.records)}'>"
-        if content.records
-        else "",
-        f"<h2>Where the mistakes fall in the tree</h2><img alt='mistakes by distance' src='{mistake_bars(content.outcomes, tax)}'>",
-        f"<img alt='confusion of the top level' src='{top_confusion(compared, tax)}'>",
+        *[f"<h2>{name}</h2><img alt='{name}' src='{uri}'>" for name, draw in FIGURES.items() if (uri := draw(content))],
         f"<h2>Sample predictions</h2><div class=cards>{_cards(content)}</div>",
         f"<h2>Run</h2><table>{''.join(_fact(k, v) for k, v in content.facts.items())}</table>",
         f"<footer>{'<br>'.join(html.escape(line) for line in content.credits)}</footer>",
@@ -83,12 +91,10 @@ def _fact(name: str, value: str) -> str:
 
 
 def _table(rows: Mapping[str, dict], decoder: str) -> str:
-    columns = (*PATH_SCORES, *LOGIT_SCORES)
+    columns = columns_of(rows)
     values = {c: [result["scores"][decoder][c][0] for result in rows.values()] for c in columns}
-    best = {
-        c: (np.nanmin if c in LOWER_IS_BETTER else np.nanmax)(v) for c, v in values.items() if not np.isnan(v).all()
-    }
-    head = "<tr><th></th>" + "".join(f"<th>{TITLES[c]}</th>" for c in columns) + "</tr>"
+    best = {c: (np.nanmin if SCORES[c].lower else np.nanmax)(v) for c, v in values.items() if not np.isnan(v).all()}
+    head = "<tr><th></th>" + "".join(f"<th>{SCORES[c].title}</th>" for c in columns) + "</tr>"
     body = ""
     for name, result in rows.items():
         cells = ""

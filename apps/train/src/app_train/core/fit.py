@@ -213,7 +213,7 @@ class _Loop:
 def adamw(parameters: Mapping[str, nn.Parameter], stage: Stage) -> Optimizer:
     """AdamW with one rate and one weight decay for all."""
     settings = stage.settings
-    return torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
 def check_finite(model: nn.Module, what: str) -> None:

@@ -1,10 +1,9 @@
 """iNaturalist 2021: 7 levels from kingdom to species, 10,000 species (Van Horn et al., 2021, CVPR)."""
 
-import json
 import os
 from pathlib import Path
 
-from hier_losses._formats import _folders
+from hier_losses._formats import _folders, load_json
 from hier_losses.builders._base import DatasetTree
 from hier_losses.taxonomy import Taxonomy
 
@@ -26,7 +25,7 @@ def inaturalist(source: str | os.PathLike) -> DatasetTree:
     if os.path.isdir(source):
         names = _folders(source)
     else:
-        data = json.loads(Path(source).read_text(encoding="utf-8"))
+        data = load_json(Path(source).read_text(encoding="utf-8"))
         categories = sorted(data["categories"], key=lambda entry: entry["id"])
         names = [
             entry.get("image_dir_name") or "_".join([f"{entry['id']:05d}", *(entry[level] for level in LEVELS)])

@@ -152,7 +152,7 @@ def _lora_lda(task: Task, tree: str, folder: Path, seed: int) -> dict:
 
 def _lora_features(task: Task, row: Path) -> tuple[Tensor, Tensor]:
     """Features of the tuned tower for training and test pictures, kept beside the adapter until the run is sealed."""
-    model = HierLoraCLIP.from_pretrained(row / "adapter", copy.deepcopy(task.base).cpu()).eval()
+    model = HierLoraCLIP.from_pretrained(row / "adapter", copy.deepcopy(task.base).cpu()).merge_and_unload().eval()
     base = model.to(task.run.device, memory_format=torch.channels_last).dual_encoder
     label = "features of the LoRA tower"
     return tuple(

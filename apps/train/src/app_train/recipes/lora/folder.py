@@ -3,6 +3,7 @@
     hier train folder --data DIR --taxonomy FILE
     hier train folder --data DIR --lora                 LoRA fine-tuning as well
     hier train folder --data DIR --lora --from-run RUN  going on from an earlier run's, after pictures or classes came
+    hier train folder --data aircraft:DIR               a released data set of `app_data.sets.DATA`, with its own split
     hier predict runs/folder PATH...
 
 Without `--taxonomy` the nested folders are the taxonomy. Features of the frozen tower are computed once. Controls, heads, TreeLDA
@@ -22,6 +23,7 @@ from app_data.read.folder import find_pictures, load_found
 from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet, allow_megapixels
 from app_data.read.splits import stratified_split
+from app_data.sets import load_named, split_name
 from app_data.store.atomic import write_text
 from app_data.store.errors import DataError
 from app_eval.ask.frozen import FrozenClassifier
@@ -130,14 +132,22 @@ def _choose(task: Task) -> dict:
 def _read(config: FolderConfig, run: Run) -> dict[str, PictureSet]:
     """The parts; first what was found is said, and what would spoil the result stops."""
     allow_megapixels(config.max_megapixels)
-    found = find_pictures(config.data, config.taxonomy, listing=config.listing, listing_columns=config.listing_columns)
+    decoding = Decoding(config.size, cache_dir=config.cache_dir, max_bad_fraction=config.max_bad_fraction)
+    name, root = split_name(config.data)
+    if name:
+        if config.listing or config.listing_columns:
+            raise DataError(f"--listing is not used for {config.data}: a release has its own lists")
+        return load_named(name, root, decoding, config.taxonomy)
+    found = find_pictures(
+        config.data, config.taxonomy,
+        listing=config.listing, listing_columns=config.listing_columns, outside=config.outside,
+    )  # fmt: skip
     report = examine(found, cache_dir=config.cache_dir, max_bad_fraction=config.max_bad_fraction)
     if report.stops:
         raise DataError(f"{'; '.join(report.stops)} (hier check {config.data} shows all)")
     if run.main:
         for line in [*report.notes, *(f"warning: {text}" for text in report.warnings)]:
             print(line)  # noqa: T201
-    decoding = Decoding(config.size, cache_dir=config.cache_dir, max_bad_fraction=config.max_bad_fraction)
     return load_found(found, decoding, seed=config.seed, allow_empty_classes=True)
 
 

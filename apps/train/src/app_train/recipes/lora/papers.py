@@ -17,13 +17,12 @@ of ViT-B/32 at batch 64 in bf16 on one 24 GB GPU, 300 pictures a second through 
 | inaturalist | 2,686,843 + 100,000 (500,000 in train_mini) | 16,343 | 8 GB (sampled text) | 12 hours (2.5 with train_mini) |
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet
 from app_data.read.splits import stratified_split
-from app_data.sets.papers import load_aircraft, load_butterfly200, load_cub200, load_inaturalist
+from app_data.sets import load_named
 from app_train.core.errors import RunError
 from app_train.core.run_folder import Run
 from app_train.recipes.lora.compare import Story, compare, read_back, trained_lines, zero_shot_line
@@ -41,30 +40,31 @@ def run_cub(config: CubConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
     if config.hierarchy is None:
         raise RunError("--hierarchy is missing: name a CSV with the columns order, family, species")
-    return _run("cub", config, lambda root, d: load_cub200(root, config.hierarchy, decoding=d))
+    return _run("cub", config, config.hierarchy)
 
 
 def run_aircraft(config: AircraftConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
-    return _run("aircraft", config, load_aircraft)
+    return _run("aircraft", config)
 
 
 def run_butterfly(config: ButterflyConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
-    return _run("butterfly", config, lambda root, d: load_butterfly200(root, decoding=d))
+    return _run("butterfly", config)
 
 
 def run_inaturalist(config: InaturalistConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`; its released validation part is the test part here."""
-    return _run("inaturalist", config, load_inaturalist)
+    return _run("inaturalist", config)
 
 
-def _run(name: str, config: PaperConfig, load: Callable[[Path, Decoding], dict[str, PictureSet]]) -> dict:
+def _run(name: str, config: PaperConfig, hierarchy: Path | None = None) -> dict:
     if config.data is None:
         raise RunError("--data is missing: name the folder of the unpacked release")
     check_template(config.template)
     with Run(name, config, mixed_precision=config.fit.mixed_precision) as run:
-        train, val, test = three_parts(load(config.data, Decoding(size=config.size, cache_dir=config.cache_dir)))
+        decoding = Decoding(size=config.size, cache_dir=config.cache_dir)
+        train, val, test = three_parts(load_named(name, config.data, decoding, hierarchy))
         run.claim(train.fingerprint)
         if (known := read_back(run)) is not None:
             return known

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from app_data.sets import DATA
 from app_train.core.config import Frozen, RunConfig, StageConfig
 from app_train.recipes.lora.losses import ROWS, LossConfig, MultiLabelLoss
 
@@ -93,13 +94,13 @@ class RowsConfig(RunConfig):
 # Chosen by `nox -s train -- --tune`: the lower AHD@1 on withheld leaves, which no row has seen; see
 # docs/results/first-light-tuning.json.
 CHOSEN_LR: dict[str, tuple[float, float]] = {
-    "leaf_ce": (1e-3, 5e-4),
-    "level_ce": (1e-3, 5e-4),
-    "both": (1e-3, 5e-4),
-    "both_consistency": (1e-3, 5e-4),
+    "leaf_ce": (4e-3, 5e-4),
+    "level_ce": (2e-3, 5e-4),
+    "both": (2e-3, 5e-4),
+    "both_consistency": (2e-3, 5e-4),
 }
 # (head, LoRA) learning rates tried for every row on the withheld leaves.
-TRIALS = ((4e-3, 5e-4), (1e-3, 5e-4))
+TRIALS = ((4e-3, 5e-4), (2e-3, 5e-4), (1e-3, 5e-4))
 # Sizes of the frozen features, and (epochs, dropout) of heads on them, tried on the artist left out; the least AHD is chosen.
 FEATURE_SIZES = (160, 192, 224)
 HEAD_TRIALS = ((15, 0.5), (30, 0.5), (30, 0.7), (60, 0.7))
@@ -125,7 +126,7 @@ class EmojiConfig(RowsConfig):
     """Use the pictures of this many leaves only, spread over the taxonomy (for trials)."""
     dropout: float = Field(0.7, ge=0, lt=1)
     """Share of the pooled features that the head does not see in training."""
-    fit: FitConfig = FitConfig(lora=StageConfig(epochs=1))
+    fit: FitConfig = FitConfig(head=HeadStageConfig(epochs=20), lora=StageConfig(epochs=1))
     """Stages of training; `rows` share all of it but the learning rates chosen on validation."""
     lr: dict[str, tuple[float, float]] = Field(default_factory=lambda: dict(CHOSEN_LR))
     """(head, LoRA) learning rates of each row; a row that is not named trains at the rates of `fit`."""
@@ -135,14 +136,17 @@ class FolderConfig(RunConfig):
     """The best classifier that can be had from your own folder of pictures and your own taxonomy."""
 
     out: Path = Path("runs/folder")
-    data: Path | None = None
-    """Folder of pictures (required)."""
+    data: Path | None = Field(
+        None, description=f"Folder of pictures, or NAME:PATH for a release of {', '.join(DATA)} (required)."
+    )
     taxonomy: Path | None = None
     """Table or JSON tree; the nested folders themselves if not given."""
     listing: tuple[Path, ...] = ()
     """Lists of pictures in place of class folders; of several each is the part of its name."""
     listing_columns: str = ""
     """Names of the columns of the lists, such as path=image_id,label=order+family+species,split=fold."""
+    outside: bool = False
+    """Let the lists name files that do not lie in the folder."""
     size: int = Field(128, ge=32)
     """Height and width of the pictures in pixels."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hyper_icl._checks import check_count, check_groups, check_rows
-from hyper_icl._selected import DemoSelection, check_available, in_order
+from hyper_icl.demonstrations._bounds import gamma, products_are_rounded
+from hyper_icl.demonstrations._exact import search_by_bound
+from hyper_icl.demonstrations._pool_file import fp64_norm
+from hyper_icl.demonstrations._selected import DemoSelection, best_first, check_available, in_order
+
+# Queries are searched in blocks whose cosines fit in this many bytes.
+_BLOCK_BYTES = 256 << 20
 
 
 def _exactly(query: Tensor, ids: Tensor, scores: Tensor, num_candidates: int, order: str) -> DemoSelection:
@@ -68,7 +74,7 @@ class RandomSelector:
 
 
 class TopKClipSelector:
-    """The K items whose image features have the highest cosine, most similar first.
+    """The K items whose image features have the highest cosine, most similar first; exact, and ties go to the smaller id.
 
     Args:
         features: image features of the pool, normalised or not.
@@ -84,18 +90,14 @@ class TopKClipSelector:
     order = "descending"
 
     def __init__(self, features: Float[Tensor, "n d"], groups: Int64[Tensor, " n"] | None = None) -> None:
-        """Normalise the pool."""
+        """Keep the pool and its norms."""
         if len(check_rows("features", features)) == 0:
             raise ValueError("features must hold at least one item, got an empty pool")
-        self.features = F.normalize(features.detach(), dim=-1)
+        wide = features.dtype in (torch.float32, torch.float64)
+        self.features = features.detach() if wide else features.detach().float()
         self.groups = check_groups("groups", groups, len(features))
-
-    def _similarity(self, query: Tensor, exclude: Tensor | None) -> Tensor:
-        check_rows("query", query, dim=self.features.shape[1])
-        similarity = F.normalize(query.to(self.features.dtype), dim=-1) @ self.features.mT
-        if exclude is not None:
-            similarity = similarity.masked_fill(self.groups == exclude.unsqueeze(-1), -torch.inf)
-        return similarity
+        norm = fp64_norm(self.features)
+        self._inverse = torch.where(norm == 0, 0.0, 1 / norm)
 
     @torch.no_grad()
     def search(self, query: Float[Tensor, "b d"], k: int, exclude: Int64[Tensor, " b"] | None = None) -> DemoSelection:
@@ -106,13 +108,43 @@ class TopKClipSelector:
             k: how many.
             exclude: for every query a group that must not appear.
 
+        Returns:
+            The selection, certified: the cosines of everything else, with the rounding of fp32, lie below.
+
         Raises:
             ValueError: k is not in 1..pool, or shapes do not fit.
         """
+        check_rows("query", query, dim=self.features.shape[1])
         check_count("k", k)
         check_available(k, len(self.features), self.groups, exclude, len(query))
-        top = self._similarity(query, exclude).topk(k, dim=-1)
-        return _exactly(query, top.indices, top.values, len(self.features), self.order)
+        block = max(1, _BLOCK_BYTES // (8 * len(self.features)))
+        parts = [
+            self._search(query[i : i + block], k, None if exclude is None else exclude[i : i + block])
+            for i in range(0, max(len(query), 1), block)
+        ]
+        ids, scores, certified, num = (torch.cat(part) for part in zip(*parts, strict=True))
+        return in_order(ids, scores, torch.zeros_like(scores), certified, num, self.order)
+
+    def _search(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, ...]:
+        direction = F.normalize(query.double(), dim=-1).to(self.features.device)
+        wide = self.features.dtype == torch.float64 or products_are_rounded(self.features.device)
+        with torch.autocast(self.features.device.type, enabled=False):
+            low = direction if wide else direction.float()
+            product = (low @ self.features.to(low.dtype).mT).double()
+        keys = product.mul_(self._inverse).neg_()
+        if exclude is not None:
+            keys.masked_fill_(self.groups == exclude.unsqueeze(-1), torch.inf)
+
+        def best(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            scores = torch.einsum("bmd,bd->bm", self.features[ids].double(), direction[rows]) * self._inverse[ids]
+            if exclude is not None:
+                scores = scores.masked_fill(self.groups[ids] == exclude[rows].unsqueeze(-1), -torch.inf)
+            kept = best_first(scores, ids)[:, :k]
+            return ids.gather(-1, kept), scores.gather(-1, kept)
+
+        # A product of fp32 vectors, one of norm 1, divided by the norm of the other (Higham, 2002, section 3.1).
+        slack = gamma(self.features.shape[1])
+        return search_by_bound(direction, k, keys, lambda values: slack - values, best)
 
 
 class RicesSelector(TopKClipSelector):
@@ -141,9 +173,9 @@ class MmicesSelector:
         prefilter: int = 200,
         groups: Int64[Tensor, " n"] | None = None,
     ) -> None:
-        """Normalise both pools."""
+        """Keep both pools."""
         self.by_image = TopKClipSelector(images, groups)
-        self.texts = F.normalize(check_rows("texts", texts).detach(), dim=-1)
+        self.texts = check_rows("texts", texts).detach()
         if len(texts) != len(images):
             raise ValueError(f"texts must have as many rows as images, {len(images)}, got {len(texts)}")
         self.prefilter = check_count("prefilter", prefilter)
@@ -175,13 +207,18 @@ class MmicesSelector:
             raise ValueError(f"k must be at most prefilter = {self.prefilter}, got {k}")
         check_count("k", k)
         check_available(k, len(self.texts), self.by_image.groups, exclude, len(query))
-        similarity = self.by_image._similarity(query, exclude)
-        kept = similarity.topk(min(self.prefilter, len(self.texts)), dim=-1)
-        wanted = F.normalize(text.to(self.texts.dtype), dim=-1)
-        scores = torch.einsum("bmt,bt->bm", self.texts[kept.indices], wanted)
-        scores = scores.masked_fill(kept.values == -torch.inf, -torch.inf)
-        top = scores.topk(k, dim=-1)
-        return _exactly(query, kept.indices.gather(-1, top.indices), top.values, kept.indices.shape[1], "descending")
+        kept = self.by_image.search(query, min(self.prefilter, self._available(exclude)), exclude)
+        wanted = F.normalize(text.double(), dim=-1).to(self.texts.device)
+        scores = torch.einsum("bmt,bt->bm", F.normalize(self.texts[kept.ids].double(), dim=-1), wanted)
+        first = best_first(scores, kept.ids)[:, :k]
+        ids, scores = kept.ids.gather(-1, first), scores.gather(-1, first)
+        return in_order(ids, scores, torch.zeros_like(scores), kept.certified, kept.num_candidates, "descending")
+
+    def _available(self, exclude: Tensor | None) -> int:
+        """How many items every query may use."""
+        if exclude is None or not len(exclude):
+            return len(self.texts)
+        return int((self.by_image.groups != exclude.unsqueeze(-1)).sum(-1).min())
 
 
 def knn_vote(selection: DemoSelection, answers: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 Reference: Carbonell and Goldstein, "The use of MMR, diversity-based reranking", SIGIR 1998 (maximal marginal relevance).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -38,6 +38,17 @@ class DemoSelection:
     def most_relevant_first(self) -> Int64[Tensor, "b k"]:
         """The ids with the most relevant first, whatever the prompt order."""
         return self.ids.flip(-1) if self.order == "ascending" else self.ids
+
+    def reordered(self, order: str) -> "DemoSelection":
+        """The same demonstrations with the most relevant last ("ascending") or first ("descending").
+
+        Raises:
+            ValueError: the order is unknown.
+        """
+        if check_choice("order", order, ORDERS) == self.order:
+            return self
+        turned = {name: getattr(self, name).flip(-1) for name in ("ids", "scores", "depth")}
+        return replace(self, order=order, **turned)
 
 
 def in_order(

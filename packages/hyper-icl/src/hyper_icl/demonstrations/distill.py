@@ -7,6 +7,7 @@ a neural network", 2015, for the loss; the rest is ours.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,10 +17,12 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyper_icl._attention import causal_rows, set_hook
+from hyper_icl._attention import causal_rows
 from hyper_icl._checks import check_count
-from hyper_icl.calibration import text_attention_modules
-from hyper_icl.segments import SegmentMap
+from hyper_icl._hooks import set_hook
+from hyper_icl._routing import text_attention_modules
+from hyper_icl.demonstrations._segment_bias import PlacedBias
+from hyper_icl.demonstrations.segments import SegmentMap
 
 
 def segment_log_mass(
@@ -176,14 +179,16 @@ class SegmentMassCollector(contextlib.AbstractContextManager):
         """Empty the record: once for every training step."""
         self.masses = {}
 
-    def record(self, layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, bias: object) -> None:
+    def record(
+        self, layer: int, q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, bias: PlacedBias | None
+    ) -> None:
         """Called by the attention functions."""
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError("backend must be 'sdpa', 'eager' or 'augmented' while masses are collected, got 'flex'")
         rows = self.rows.to(q.device)
         added = None
         if bias is not None:
-            added = bias.rows(q.float(), k, 0)
+            added = bias.rows(torch.float32, 0)
             added = added.gather(2, rows[:, None, :, None].expand(-1, added.shape[1], -1, added.shape[3]))
         self.masses[layer] = segment_log_mass(q, k, self.segments, rows, scaling, mask, added)
 
@@ -270,7 +275,9 @@ def middle_layers(num_layers: int, at_most: int = 8) -> list[int]:
 
 
 def lora_config(model: nn.Module, r: int = 4, **settings: object) -> LoraConfig:
-    """LoRA on the q, k, v and o projections of the text layers alone; bare suffixes would reach the vision tower too.
+    """LoRA on the attention's projections in the text layers alone; bare suffixes would reach the vision tower too.
+
+    These are q, k, v and o in most models, and whatever linear maps the attention has in those that fuse or factor them.
 
     Args:
         model: a transformers model.
@@ -280,11 +287,14 @@ def lora_config(model: nn.Module, r: int = 4, **settings: object) -> LoraConfig:
     Raises:
         ValueError: r < 1, or the model has no text layers.
     """
-    ours = {id(module) for module in text_attention_modules(model).values()}
-    names = [name for name, module in model.named_modules() if id(module) in ours]
-    stem = names[0].rsplit(".layers.", 1)[0].replace(".", r"\.")
-    pattern = rf"{stem}\.layers\.\d+\.self_attn\.(q|k|v|o)_proj"
-    return LoraConfig(r=check_count("r", r), target_modules=pattern, **settings)
+    modules = text_attention_modules(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = {
+        name for module in modules.values() for name, part in module.named_modules() if isinstance(part, nn.Linear)
+    }
+    found = "|".join(re.escape(names[id(module)]) for module in modules.values())
+    parts = "|".join(re.escape(name) for name in sorted(inside))
+    return LoraConfig(r=check_count("r", r), target_modules=rf"({found})\.({parts})", **settings)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,34 +16,39 @@ from hyper_icl._checks import check_count
 class SegmentMap:
     """The segment of every prompt token: -1 prefix or padding, 0..K-1 demonstrations, K the query.
 
-    The tokens of an image belong to its demonstration. Batches are padded on the left, so that all queries end together.
+    The tokens of an image belong to its demonstration. Batches are padded on either side; a prompt with fewer than K
+    demonstrations lacks the last of them.
 
     Attributes:
         ids: segment of every token.
         query_start: position of the first query token.
         num_demos: K.
+        query_end: position after the last query token, where padding on the right begins; None for the end of the prompt.
 
     Raises:
-        ValueError: an id is out of range, or the query is not the tail that starts at query_start.
+        ValueError: an id is out of range, or the query is not the block from query_start to query_end.
     """
 
     ids: Int64[Tensor, "b t"]
     query_start: Int64[Tensor, " b"]
     num_demos: int
+    query_end: Int64[Tensor, " b"] | None = None
 
     def __post_init__(self) -> None:
-        """Check that the query is one block at the end."""
+        """Check that the query is one block."""
         if self.ids.ndim != 2 or self.ids.dtype != torch.int64:
             raise ValueError(f"ids must be int64 of shape (b, t), got {self.ids.dtype} of {tuple(self.ids.shape)}")
         if self.query_start.shape != self.ids.shape[:1] or self.query_start.dtype != torch.int64:
             raise ValueError(f"query_start must be int64 of shape ({len(self.ids)},), got {self.query_start.shape}")
+        if self.ends.shape != self.query_start.shape or self.ends.dtype != torch.int64:
+            raise ValueError(f"query_end must be int64 of shape ({len(self.ids)},), got {self.ends.shape}")
         check_count("num_demos", self.num_demos, 0)
         position = torch.arange(self.ids.shape[1], device=self.ids.device)
-        is_query = position >= self.query_start.unsqueeze(-1)
+        is_query = (position >= self.query_start.unsqueeze(-1)) & (position < self.ends.unsqueeze(-1))
         low, high = int(self.ids.min()) if self.ids.numel() else 0, int(self.ids.max()) if self.ids.numel() else 0
         if low < -1 or high > self.num_demos or not torch.equal(is_query, self.ids == self.num_demos):
             raise ValueError(
-                f"ids must be -1..{self.num_demos}, with {self.num_demos} from query_start to the end and nowhere else; "
+                f"ids must be -1..{self.num_demos}, with {self.num_demos} from query_start to query_end and nowhere else; "
                 f"got {low}..{high}"
             )
 
@@ -52,35 +57,37 @@ class SegmentMap:
         """Number of prompt tokens, padding included."""
         return self.ids.shape[1]
 
+    @property
+    def ends(self) -> Int64[Tensor, " b"]:
+        """Position after the last query token of every prompt."""
+        return torch.full_like(self.query_start, self.length) if self.query_end is None else self.query_end
+
     @classmethod
     def from_lengths(cls, prefix: Sequence[int], demos: Sequence[Sequence[int]], query: Sequence[int]) -> "SegmentMap":
         """Segments of prompts given by token counts, padded on the left to one length.
 
         Args:
             prefix: tokens before the first demonstration (bos, system prompt) of every prompt.
-            demos: tokens of each demonstration of every prompt, images included.
+            demos: tokens of each demonstration of every prompt, images included; K is the longest prompt's.
             query: tokens of the query of every prompt.
 
         Raises:
-            ValueError: a query has no token, or prompts differ in their number of demonstrations.
+            ValueError: a query has no token, or the arguments differ in length.
 
-        >>> SegmentMap.from_lengths([1, 1], [[2, 1], [1, 1]], [2, 1]).ids
+        >>> SegmentMap.from_lengths([1, 1], [[2, 1], [1]], [2, 1]).ids
         tensor([[-1,  0,  0,  1,  2,  2],
-                [-1, -1, -1,  0,  1,  2]])
+                [-1, -1, -1, -1,  0,  2]])
         """
         if not len(prefix) == len(demos) == len(query) or not len(query):
             raise ValueError(
                 f"prefix, demos and query must have one entry a prompt, got {len(prefix)}, {len(demos)}, {len(query)}"
             )
-        counts = {len(d) for d in demos}
-        if len(counts) != 1:
-            raise ValueError(f"demos must give every prompt the same number of demonstrations, got {sorted(counts)}")
         if min(query) < 1:
             raise ValueError(f"query must have at least one token in every prompt, got {min(query)}")
-        num = counts.pop()
+        num = max(map(len, demos))
         rows = []
         for head, lengths, tail in zip(prefix, demos, query, strict=True):
-            sizes = torch.tensor([head, *lengths, tail])
+            sizes = torch.tensor([head, *lengths, *[0] * (num - len(lengths)), tail])
             rows.append(torch.arange(-1, num + 1).repeat_interleave(sizes))
         length = max(map(len, rows))
         ids = torch.stack([F.pad(row, (length - len(row), 0), value=-1) for row in rows])
@@ -123,28 +130,61 @@ class SegmentMap:
         return cls(made.ids.to(full.device), made.query_start.to(full.device), made.num_demos)
 
     @classmethod
-    def batch(cls, maps: Sequence["SegmentMap"]) -> "SegmentMap":
-        """Join maps of the same K, padded on the left to one length."""
-        if len({m.num_demos for m in maps}) != 1:
-            raise ValueError(f"maps must have the same number of demonstrations, got {[m.num_demos for m in maps]}")
-        length = max(m.length for m in maps)
-        padded = [m.left_padded(length - m.length) for m in maps]
-        return cls(torch.cat([m.ids for m in padded]), torch.cat([m.query_start for m in padded]), maps[0].num_demos)
+    def batch(
+        cls, maps: Sequence["SegmentMap"], attention_mask: Int64[Tensor, "b t"] | Bool[Tensor, "b t"] | None = None
+    ) -> "SegmentMap":
+        """Join the maps of single prompts, padded as a processor padded them; K is the largest of theirs.
+
+        Args:
+            maps: one map without padding for every prompt, e.g. of `from_prefixes`.
+            attention_mask: the processor's, on whatever side it pads; by default the maps are padded on the left.
+
+        Raises:
+            ValueError: a row of the mask does not have as many tokens in one block as its map.
+
+        >>> one, two = (SegmentMap.from_lengths([1], [[1] * k], [1]) for k in (1, 2))
+        >>> SegmentMap.batch([one, two], torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])).ids
+        tensor([[-1,  0,  2, -1],
+                [-1,  0,  1,  2]])
+        """
+        num = max(m.num_demos for m in maps)
+        length = max(m.length for m in maps) if attention_mask is None else attention_mask.shape[1]
+        joined = []
+        for i, own in enumerate(maps):
+            start = length - own.length
+            if attention_mask is not None:
+                row = attention_mask[i].bool()
+                start = int(row.int().argmax())
+                if not int(row.sum()) == int(row[start : start + own.length].sum()) == own.length:
+                    raise ValueError(
+                        f"attention_mask must hold {own.length} tokens in one block in row {i}, got {row.int().tolist()}"
+                    )
+            renamed = cls(torch.where(own.ids == own.num_demos, num, own.ids), own.query_start, num, own.query_end)
+            joined.append(renamed.left_padded(start).right_padded(length - start - own.length))
+        ids, starts = torch.cat([m.ids for m in joined]), torch.cat([m.query_start for m in joined])
+        ends = torch.cat([m.ends for m in joined])
+        return cls(ids, starts, num, None if (ends == length).all() else ends)
 
     def left_padded(self, num: int) -> "SegmentMap":
         """The map after `num` more padding tokens on the left."""
         check_count("num", num, 0)
-        return SegmentMap(F.pad(self.ids, (num, 0), value=-1), self.query_start + num, self.num_demos)
+        ends = None if self.query_end is None else self.query_end + num
+        return SegmentMap(F.pad(self.ids, (num, 0), value=-1), self.query_start + num, self.num_demos, ends)
+
+    def right_padded(self, num: int) -> "SegmentMap":
+        """The map before `num` more padding tokens on the right."""
+        ids = F.pad(self.ids, (0, check_count("num", num, 0)), value=-1)
+        return SegmentMap(ids, self.query_start, self.num_demos, self.ends if num else self.query_end)
 
     def to(self, device: torch.device | str) -> "SegmentMap":
         """The map on another device."""
-        return SegmentMap(self.ids.to(device), self.query_start.to(device), self.num_demos)
+        ends = None if self.query_end is None else self.query_end.to(device)
+        return SegmentMap(self.ids.to(device), self.query_start.to(device), self.num_demos, ends)
 
     def query_rows(self, num: int | None = None) -> Int64[Tensor, "b r"]:
         """Positions of the last `num` query tokens of every prompt; by default as many as the shortest query has."""
-        shortest = int((self.length - self.query_start).min())
+        shortest = int((self.ends - self.query_start).min())
         num = shortest if num is None else check_count("num", num)
         if num > shortest:
             raise ValueError(f"num must be at most the shortest query, {shortest} tokens, got {num}")
-        rows = torch.arange(self.length - num, self.length, device=self.ids.device)
-        return rows.expand(len(self.ids), num)
+        return self.ends.unsqueeze(-1) + torch.arange(-num, 0, device=self.ids.device)

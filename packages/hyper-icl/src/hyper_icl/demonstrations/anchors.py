@@ -6,21 +6,17 @@ Features of unit norm under a fixed exponential map all have one depth, and rank
 learned here.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hyper_geom import lorentz
 from hyper_icl._checks import check_count, check_groups, check_positive, check_rows
-from hyper_icl.selection import HyperbolicDemoIndex
-
-_FILE = "bank.safetensors"
+from hyper_icl.demonstrations._pool_file import fp64_norm, read_pool, write_pool
+from hyper_icl.demonstrations.selection import HyperbolicDemoIndex
 
 
 class HyperbolicLift(nn.Module):
@@ -168,6 +164,8 @@ class AnchorBank:
     >>> bank = AnchorBank(torch.tensor([[0.5, 0.0], [0.0, 3.0]]), ids=["dog", "poodle"])
     >>> bank.depth
     tensor([0.5000, 3.0000])
+    >>> bank.remove(["dog"]).add(torch.ones(1, 2), ids=["cat"]).ids
+    ('poodle', 'cat')
     """
 
     def __init__(
@@ -178,50 +176,114 @@ class AnchorBank:
         ids: Sequence[str] | None = None,
     ) -> None:
         """Check and keep the pool."""
-        self.tangent = check_rows("tangent", tangent).detach()
+        self._keep(check_rows("tangent", tangent).detach(), c, groups, ids, None)
+
+    def _keep(
+        self, tangent: Tensor, c: float, groups: Tensor | None, ids: Sequence[str] | None, depth: Tensor | None
+    ) -> None:
         if len(tangent) == 0:
             raise ValueError("tangent must hold at least one item, got an empty bank")
-        self.c = check_positive("c", c)
+        self.tangent, self.c = tangent, check_positive("c", c)
         self.groups = check_groups("groups", groups, len(tangent))
-        self.ids = tuple(str(i) for i in range(len(tangent))) if ids is None else tuple(ids)
-        if len(self.ids) != len(tangent):
-            raise ValueError(f"ids must name all {len(tangent)} items, got {len(self.ids)}")
+        self._ids = None if ids is None else tuple(ids)
+        if self._ids is not None and len(self._ids) != len(tangent):
+            raise ValueError(f"ids must name all {len(tangent)} items, got {len(self._ids)}")
+        self._depth = fp64_norm(tangent) if depth is None else depth
 
     def __len__(self) -> int:
         """Number of items."""
         return len(self.tangent)
 
     @property
+    def ids(self) -> tuple[str, ...]:
+        """Names of the items."""
+        return tuple(str(i) for i in range(len(self))) if self._ids is None else self._ids
+
+    @property
     def depth(self) -> Float[Tensor, " n"]:
         """Depth |w| of every item: distance of its point from the origin."""
-        return self.tangent.norm(dim=-1)
+        return self._depth.to(self.tangent.dtype)
 
-    def index(self, mu: float = 0.0, backend: str = "torch") -> HyperbolicDemoIndex:
+    def index(self, mu: float = 0.0, backend: str = "auto") -> HyperbolicDemoIndex:
         """An index of this bank; see `HyperbolicDemoIndex`."""
-        return HyperbolicDemoIndex(self.tangent, self.c, mu, backend, groups=self.groups)
+        return HyperbolicDemoIndex(self.tangent, self.c, mu, backend, groups=self.groups, depth=self._depth)
+
+    def add(
+        self,
+        tangent: Float32[Tensor, "m d"],
+        groups: Int64[Tensor, " m"] | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> "AnchorBank":
+        """A bank with more items at its end.
+
+        Args:
+            tangent: the new points.
+            groups: their groups, if this bank has groups.
+            ids: their names; by default their row numbers, if this bank has no other names.
+
+        Raises:
+            ValueError: widths differ, a name is there already, or groups or names are missing or superfluous.
+        """
+        check_rows("tangent", tangent, dim=self.tangent.shape[1])
+        if (groups is None) != (self.groups is None) or (ids is None) != (self._ids is None):
+            raise ValueError("groups and ids must be given exactly where the bank has them")
+        joined = None if self._ids is None else (*self._ids, *(ids or ()))
+        if joined is not None and len(set(joined)) != len(joined):
+            raise ValueError(f"ids must be new names, got {sorted({i for i in joined if joined.count(i) > 1})[:5]}")
+        more = None if groups is None else torch.cat((self.groups, check_groups("groups", groups, len(tangent))))
+        return AnchorBank(torch.cat((self.tangent, tangent.to(self.tangent))), self.c, more, joined)
+
+    def remove(self, ids: Collection[str]) -> "AnchorBank":
+        """A bank without some items; later rows move up.
+
+        Raises:
+            ValueError: a name is not in the bank, or nothing is left.
+        """
+        unknown = sorted(set(ids) - set(self.ids))
+        if unknown:
+            raise ValueError(f"ids must be in the bank, got {unknown[:5]}")
+        gone = set(ids)
+        kept = torch.tensor([i for i, name in enumerate(self.ids) if name not in gone], dtype=torch.int64)
+        names = None if self._ids is None else [self._ids[i] for i in kept.tolist()]
+        return AnchorBank(self.tangent[kept], self.c, None if self.groups is None else self.groups[kept], names)
 
     def save(self, folder: str | Path) -> None:
-        """Write `bank.safetensors` into a folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"tangent": self.tangent.contiguous().cpu()}
-        if self.groups is not None:
-            tensors["groups"] = self.groups.contiguous().cpu()
-        facts = {"format": "1", "c": repr(self.c), "ids": json.dumps(self.ids)}
-        save_file(tensors, folder / _FILE, metadata=facts)
+        """Write `bank.safetensors` into a folder, and `ids.json` if the items have names."""
+        write_pool(folder, self.tangent.split(1 << 15), self.groups, self._ids, {"c": repr(self.c)})
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        parts: Iterable[Float[Tensor, "_ d"]],
+        c: float = 1.0,
+        groups: Int64[Tensor, " n"] | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> "AnchorBank":
+        """Write a bank part by part and open it through the memory map; no more than a part is ever in memory.
+
+        Args:
+            folder: where to write; it may be the folder of a bank whose rows the parts come from.
+            parts: points in order, e.g. a generator that lifts features of a memory-mapped array.
+            c: curvature parameter.
+            groups: one number an item.
+            ids: names of the items.
+
+        Raises:
+            ValueError: there is no row, or rows are not finite or differ in width, or groups or ids do not fit.
+        """
+        facts = {"c": repr(check_positive("c", c))}
+        write_pool(folder, parts, groups, None if ids is None else tuple(ids), facts)
+        return cls.load(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "AnchorBank":
-        """Read what `save` wrote.
+        """Open what `save` or `build` wrote; rows stay in the file until they are used.
 
         Raises:
             ValueError: the file is missing or damaged.
         """
-        path = Path(folder) / _FILE
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(tensors["tangent"], float(facts["c"]), tensors.get("groups"), json.loads(facts["ids"]))
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"folder must hold a complete {_FILE}, got {folder}: {error}") from error
+        tensors, facts, ids = read_pool(folder)
+        made = cls.__new__(cls)
+        made._keep(tensors["tangent"], float(facts["c"]), tensors.get("groups"), ids, tensors.get("depth"))
+        return made

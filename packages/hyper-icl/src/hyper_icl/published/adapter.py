@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyper_icl._attention import NAMES, set_hook
 from hyper_icl._checks import check_count
-from hyper_icl.calibration import text_attention_modules
+from hyper_icl._hooks import set_hook
+from hyper_icl._routing import check_routed, text_attention_modules
 
 _SETTINGS, _WEIGHTS = "logit_adapter.json", "logit_adapter.safetensors"
 
@@ -59,10 +59,9 @@ class LogitAdapter(nn.Module):
     def for_model(cls, model: nn.Module, r: int = 4) -> "LogitAdapter":
         """An adapter of the model's sizes, on its device."""
         modules = text_attention_modules(model)
-        projection = next(iter(modules.values())).q_proj
-        head_dim = next(iter(modules.values())).head_dim
-        made = cls(max(modules) + 1, projection.out_features // head_dim, head_dim, r)
-        return made.to(projection.weight.device)
+        module = next(iter(modules.values()))
+        made = cls(max(modules) + 1, *_heads(module), r)
+        return made.to(next(module.parameters()).device)
 
     def gate(self, layer: int, q: Float[Tensor, "b h t d"]) -> Float[Tensor, "b h t 1"]:
         """G = sigmoid(LN(q) w + b)."""
@@ -80,7 +79,15 @@ class LogitAdapter(nn.Module):
 
         Returns:
             Queries of the same shape and dtype.
+
+        Raises:
+            ValueError: the queries have other sizes than the adapter.
         """
+        if q.shape[1::2] != (self.num_heads, self.head_dim):
+            raise ValueError(
+                f"adapter must have heads and width of layer {layer}'s queries, {tuple(q.shape[1::2])}, got "
+                f"{self.num_heads}, {self.head_dim}"
+            )
         u_q, u_k = self.u_q[layer].to(q.dtype), self.u_k[layer].to(q.dtype)
         return q + self.gate(layer, q) * ((q @ u_q) @ u_k.mT) / (scaling * math.sqrt(self.r))
 
@@ -111,9 +118,17 @@ class LogitAdapter(nn.Module):
         return made
 
 
+def _heads(module: nn.Module) -> tuple[int, int]:
+    """Number and width of the query heads, whatever the projections: plain, fused (qkv) or latent (MLA)."""
+    config = module.config
+    num = getattr(module, "num_heads", None) or config.num_attention_heads
+    width = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None) or config.hidden_size // num
+    return num, width
+
+
 @contextmanager
 def attach(model: nn.Module, adapter: LogitAdapter) -> Iterator[LogitAdapter]:
-    """Let the adapter rewrite the queries of every text layer inside the block.
+    """Let the adapter rewrite the queries of every text layer inside the block, in this thread or task alone.
 
     The adapter is no part of the model: freeze the model before training, and give the optimizer the adapter's
     parameters.
@@ -126,16 +141,12 @@ def attach(model: nn.Module, adapter: LogitAdapter) -> Iterator[LogitAdapter]:
         ValueError: the attention is not routed here, or the sizes do not fit.
     """
     modules = text_attention_modules(model)
+    check_routed(modules)
     for layer, module in modules.items():
-        used = module.config._attn_implementation
-        if used not in NAMES.values():
+        if layer >= adapter.num_layers or _heads(module) != (adapter.num_heads, adapter.head_dim):
+            heads, width = _heads(module)
             raise ValueError(
-                f"model must use one of {tuple(NAMES.values())}, got {used!r}: call use_calibrated_attention first"
-            )
-        found = (module.q_proj.out_features // module.head_dim, module.head_dim)
-        if layer >= adapter.num_layers or found != (adapter.num_heads, adapter.head_dim):
-            raise ValueError(
-                f"adapter must have {max(modules) + 1} layers of {found[0]} heads of width {found[1]}, got "
+                f"adapter must have {max(modules) + 1} layers of {heads} heads of width {width}, got "
                 f"{adapter.num_layers}, {adapter.num_heads}, {adapter.head_dim}"
             )
     before = {module: set_hook(module, "adapter", adapter) for module in modules.values()}

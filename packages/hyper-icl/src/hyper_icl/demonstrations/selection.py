@@ -8,22 +8,25 @@ which make the search exact although it computes in fp32, are ours: see `_bounds
 import importlib.util
 import math
 import warnings
+from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from hyper_icl import _bounds
 from hyper_icl._checks import check_choice, check_count, check_groups, check_positive, check_rows
-from hyper_icl._selected import DemoSelection, best_first, check_available, in_order, marginal_relevance
+from hyper_icl.demonstrations import _bounds
+from hyper_icl.demonstrations._exact import Results, below, search_by_bound
+from hyper_icl.demonstrations._pool_file import fp64_norm, read_pool, write_pool
+from hyper_icl.demonstrations._selected import DemoSelection, best_first, check_available, in_order, marginal_relevance
 
-BACKENDS = ("torch", "faiss")
+BACKENDS = ("auto", "torch", "faiss")
 # cosh(k|x|) cosh(k|q|) must stay below the largest fp64 number, exp(709).
 _MAX_RADIUS = 300.0
 # Queries are searched in blocks whose upper bounds fit in this many bytes.
 _BLOCK_BYTES = 256 << 20
-# fp64's own rounding of a score, generously.
-_ROUNDING = 1e-12
+# FAISS reads a large pool for one query faster than torch's product of one row does; in a smaller one it saves nothing.
+_FAISS_NUMBERS = 1 << 24
 
 
 class HyperbolicDemoIndex:
@@ -36,9 +39,11 @@ class HyperbolicDemoIndex:
         tangent: the pool, as Lorentz tangent vectors at the origin; depth = |w|.
         c: curvature parameter.
         mu: weight of the depth; > 0 prefers deep (specific) items, < 0 shallow ones.
-        backend: "torch" (any device) or "faiss" (needs faiss-cpu).
+        backend: "torch" (any device), "faiss" (needs faiss-cpu), or "auto": torch, but FAISS for a single query of a large
+            pool on a CPU where it is installed. FAISS keeps a copy of the pool, which "auto" makes at the first such query.
         groups: one number an item, e.g. its image; see `search(exclude=...)`.
         faiss_factory: faiss's name of the index; anything but "Flat" is approximate, and never certified.
+        depth: |w| of every item in fp64 if it is known; the pool is then neither read nor checked before the first search.
 
     Raises:
         ValueError: the pool is empty, not finite or misshapen, c <= 0, or an option is unknown.
@@ -57,13 +62,14 @@ class HyperbolicDemoIndex:
         tangent: Float[Tensor, "n d"],
         c: float = 1.0,
         mu: float = 0.0,
-        backend: str = "torch",
+        backend: str = "auto",
         *,
         groups: Int64[Tensor, " n"] | None = None,
         faiss_factory: str = "Flat",
+        depth: Float64[Tensor, " n"] | None = None,
     ) -> None:
         """Check the pool and, for faiss, build the index."""
-        self.tangent = check_rows("tangent", tangent).detach()
+        self.tangent = (check_rows("tangent", tangent) if depth is None else tangent).detach()
         if len(tangent) == 0:
             raise ValueError("tangent must hold at least one item, got an empty pool")
         if tangent.dtype not in (torch.float32, torch.float64):
@@ -73,15 +79,16 @@ class HyperbolicDemoIndex:
             raise ValueError(f"mu must be finite, got {mu}")
         self.backend = check_choice("backend", backend, BACKENDS)
         self.groups = check_groups("groups", groups, len(tangent))
-        self.depth = _fp64_norm(self.tangent)
-        radius = math.sqrt(self.c) * float(self.depth.max())
-        if radius > _MAX_RADIUS:
-            raise ValueError(f"tangent must have sqrt(c)|w| <= {_MAX_RADIUS:g}, got {radius:g}")
-        self._warn(radius)
-        self.exact = backend == "torch" or faiss_factory == "Flat"
-        self._nearest = None
-        if backend == "faiss":
-            self._factory = faiss_factory
+        self.depth = fp64_norm(self.tangent) if depth is None else depth
+        if self.depth.shape != (len(tangent),):
+            raise ValueError(f"depth must have shape ({len(tangent)},), got {tuple(self.depth.shape)}")
+        self._radius = math.sqrt(self.c) * float(self.depth.max())
+        if self._radius > _MAX_RADIUS:
+            raise ValueError(f"tangent must have sqrt(c)|w| <= {_MAX_RADIUS:g}, got {self._radius:g}")
+        self._warn(self._radius)
+        self.exact = self.backend != "faiss" or faiss_factory == "Flat"
+        self._factory, self._index, self._nearest = faiss_factory, None, None
+        if self.backend == "faiss":
             self._index, self._max_norm = _build(self.tangent, self.c, self.mu, faiss_factory)
 
     def _warn(self, radius: float) -> None:
@@ -103,6 +110,96 @@ class HyperbolicDemoIndex:
     def __len__(self) -> int:
         """Size of the pool."""
         return len(self.tangent)
+
+    def add(self, tangent: Float[Tensor, "m d"], groups: Int64[Tensor, " m"] | None = None) -> None:
+        """Put items at the end of the pool.
+
+        Args:
+            tangent: the new points.
+            groups: their groups, if the pool has groups.
+
+        Raises:
+            ValueError: widths differ, values are not finite or too deep, or groups are missing or superfluous.
+        """
+        rows = check_rows("tangent", tangent, dim=self.tangent.shape[1]).detach().to(self.tangent)
+        if (groups is None) != (self.groups is None):
+            raise ValueError("groups must be given exactly where the pool has groups")
+        more = None if groups is None else torch.cat((self.groups, check_groups("groups", groups, len(rows))))
+        self._replace(torch.cat((self.tangent, rows)), torch.cat((self.depth, fp64_norm(rows))), more)
+
+    def remove(self, ids: Int64[Tensor, " m"]) -> None:
+        """Take items out of the pool by their rows; later rows move up.
+
+        Raises:
+            ValueError: a row is not in the pool, or nothing is left.
+        """
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(self):
+            raise ValueError(f"ids must be rows 0..{len(self) - 1}, got {int(ids.min())}..{int(ids.max())}")
+        kept = torch.ones(len(self), dtype=torch.bool, device=self.tangent.device)
+        kept[ids] = False
+        if not kept.any():
+            raise ValueError("ids must leave at least one item, got the whole pool")
+        self._replace(self.tangent[kept], self.depth[kept], None if self.groups is None else self.groups[kept])
+
+    def _replace(self, tangent: Tensor, depth: Tensor, groups: Tensor | None) -> None:
+        made = HyperbolicDemoIndex(
+            tangent, self.c, self.mu, self.backend, groups=groups, faiss_factory=self._factory, depth=depth
+        )
+        self.__dict__ = made.__dict__
+
+    def save(self, folder: str | Path) -> None:
+        """Write the pool and the settings into a folder; `AnchorBank.load` reads the pool too."""
+        facts = {"c": repr(self.c), "mu": repr(self.mu), "backend": self.backend, "factory": self._factory}
+        write_pool(folder, self.tangent.split(1 << 15), self.groups, None, facts)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "HyperbolicDemoIndex":
+        """Open what `save` wrote; rows stay in the file until they are used, but for FAISS's copy.
+
+        Raises:
+            ValueError: the file is missing or damaged, or holds a bank.
+        """
+        tensors, facts, _ = read_pool(folder)
+        if "mu" not in facts:
+            raise ValueError(
+                f"folder must hold a saved index, got a bank in {folder}: use AnchorBank.load(folder).index(mu)"
+            )
+        return cls(
+            tensors["tangent"],
+            float(facts["c"]),
+            float(facts["mu"]),
+            facts["backend"],
+            groups=tensors.get("groups"),
+            faiss_factory=facts["factory"],
+            depth=tensors["depth"],
+        )
+
+    @torch.no_grad()
+    def rescore(
+        self, query: Float[Tensor, "b d"], candidates: Int64[Tensor, "b m"], k: int, order: str = "ascending"
+    ) -> DemoSelection:
+        """The k best of candidates that another store found (see `inner_product_vectors`), by their exact scores.
+
+        Args:
+            query: Lorentz tangent vectors at the origin.
+            candidates: rows of the pool for every query, without repetition.
+            k: how many.
+            order: as in `search`.
+
+        Returns:
+            The selection, never certified: what the store left out is not known.
+
+        Raises:
+            ValueError: k is not in 1..m, or shapes do not fit.
+        """
+        check_rows("query", query, dim=self.tangent.shape[1])
+        if candidates.shape[:1] != query.shape[:1] or not 1 <= k <= candidates.shape[1]:
+            raise ValueError(
+                f"candidates must be (b, m) with b = {len(query)} and m >= k = {k}, got {tuple(candidates.shape)}"
+            )
+        ids, scores = self._best(query.double(), candidates, k, None)
+        num = torch.full((len(ids),), candidates.shape[1], dtype=torch.int64)
+        return in_order(ids, scores, self.depth[ids], torch.zeros(len(ids), dtype=torch.bool), num, order)
 
     @torch.no_grad()
     def search(
@@ -143,8 +240,9 @@ class HyperbolicDemoIndex:
         if diversity > 0:
             most = len(self) if exclude is None else int((self.groups != exclude.unsqueeze(-1)).sum(-1).min())
             wanted = min(4 * k, most)
-        block = max(1, _BLOCK_BYTES // (8 * len(self))) if self.backend == "torch" else max(len(query), 1)
-        find = self._search_torch if self.backend == "torch" else self._search_faiss
+        through_faiss = self.backend == "faiss" or self._prefers_faiss(query)
+        block = max(len(query), 1) if through_faiss else max(1, _BLOCK_BYTES // (8 * len(self)))
+        find = self._search_faiss if through_faiss else self._search_torch
         parts = [
             find(query[i : i + block], wanted, None if exclude is None else exclude[i : i + block])
             for i in range(0, len(query), block)
@@ -154,6 +252,16 @@ class HyperbolicDemoIndex:
             kept = marginal_relevance(self.tangent[ids].double(), scores, k, diversity, self.c)
             ids, scores = ids.gather(-1, kept), scores.gather(-1, kept)
         return in_order(ids, scores, self.depth[ids], certified, num, order)
+
+    def _prefers_faiss(self, query: Tensor) -> bool:
+        """Whether "auto" takes FAISS, whose fp32 products resolve little beyond sqrt(c)|w| = 6."""
+        if self.backend != "auto" or len(query) != 1 or self.tangent.device.type != "cpu":
+            return False
+        if self.tangent.numel() < _FAISS_NUMBERS or max(self._radius, math.sqrt(self.c) * float(query.norm())) > 6:
+            return False
+        if self._index is None and importlib.util.find_spec("faiss") is not None:
+            self._index, self._max_norm = _build(self.tangent, self.c, self.mu, "Flat")
+        return self._index is not None
 
     def _allowed(self, ids: Tensor, exclude: Tensor | None) -> Tensor:
         if exclude is None:
@@ -171,22 +279,11 @@ class HyperbolicDemoIndex:
         keys = _bounds.upper_keys(self.tangent, self.depth, query, self.c, self.mu)
         if exclude is not None:
             keys.masked_fill_(self.groups == exclude.unsqueeze(-1), torch.inf)
-        result = _Results(query, k)
-        m = min(4 * k, len(self))
-        while len(result.open):
-            rows = result.open
-            # One more than is scored: its bound covers everything that is not.
-            some_keys = keys if len(rows) == len(keys) else keys[rows]
-            top = some_keys.topk(min(m + 1, len(self)), dim=-1, largest=False)
-            some = None if exclude is None else exclude[rows]
-            ids, scores = self._best(query[rows], top.indices[:, :m], k, some)
-            if m == len(self):
-                done = torch.ones(len(rows), dtype=torch.bool, device=query.device)
-            else:
-                done = _below(_bounds.upper_scores(top.values[:, m], self.c), scores[:, -1])
-            result.take(ids, scores, done, m)
-            m = min(2 * m, len(self))
-        return result.parts()
+
+        def best(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            return self._best(query[rows], ids, k, None if exclude is None else exclude[rows])
+
+        return search_by_bound(query, k, keys, lambda values: _bounds.upper_scores(values, self.c), best)
 
     def _search_faiss(self, query: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, ...]:
         asked = _bounds.tilted_query(query, self.c)
@@ -194,7 +291,7 @@ class HyperbolicDemoIndex:
             raise ValueError("query is too deep for fp32 products (backend 'faiss'): use backend 'torch'")
         eps = _bounds.gamma(query.shape[1]) * self._max_norm * asked.norm(dim=-1)
         least_tilt = float((self.mu * self.depth).min())
-        result = _Results(query, k)
+        result = Results(query, k)
         m = min(4 * k, len(self))
         while len(result.open):
             rows = result.open
@@ -210,10 +307,10 @@ class HyperbolicDemoIndex:
             last = -torch.from_numpy(products[:, -1]).to(query.device).double()
             bound = _bounds.lower_score(last - eps[rows], self.c)
             distance = _bounds.least_distance(bound, least_tilt, self.c)
-            done = _below(bound + _bounds.gap(distance, self.c), scores[:, -1]) | (m == len(self))
+            done = below(bound + _bounds.gap(distance, self.c), scores[:, -1]) | (m == len(self))
             if not done.all():
                 distance = torch.maximum(distance, self._nearest_distance(query[rows]))
-                done |= _below(bound + _bounds.gap(distance, self.c), scores[:, -1])
+                done |= below(bound + _bounds.gap(distance, self.c), scores[:, -1])
             result.take(ids, scores, done, m)
             m = min(2 * m, len(self))
         ids, scores, certified, num = result.parts()
@@ -241,39 +338,6 @@ class HyperbolicDemoIndex:
         least = -torch.from_numpy(products[:, 0]).to(query.device).double()
         least = self.c * (least - _bounds.gamma(query.shape[1]) * max_norm * asked.norm(dim=-1))
         return least.clamp(min=1.0).acosh() / math.sqrt(self.c)
-
-
-class _Results:
-    """Collects the rows of a search as they are certified; `open` holds those that are not yet."""
-
-    def __init__(self, query: Tensor, k: int) -> None:
-        num, device = len(query), query.device
-        self.ids = torch.zeros(num, k, dtype=torch.int64, device=device)
-        self.scores = torch.zeros(num, k, dtype=torch.float64, device=device)
-        self.certified = torch.zeros(num, dtype=torch.bool, device=device)
-        self.num = torch.zeros(num, dtype=torch.int64, device=device)
-        self.open = torch.arange(num, device=device)
-
-    def take(self, ids: Tensor, scores: Tensor, done: Tensor, num_candidates: int) -> None:
-        """Write the rows that are done."""
-        rows = self.open[done]
-        self.ids[rows], self.scores[rows] = ids[done], scores[done]
-        self.certified[rows], self.num[rows] = True, num_candidates
-        self.open = self.open[~done]
-
-    def parts(self) -> tuple[Tensor, ...]:
-        """ids, scores, certified, num_candidates."""
-        return self.ids, self.scores, self.certified, self.num
-
-
-def _below(bound: Tensor, score: Tensor) -> Tensor:
-    """Strictly below, beyond fp64's own rounding; equal scores must not be left out, or ties would break otherwise."""
-    return bound < score - _ROUNDING * (1 + score.abs())
-
-
-def _fp64_norm(tangent: Tensor) -> Tensor:
-    """Row norms in fp64 without a copy of the whole pool in fp64."""
-    return torch.cat([part.double().norm(dim=-1) for part in tangent.split(1 << 16)])
 
 
 def _build(tangent: Tensor, c: float, mu: float, factory: str):

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
-from transformers import Cache
 
 from hyper_geom import lorentz
-from hyper_icl._attention import NAMES, augment_qk, register_attention, set_hook
+from hyper_icl._attention import augment_qk, register_attention
 from hyper_icl._checks import check_choice, check_positive
-from hyper_icl._segment_bias import SegmentBias
-from hyper_icl.segments import SegmentMap
+from hyper_icl._hooks import Call, prepare, set_hook
+from hyper_icl._routing import check_routed, decoder_of, text_attention_modules, use_calibrated_attention
+from hyper_icl.demonstrations._segment_bias import Admission, PlacedBias, SegmentBias
+from hyper_icl.demonstrations.segments import SegmentMap
 
 __all__ = [
     "CalibrationPlan",
@@ -46,6 +47,7 @@ def hierarchy_bias(
     lam: float = 1.0,
     center: bool = True,
     clip: float = 5.0,
+    present: Bool[Tensor, "b k"] | None = None,
 ) -> Float32[Tensor, "b k"]:
     """What to add to the attention scores from the query to each demonstration.
 
@@ -62,6 +64,7 @@ def hierarchy_bias(
         lam: strength; 0 is no calibration.
         center: subtract the log of the mean exponential over the demonstrations.
         clip: bound on the result, > 0.
+        present: False where a query has fewer than k demonstrations; they take no part in the mean and get 0.
 
     Returns:
         Biases in [-clip, clip].
@@ -86,9 +89,13 @@ def hierarchy_bias(
         h = 1 / (1 + delta)
     else:
         h = -delta / tau if kernel == "neg" else (-delta / tau).exp()
+    present = torch.ones_like(h, dtype=torch.bool) if present is None else present
+    if present.shape != h.shape or not present.any(-1).all():
+        raise ValueError(f"present must be {tuple(h.shape)} with at least one True a query, got {tuple(present.shape)}")
     if center:
-        h = h - (h.logsumexp(-1, keepdim=True) - math.log(h.shape[-1]))
-    return (lam * h).clamp(-clip, clip).float()
+        count = present.sum(-1, keepdim=True)
+        h = h - (h.masked_fill(~present, -torch.inf).logsumexp(-1, keepdim=True) - count.log())
+    return (lam * h).clamp(-clip, clip).masked_fill(~present, 0.0).float()
 
 
 @dataclass(frozen=True)
@@ -137,117 +144,53 @@ class CalibrationPlan:
         return table
 
 
-def text_attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """The self-attention modules of the language model by layer; no vision tower, no resampler, no cross-attention.
-
-    Args:
-        model: a transformers model, or a peft model around one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    found = {
-        module.layer_idx: module
-        for name, module in decoder.named_modules()
-        if name.endswith("self_attn")
-        and isinstance(getattr(module, "layer_idx", None), int)
-        and not getattr(module, "is_cross_attention", False)
-        and "vision" not in name
-    }
-    if not found:
-        raise ValueError(
-            f"model must have text layers with a 'self_attn' that knows its layer, got {type(base).__name__}"
-        )
-    return dict(sorted(found.items()))
-
-
-def use_calibrated_attention(model: nn.Module, backend: str = "sdpa") -> None:
-    """Route the language model's attention through the registered functions; vision towers keep theirs.
-
-    Without a plan the model computes what it computed before, bit for bit.
-
-    Args:
-        model: a transformers model, or a peft model around one.
-        backend: "sdpa"; "eager", which also returns attention weights; "flex" (FlexAttention, compiled on a GPU); "augmented",
-            which writes the bias into queries and keys, so that flash kernels stay available.
-
-    Raises:
-        ValueError: the backend is unknown.
-    """
-    name = NAMES[check_choice("backend", backend, NAMES)]
-    register_attention()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = base.config
-    subs = {key: getattr(config, key, None) for key in config.sub_configs}
-    text = config.get_text_config(decoder=True)
-    key = next((key for key, sub in subs.items() if sub is text), None)
-    if key is not None:
-        base.set_attn_implementation({key: name})
-        return
-    # The text settings are the model's own (Idefics-1, text-only models): name every other tower explicitly.
-    others = {key: sub._attn_implementation or "sdpa" for key, sub in subs.items() if sub is not None}
-    base.set_attn_implementation({"": name, **others})
-
-
 @contextmanager
-def calibrate(model: nn.Module, plan: CalibrationPlan) -> Iterator[None]:
-    """Apply a plan to every forward pass and every `generate` inside the block.
+def calibrate(model: nn.Module, plan: CalibrationPlan, chunked: bool = False) -> Iterator[None]:
+    """Apply a plan to every forward pass and every `generate` inside the block, in this thread or task alone.
 
-    Beams and several sequences a prompt repeat the plan's rows; generated tokens count as query. Plans nest: the inner
-    one holds. A plan whose bias is 0 everywhere is left out altogether, so that such a run keeps its bits. With gradient
-    checkpointing call `backward` inside the block, which runs the forward pass again.
+    Positions are absolute, padding counted: caches that grow, are static or slide, a cache that already holds the
+    demonstrations, and prompts in pieces all get the bias where the prompt's tokens stand. Beams and several sequences a
+    prompt repeat the plan's rows; generated tokens count as query. Plans nest: the inner one holds. A plan whose bias is 0
+    everywhere is left out altogether, so that such a run keeps its bits. A compiled model leaves its graph at each
+    attention; `fullgraph=True` then fails. With gradient checkpointing call `backward` inside the block.
+
+    A thread that is started inside the block does not see the plan: start it with `contextvars.copy_context().run`.
 
     Args:
         model: a model after `use_calibrated_attention`.
         plan: the plan.
+        chunked: the prompt may come in several calls (`prefill_chunk_size`); otherwise one call must end where it ends.
 
     Raises:
-        ValueError: the attention is not routed here, the plan's batch does not divide the model's, its length is not the
-            prompt's, or the cache is static or slides.
+        ValueError: the attention is not routed here; the plan's batch does not divide the model's, or its length is not
+            the prompt's; a cache holds query tokens from outside the block; or the block ends without any use of the plan.
     """
     modules = text_attention_modules(model)
-    for module in modules.values():
-        used = module.config._attn_implementation
-        if used not in NAMES.values():
-            raise ValueError(
-                f"model must use one of {tuple(NAMES.values())}, got {used!r}: call use_calibrated_attention first"
-            )
+    check_routed(modules)
     factors = dict.fromkeys(modules, 1.0) if plan.layers is None else plan.layers
     unknown = sorted(set(factors) - set(modules))
     if unknown:
         raise ValueError(f"layers must be text layers 0..{max(modules)}, got {unknown}")
+    decoder = decoder_of(model)
+    prepare(decoder, list(modules.values()))
+    every_row = plan.rows == "all"
+    admission = None if plan.is_zero() else Admission(plan.segments, every_row, chunked)
     with ExitStack() as undo:
+
+        def hook(module: nn.Module, name: str, value: object) -> None:
+            undo.callback(set_hook, module, name, set_hook(module, name, value))
+
+        hook(decoder, "admission", admission)
         table = plan.table()
         for layer, module in modules.items():
-            factor = 0.0 if plan.is_zero() else factors.get(layer, 0.0)
-            bias = SegmentBias(factor * table, plan.segments, plan.rows == "all") if factor else None
-            undo.callback(set_hook, module, "bias", set_hook(module, "bias", bias))
-            if bias is not None:
-                undo.callback(module.register_forward_pre_hook(_check_cache, with_kwargs=True).remove)
+            factor = factors.get(layer, 0.0)
+            bound = (plan.segments, every_row, layer, id(decoder), admission)
+            hook(module, "bias", SegmentBias(factor * table, *bound) if factor and admission else None)
         yield
-
-
-def _check_cache(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Refuse caches whose keys do not stand at their positions."""
-    values = (*args, *kwargs.values())
-    cache = next((value for value in values if isinstance(value, Cache)), None)
-    layer = None if cache is None or module.layer_idx >= len(cache.layers) else cache.layers[module.layer_idx]
-    if layer is None:
-        return
-    if layer.is_compileable:
-        raise ValueError(
-            f"cache must be dynamic under calibrate, got {type(layer).__name__}, which pads its keys: leave "
-            "cache_implementation unset"
-        )
-    if layer.is_sliding:
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
-        needed = layer.get_seq_length() + hidden.shape[1]
-        if needed > layer.sliding_window:
+        if admission is not None and not admission.used:
             raise ValueError(
-                f"sliding_window must hold the whole text under calibrate, got {layer.sliding_window} for {needed} tokens: "
-                "set sliding_window to None in the text config, or shorten the prompt"
+                "plan must be used by a forward pass of this model in this thread before the block ends, got none: start "
+                "threads with contextvars.copy_context().run"
             )
 
 
@@ -279,5 +222,5 @@ def additive_mask(
         if attention_mask.shape != (batch, length):
             raise ValueError(f"attention_mask must be ({batch}, {length}), got {tuple(attention_mask.shape)}")
         allowed = allowed & attention_mask.bool()[:, None, None, :]
-    bias = SegmentBias(plan.table(), plan.segments, True).rows(empty, empty, 0)
+    bias = PlacedBias(SegmentBias(plan.table(), plan.segments, True), Call(0, 0, length), empty, empty).rows(dtype, 0)
     return bias.masked_fill(~allowed, torch.finfo(dtype).min)
