@@ -4,11 +4,13 @@
 
 Operations of one step are counted on fake tensors: ViT-B/16 at 224 px, batch 2, the mean number of labels that a step encodes on
 this tree, in chunks of 64. Hours are operations over the rate that a card sustains, which is an assumption: 60 TFLOP/s is a fifth
-of the 312 that an A100 is sold with in bf16. Memory is that of `bench_memory.py`, counted in the same way.
+of the 312 that an A100 is sold with in bf16. Memory is that of all storages
+alive at once where a step encodes every label, counted as `bench_memory.py` does, the weights included.
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,9 @@ from app_train.recipes.mat.tune import build_model
 from hier_losses.treecuts import sample_cut
 from mat_align import MATModel, MATObjective
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "packages" / "mat-align" / "benchmarks"))
+from bench_memory import Storages
+
 CHUNK, TEST, TEMPLATES = 64, 50_000, 60
 
 
@@ -38,7 +43,7 @@ def labels_of_a_step(stored: StoredTree, batch: int, draws: int = 200) -> float:
     return float(np.mean(found))
 
 
-def faked(model: MATModel, mode: FakeTensorMode) -> None:
+def faked(model: MATModel, mode: FakeTensorMode, storages: Storages) -> None:
     """Give every weight a size and no memory."""
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -46,6 +51,7 @@ def faked(model: MATModel, mode: FakeTensorMode) -> None:
                 if value is not None:
                     fake = mode.from_tensor(value)
                     held[name] = nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
+                    storages.add(held[name].untyped_storage())
 
 
 def tera(work) -> float:
@@ -70,24 +76,33 @@ def main() -> None:
         f"{len(texts):,} nodes, of which a step encodes {used:,.0f}; batch {batch}; {args.tflops:g} TFLOP/s sustained\n"
     )
     print(
-        "| base | shots | steps | TFLOP a step | training, hours | scoring, hours | a cell, hours |\n|---|---|---|---|---|---|---|"
+        "| base | shots | steps | TFLOP a step | training, hours | scoring, hours | a cell, hours | MiB, fp32 | MiB, bf16 |\n"
+        "|---|---|---|---|---|---|---|---|---|"
     )
     for base in ("maple", "promptsrc"):
         clip = open_clip.create_model("ViT-B-16-quickgelu")
         model = build_model(published("imagenet", 16, base), clip, Row(VARIANTS["HETEROGENEOUS"]), chunk_size=CHUNK)
         model.tokens_of(texts)
         chosen = sorted(texts, key=lambda text: -len(model.tokens_of([text])[0]))[:1] + texts[: round(used) - 1]
-        mode = FakeTensorMode()
-        faked(model, mode)
+        mode, storages = FakeTensorMode(), Storages()
+        faked(model, mode, storages)
         with mode:
             images = torch.randn(batch, 3, 224, 224)
 
-            def step(model=model, images=images, chosen=chosen, base=base) -> None:
-                model(images, chosen).logits.sum().backward()
-                if base == "promptsrc":
-                    model.frozen_image(images)
+            def step(names: list[str], half: bool = False, model=model, images=images, base=base) -> None:
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    out = model(images, names)
+                    frozen = model.frozen_image(images) if base == "promptsrc" else None
+                out.logits.sum().backward()
+                model.zero_grad(set_to_none=True)
+                del frozen
 
-            each = tera(step)
+            each, mib = tera(partial(step, chosen)), []
+            for half in (False, True):
+                storages.peak = storages.held
+                with storages:
+                    step(texts, half)
+                mib.append(f"{storages.peak / 2**20:,.0f}")
             with torch.no_grad():
                 score = tera(lambda model=model: model.encode_image(torch.randn(64, 3, 224, 224))) * TEST / 64
                 text = tera(lambda model=model: model.encode_text(texts))
@@ -96,7 +111,9 @@ def main() -> None:
             settings = published("imagenet", shots, base)
             steps = settings.epochs * -(-1000 * shots // settings.batch_size)
             hours = [(steps * each + once) / args.tflops / 3600, (score + text) / args.tflops / 3600]
-            print(f"| {base} | {shots} | {steps:,} | {each:.1f} | {hours[0]:.1f} | {hours[1]:.2f} | {sum(hours):.1f} |")
+            print(
+                f"| {base} | {shots} | {steps:,} | {each:.1f} | {hours[0]:.1f} | {hours[1]:.2f} | {sum(hours):.1f} | {mib[0]} | {mib[1]} |"
+            )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mat_align.backbones import Backbone, backbone
+from mat_align.backbones._layer import Masked
 from mat_align.head import MATHead, PathFeatures
 from mat_align.prompts import PromptLearner, encode_text, label_text, template_features
 from mat_align.prompts._learners import LEARNERS
@@ -180,6 +181,44 @@ class MATModel(_Model):
         """Training mode of the trained parts; the frozen model stays in evaluation mode."""
         super().train(mode)
         self.clip.eval()
+        return self
+
+    def shard_frozen(self, mesh: Any = None) -> "MATModel":
+        """Spread the blocks of the frozen towers over all processes (FSDP2).
+
+        Each process then holds 1 / processes of them and gathers one block at a time. What trains stays whole on every
+        process, for DistributedDataParallel or accelerate, which leave the spread blocks alone. Call it before either of
+        them; every process must then take part in every encoding. Blocks that are spread already stay as they are.
+
+        Args:
+            mesh: a one-dimensional `DeviceMesh`; all processes, on CUDA if there is any, if None.
+
+        Returns:
+            This model.
+
+        Raises:
+            ValueError: no process group, or a variant with pass_through="released", which reads weights outside of the
+                block's forward.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "shard_frozen needs an initialised process group: start with torchrun or accelerate launch"
+            )
+        if self.layers.pass_through != "value":
+            raise ValueError(f"variant must have pass_through='value' to be sharded, got {self.layers.pass_through!r}")
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+        from torch.distributed.tensor import DTensor
+
+        if mesh is None:
+            mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),))
+        for block in (*self.backbone.image.blocks, *self.backbone.text.blocks):
+            layer = block.layer if isinstance(block, Masked) else block
+            if not isinstance(layer, FSDPModule):
+                # Each block is a root of its own, and a root stays whole after its forward unless told otherwise.
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        # DistributedDataParallel reads this attribute; its broadcast at the start knows no DTensor.
+        self._ddp_params_and_buffers_to_ignore = [n for n, p in self.named_parameters() if isinstance(p, DTensor)]
         return self
 
     @property

@@ -75,6 +75,9 @@ class OpenClipViT(ImageTower):
 
     def alone(self, number: int, h: Float[Tensor, "B m w"], mode: str = "value") -> Float[Tensor, "B m w"]:
         """See `mat_align.visual_tree.value_pass_through`."""
+        # FSDP2 gathers the weights of a block for its forward alone.
+        if hasattr(self.blocks[number], "unshard"):
+            return super().alone(number, h, mode)
         return value_pass_through(self.blocks[number], h, mode)
 
     def pool(self, h: Float[Tensor, "B m w"]) -> Float[Tensor, "B m d"]:

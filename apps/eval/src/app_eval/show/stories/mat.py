@@ -173,18 +173,25 @@ def _known(found: Mapping, judged: Sequence[Key], frozen: Sequence[Key]) -> Sect
         moves = [_percent(layers["rows"][ours], s).value - _percent(layers["rows"][other], s).value for s in SCORES]
         told = ", ".join(f"{TITLES[s]} {m:+.1f} points ({w})" for s, m, w in zip(SCORES, moves, words, strict=True))
         lines.append(f"a plain mean of the tokens against the text query: {told}")
+    for name in FITTED:
+        beside = [found[key] for key in frozen if name in found[key]["rows"]]
+        told = "; ".join(f"{TITLES[s]}: {tally([_claim(e, WHOLE, name, s, '') for e in beside])}" for s in SCORES)
+        lines += (
+            [f"the whole method against {name}, which reads no text, on the same features: {told}"] if beside else []
+        )
     mini = [key for key in found if key[2].startswith("mini-") and key[3] == "main"]
     for key in mini:
         rows = found[key]["rows"]
-        lines.append(
+        lines.insert(
+            0,
             f"no figure of prompts here informs: our own CLIP names {_percent(rows['zero-shot'], 'la').value:.1f} % of the leaves before "
             f"tuning and {_percent(rows['VANILLA'], 'la').value:.1f} % with tuned prompts, the nearest picture "
             f"{_percent(rows['nearest picture'], 'la').value:.1f} %; its rows are printed and counted nowhere"
             if key not in judged
-            else f"prompts on our own CLIP are judged: {_name(key)}"
+            else f"prompts on our own CLIP are judged: {_name(key)}",
         )
     if not mini:
-        lines.append("no figure of prompts here informs: none was run")
+        lines.insert(0, "no figure of prompts here informs: none was run")
     return Section("What is known", (tuple(lines),))
 
 
