@@ -10,13 +10,13 @@ from mat_align import MATModel
 
 # Arguments: rank, world size, rendezvous file, output file.
 WORKER = """
+import importlib.util
 import sys
 import torch
 import torch.distributed as dist
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import CLIPConfig, CLIPModel
 
 from hier_losses import Taxonomy
 from mat_align import HETEROGENEOUS, PROTECT, MaPLePrompts, MATModel, MATObjective, PromptSRCPrompts
@@ -31,6 +31,8 @@ def frozen(kind="open_clip"):
     if kind == "open_clip":
         vision = CLIPVisionCfg(layers=4, width=32, head_width=8, patch_size=8, image_size=16)
         return CLIP(24, vision, CLIPTextCfg(width=16, heads=2, layers=4))
+    from transformers import CLIPConfig, CLIPModel
+
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     vision = {**tower, "image_size": 16, "patch_size": 8}
     return CLIPModel(CLIPConfig(text_config=tower, vision_config=vision, projection_dim=24))
@@ -82,12 +84,14 @@ cases = (
     ("open_clip", "maple", PROTECT, "unit", None, False), ("open_clip", "src", HETEROGENEOUS, "unit", None, True),
     ("open_clip", "maple", HETEROGENEOUS, "feature", 2, True), ("transformers", "src", HETEROGENEOUS, "unit", None, True),
 )
-out = [[trained(*case, together) for together in (False, True)] for case in cases]
+if importlib.util.find_spec("transformers") is None:
+    cases = cases[:-1]
+refusal, out = "", [[trained(*case, together) for together in (False, True)] for case in cases]
 try:
     MATModel(frozen(), None, released(HETEROGENEOUS)).shard_frozen()
 except ValueError as error:
-    out.append(str(error))
-torch.save(out, target)
+    refusal = str(error)
+torch.save([refusal, *out], target)
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -115,7 +119,9 @@ def outputs(tmp_path_factory):
     "index", range(6), ids=["maple", "promptsrc", "protect", "sharded", "sharded-chunks", "sharded-transformers"]
 )
 def test_two_processes_take_the_step_of_one(outputs, index):
-    for (one, _), (shared, shares) in (output[index] for output in outputs):
+    if index == 5:
+        pytest.importorskip("transformers")
+    for (one, _), (shared, shares) in (output[index + 1] for output in outputs):
         assert shared.keys() == one.keys()
         for name, value in one.items():
             torch.testing.assert_close(shared[name], value, rtol=1e-9, atol=1e-11, equal_nan=True, msg=name)
@@ -124,7 +130,7 @@ def test_two_processes_take_the_step_of_one(outputs, index):
 
 
 def test_released_is_not_sharded(outputs):
-    assert all("pass_through='value' to be sharded, got 'released'" in output[6] for output in outputs)
+    assert all("pass_through='value' to be sharded, got 'released'" in output[0] for output in outputs)
 
 
 def test_sharding_needs_processes(clip):
