@@ -42,6 +42,8 @@ for name, whole in (("first", first), ("second", second), ("lora", lora), ("chec
     for kind, model in (("whole", whole), ("spread", spread)):
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         loss = call(wrapped)
+        if kind == "spread":
+            out[name + "_between"] = torch.tensor(sum(isinstance(p, DTensor) for p in spread.parameters()))
         loss.backward()
         out[f"{name}_{kind}"] = loss.detach()
         out[f"{name}_{kind}_grads"] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -77,6 +79,7 @@ def test_equal_to_whole(outputs, name):
     for out in outputs:
         assert (out[f"{name}_shares"][:, 0] < out[f"{name}_shares"][:, 1]).all()
         assert abs(out[f"{name}_shares"][:, 0].sum() / out[f"{name}_shares"][:, 1].sum() - 0.5) < 0.05
+        assert out[f"{name}_between"] == len(out[f"{name}_shares"])  # one layer at a time: none stays whole
         assert 0.4 < out[f"{name}_part"] < 1  # the rest are embeddings, large in so small a model
         assert out[f"{name}_trained"]
         torch.testing.assert_close(out[f"{name}_spread_grads"], out[f"{name}_whole_grads"], rtol=1e-4, atol=1e-6)

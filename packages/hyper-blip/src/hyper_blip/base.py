@@ -155,7 +155,9 @@ class HyperBlip2Model(SavedModel):
             inside = any(layer is inner for outer in done for inner in outer.modules())
             trained = {p for p in layer.parameters() if p.requires_grad}
             if not inside and any(not p.requires_grad for p in layer.parameters()):
-                fully_shard(layer, mesh=mesh, **({"ignored_params": trained} if trained else {}))
+                # Each layer is a root of its own, and a root stays whole after its forward unless told otherwise.
+                more = {"ignored_params": trained} if trained else {}
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True, **more)
                 done.append(layer)
         if not done:
             raise ValueError("shard_frozen found no frozen layers in a ModuleList: there is nothing to spread")
