@@ -5,21 +5,15 @@ import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    CLIPImageProcessorPil,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaForConditionalGeneration
 
 from app_eval.ask.answer import LocalModel
 from app_eval.ask.pool import PoolItem, encode_pictures, encode_pool, read_items
@@ -29,13 +23,7 @@ from app_train.recipes.icl.lift import train_lift
 from hyper_icl import SegmentMap, hierarchy_bias, insert_demos
 
 pytestmark = pytest.mark.filterwarnings("default")
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (30, 60, 220)}
-SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
-TEMPLATE = (
-    "{{ bos_token }}Be brief.{% for m in messages %}{{ m['role'][0] }}:{% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ eos_token }}"
-    "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
-)
+DOCS = Path(__file__).parents[4] / "docs" / "hyper-icl"
 
 
 class Eye(nn.Module):
@@ -60,59 +48,29 @@ def eye(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def processor():
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate((*SPECIALS, *letters))}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIALS])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return LlavaProcessor(pictures, tokenizer, 8, "default", TEMPLATE, num_additional_image_tokens=1)
+def tiny():
+    """The script of the guide."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS)
+        return import_module("tiny_model")
 
 
 @pytest.fixture(scope="module")
-def model(processor, tmp_path_factory):
-    """A folder as `save_pretrained` leaves it."""
-    text = {
-        "model_type": "llama", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 512,
-    }  # fmt: skip
-    vision = {
-        "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "image_size": 16, "patch_size": 8,
-    }  # fmt: skip
-    config = LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=3, vision_feature_layer=-1, image_seq_length=4
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for value in made.parameters():
-            if value.ndim > 1:
-                value.mul_(4)
-    made.generation_config.pad_token_id, made.generation_config.eos_token_id = 0, None
-    folder = tmp_path_factory.mktemp("model")
-    made.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    """Three colours with three pictures each, as folders and as JSON lines, and a query."""
-    root, draw, lines = tmp_path_factory.mktemp("pool"), np.random.default_rng(0), []
-    for name, colour in COLOURS.items():
-        (root / "pictures" / name).mkdir(parents=True)
-        for i in range(4):
-            pixels = np.clip(np.array(colour) + draw.normal(0, 25, (24, 24, 3)), 0, 255).astype(np.uint8)
-            path = root / (f"{name}.png" if i == 3 else f"pictures/{name}/{i}.png")
-            Image.fromarray(pixels).save(path)
-            if i < 3:
-                lines.append({"image": f"pictures/{name}/{i}.png", "question": f"Color {i}?", "answer": name})
-    (root / "pool.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+def pool(tiny, tmp_path_factory):
+    """What the script writes: three colours with three pictures each, as folders and as JSON lines, and a model."""
+    root = tmp_path_factory.mktemp("pool")
+    tiny.main(root)
     return root
+
+
+@pytest.fixture(scope="module")
+def model(pool):
+    return pool / "model"
+
+
+@pytest.fixture(scope="module")
+def processor(tiny):
+    return tiny.make_processor()
 
 
 def answer(capsys, tmp_path, *args):
@@ -337,11 +295,11 @@ def test_server_gets_pictures_and_turns(eye, pool, server, capsys, tmp_path):
     assert got[1][2]["model"] == "dummy"
 
 
-def test_errors_are_one_sentence(eye, pool, model, processor, capsys, tmp_path, monkeypatch):
+def test_errors_are_one_sentence(eye, pool, model, tiny, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     silent = tmp_path / "silent"
-    LlavaForConditionalGeneration.from_pretrained(model).save_pretrained(silent)
-    LlavaProcessor(processor.image_processor, processor.tokenizer, 8, "default").save_pretrained(silent)
+    tiny.make_model().save_pretrained(silent)
+    tiny.make_processor(template=None).save_pretrained(silent)
     files = {
         "no_question": {"image": "red.png", "answer": "red"},
         "no_answer": {"image": "red.png", "question": "x"},
