@@ -44,6 +44,12 @@ def pool(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Features of pools stay out of the user's cache folder."""
+    monkeypatch.setattr("app_data.store.features.default_cache_dir", lambda: tmp_path / "cache")
+
+
 def run(capsys, *args):
     status = hier(["select", *map(str, args)])
     out = capsys.readouterr()
@@ -54,7 +60,7 @@ def run(capsys, *args):
 def test_command(need_models, pool, capsys, tmp_path, source):
     query = pool / "pictures" / "red" / "0.png"
     out = tmp_path / "demos.json"
-    status, text, err = run(capsys, "--data", pool / source, "--query", query, "--k", 4, "--out", out)
+    status, text, err = run(capsys, "--data", pool / source, "--query", query, "-k", 4, "--out", out)
     assert status == 0, err
     found = json.loads(out.read_text())
     assert found["num_items"] == 15

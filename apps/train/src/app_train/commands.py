@@ -48,6 +48,12 @@ COMMANDS: dict[str, Command] = {
     "select": Command(
         "choose demonstrations for pictures from your own pool", "Select", "app_eval.ask.select:run", lift=True
     ),
+    "answer": Command(
+        "answer questions about pictures with demonstrations from your own pool",
+        "Answer",
+        "app_eval.ask.answer:run",
+        lift=True,
+    ),
     "eval icl": Command(
         "judge selection and calibration by a trained icl-mini",
         "EvalIcl",

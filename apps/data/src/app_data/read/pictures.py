@@ -23,6 +23,7 @@ __all__ = [
     "allow_megapixels",
     "load_picture",
     "on_white",
+    "open_picture",
     "square",
     "upright",
 ]
@@ -132,16 +133,11 @@ def allow_megapixels(limit: float | None) -> None:
     Image.MAX_IMAGE_PIXELS = round(1e6 * limit)
 
 
-def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
-    """A picture file as RGB, upright, on white, square.
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture file as RGB, upright, on white, at its own size.
 
     Args:
         path: A file of one of `FORMATS`.
-        size: Height and width of the result.
-        fit: "crop" cuts the centre square, "pad" adds white, "squash" changes the aspect ratio.
-
-    Returns:
-        uint8 array (size, size, 3).
 
     Raises:
         UnreadablePicture: The file is no picture, is truncated, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -154,7 +150,7 @@ def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
                 raise UnreadablePicture(
                     f"it has {opened.width} x {opened.height} pixels, more than {limit}: see max_megapixels"
                 )
-            picture = upright(opened)
+            return upright(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadablePicture(f"it has too many pixels, see max_megapixels ({error})") from error
     except UnidentifiedImageError as error:
@@ -166,7 +162,23 @@ def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         # Pillow's decoders raise all of these on truncated or damaged files.
         raise UnreadablePicture(f"it is damaged or truncated ({error})") from error
-    return np.asarray(square(picture, size, fit))
+
+
+def load_picture(path: str | Path, size: int, fit: str = "crop") -> np.ndarray:
+    """A picture file as RGB, upright, on white, square.
+
+    Args:
+        path: A file of one of `FORMATS`.
+        size: Height and width of the result.
+        fit: "crop" cuts the centre square, "pad" adds white, "squash" changes the aspect ratio.
+
+    Returns:
+        uint8 array (size, size, 3).
+
+    Raises:
+        UnreadablePicture: See `open_picture`.
+    """
+    return np.asarray(square(open_picture(path), size, fit))
 
 
 def upright(picture: Image.Image) -> Image.Image:

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from app_data.read.pictures import load_picture
 from app_data.sets.demonstration_tasks import read_jsonl
+from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped, UnreadablePicture
+from app_data.store.features import cached_features, weights_digest
 from app_data.weights.lite0_minilm import lite0_preprocess
 from hyper_icl import AnchorBank, HyperbolicLift
 
@@ -20,6 +22,7 @@ __all__ = ["DemoPool", "PoolItem", "TrainLift", "codes", "encode_pictures", "enc
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SIZE = 128
+_WIDTH = 1280  # EfficientNet-Lite0's pooled features
 _BATCH = 64
 _MAX_BAD = 0.01
 
@@ -67,27 +70,49 @@ class DemoPool:
         )
 
 
-def encode_pool(items: Sequence[PoolItem], encoder: nn.Module) -> DemoPool:
-    """Encode the items whose pictures can be read.
+def encode_pool(items: Sequence[PoolItem], encoder: nn.Module, cache_dir: Path | None = None) -> DemoPool:
+    """Encode the items whose pictures can be read; features are kept on disk until a file or the encoder changes.
 
     Args:
         items: What `read_items` found.
         encoder: See `encode_pictures`.
+        cache_dir: Where features are kept; the user's cache folder if None.
 
     Raises:
         DataError: More than 1 % of the pictures (at least 10, or all of them) cannot be read.
     """
     paths = list(dict.fromkeys(item.path for item in items))
-    features, bad = encode_pictures(paths, encoder)
+
+    def compute(first: int, end: int) -> Tensor:
+        # A picture that cannot be read has a row too, of NaN, so that rows stay those of the paths.
+        known, bad = encode_pictures(paths[first:end], encoder)
+        lost = {s.path for s in bad}
+        rows = torch.full((end - first, _WIDTH), torch.nan)
+        rows[[str(path) not in lost for path in paths[first:end]]] = known
+        return rows
+
+    key = f"ask-1 {SIZE} {weights_digest(encoder)} {fingerprint({'files': [_stamp(path) for path in paths]})}"
+    features = cached_features(key, compute, len(paths), cache_dir)
+    good = ~features.isnan().any(-1)
+    features, lost = features[good], [path for path, fine in zip(paths, good.tolist(), strict=True) if not fine]
+    bad = encode_pictures(lost, encoder)[1]
     budget = max(10, int(_MAX_BAD * len(paths)))
     if len(bad) == len(paths) or len(bad) > budget:
         named = "; ".join(f"{s.path}: {s.reason}" for s in bad[:3])
         raise DataError(f"{len(bad)} of {len(paths)} pictures of the pool cannot be read: {named}")
-    lost = {s.path for s in bad}
-    row_of = {path: row for row, path in enumerate(p for p in paths if str(p) not in lost)}
+    row_of = {path: row for row, path in enumerate(path for path in paths if path not in set(lost))}
     kept = tuple(item for item in items if item.path in row_of)
     rows = torch.tensor([row_of[item.path] for item in kept])
     return DemoPool(kept, features[rows], rows, bad)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """What changes when a file does."""
+    try:
+        found = path.stat()
+    except OSError:
+        return str(path.resolve()), -1, -1
+    return str(path.resolve()), found.st_size, found.st_mtime_ns
 
 
 def read_items(source: str | Path) -> list[PoolItem]:
@@ -136,7 +161,7 @@ def encode_pictures(paths: Sequence[Path], encoder: nn.Module) -> tuple[Tensor, 
         if len(batch) == _BATCH:
             flush()
     flush()
-    return torch.cat(found) if found else torch.empty(0, 1), tuple(bad)
+    return torch.cat(found) if found else torch.empty(0, _WIDTH), tuple(bad)
 
 
 def fit_bank(

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from torch.nn import functional as F
 from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import MiniLM, lite0
-from app_eval.ask.pool import DemoPool, TrainLift, encode_pictures, encode_pool, fit_bank, read_items
+from app_eval.ask.pool import DemoPool, PoolItem, TrainLift, encode_pictures, encode_pool, fit_bank, read_items
 from app_eval.ask.settings import SELECTORS, Select
 from hyper_icl import (
+    AnchorBank,
     DemoSelection,
     HyperbolicDemoIndex,
     MmicesSelector,
@@ -25,7 +27,7 @@ from hyper_icl import (
     TopKClipSelector,
 )
 
-__all__ = ["Request", "select_demos"]
+__all__ = ["Request", "choose", "select_demos"]
 
 FORMAT = 1
 
@@ -41,6 +43,7 @@ def select_demos(
     diversity: float = 0.0,
     seed: int = 0,
     question: str = "",
+    cache_dir: Path | None = None,
 ) -> dict:
     """Choose k demonstrations for every query picture.
 
@@ -54,6 +57,7 @@ def select_demos(
         diversity: In [0, 1], for "hyperbolic"; see `HyperbolicDemoIndex.search`.
         seed: Seed of "random" and of the training of the lift.
         question: What is asked about every query, for "mmices".
+        cache_dir: Where features of the pool are kept; the user's cache folder if None.
 
     Returns:
         What was chosen, ready for JSON: demonstrations stand in prompt order.
@@ -62,26 +66,24 @@ def select_demos(
         DataError: The pool or a query cannot be used, or k is too large.
         MissingAssetError: The encoder's packages are not installed.
     """
-    if method not in SELECTORS:
-        raise DataError(f"method must be one of {', '.join(SELECTORS)}, got {method!r}")
-    if k < 1:
-        raise DataError(f"k must be at least 1, got {k}")
-    paths = [Path(query) for query in queries]
     if (method == "mmices") != bool(question):
         raise DataError("question and method mmices belong together: give both or neither")
-    items = read_items(source)
-    encoder = lite0(0)
-    pool = encode_pool(items, encoder)
-    features, bad = encode_pictures(paths, encoder)
-    if bad:
-        raise DataError(f"the query {bad[0].path} cannot be used: {bad[0].reason}")
-    exclude = torch.tensor([pool.group_of(path) for path in paths])
-    available = len(pool.items) - max(int((pool.groups == group).sum()) for group in exclude)
-    if k > available:
-        raise DataError(f"k must be at most {available}, the pool without the query's own picture, got {k}")
-    request = Request(pool, features, exclude, k, mu, diversity, seed, question, train_lift)
-    module, _, name = SELECTORS[method].run.partition(":")
-    selection, notes = getattr(import_module(f"app_eval.ask.{module}"), name)(request)
+    paths = [Path(query) for query in queries]
+    request, selection, notes = choose(
+        read_items(source),
+        paths,
+        [question] * len(paths),
+        train_lift,
+        k=k,
+        mu=mu,
+        method=method,
+        diversity=diversity,
+        seed=seed,
+        cache_dir=cache_dir,
+    )
+    pool = request.pool
+    if question:
+        notes["question"] = question
     return {
         "format": FORMAT,
         "pool": str(source),
@@ -110,6 +112,45 @@ def select_demos(
     }
 
 
+def choose(
+    items: Sequence[PoolItem],
+    queries: Sequence[Path],
+    questions: Sequence[str],
+    train_lift: TrainLift,
+    *,
+    k: int = 4,
+    mu: float = 0.3,
+    method: str = "hyperbolic",
+    diversity: float = 0.0,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+) -> tuple["Request", DemoSelection, dict]:
+    """The work of `select_demos`, for items that are already read and a question for each query.
+
+    Returns:
+        What the selector worked with, what it chose, and what it notes for the result.
+
+    Raises:
+        DataError: See `select_demos`.
+    """
+    if method not in SELECTORS:
+        raise DataError(f"method must be one of {', '.join(SELECTORS)}, got {method!r}")
+    if k < 1:
+        raise DataError(f"k must be at least 1, got {k}")
+    encoder = lite0(0)
+    pool = encode_pool(items, encoder, cache_dir)
+    features, bad = encode_pictures(queries, encoder)
+    if bad:
+        raise DataError(f"the query {bad[0].path} cannot be used: {bad[0].reason}")
+    exclude = torch.tensor([pool.group_of(path) for path in queries])
+    available = len(pool.items) - max(int((pool.groups == group).sum()) for group in exclude)
+    if k > available:
+        raise DataError(f"k must be at most {available}, the pool without the query's own picture, got {k}")
+    request = Request(pool, features, exclude, k, mu, diversity, seed, tuple(questions), train_lift)
+    module, _, name = SELECTORS[method].run.partition(":")
+    return request, *getattr(import_module(f"app_eval.ask.{module}"), name)(request)
+
+
 @dataclass(frozen=True)
 class Request:
     """What a selector works with.
@@ -118,7 +159,8 @@ class Request:
         pool: The demonstrations.
         features: Of the queries, not centred, (n, d).
         exclude: Group of each query's own picture, -1 for none, (n,).
-        k, mu, diversity, seed, question: See `select_demos`.
+        k, mu, diversity, seed: See `select_demos`.
+        questions: What is asked about each query.
         train_lift: Trains a lift.
     """
 
@@ -129,13 +171,22 @@ class Request:
     mu: float
     diversity: float
     seed: int
-    question: str
+    questions: tuple[str, ...]
     train_lift: TrainLift
 
     def centred(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features of pool and queries less the pool's mean."""
         mean = self.pool.features.mean(0)
         return self.pool.features - mean, self.features - mean
+
+    @cached_property
+    def lifted(self) -> tuple[AnchorBank, torch.Tensor, bool]:
+        """The pool in hyperbolic space, the queries' tangent vectors, and whether the lift is trained."""
+        bank, lift, mean, scale = fit_bank(self.pool, self.train_lift, self.seed)
+        with torch.no_grad():
+            centred = self.features - mean
+            query = scale * centred if lift is None else lift(F.normalize(centred, dim=-1))
+        return bank, query.clone(), lift is not None
 
 
 def at_random(request: Request) -> tuple[DemoSelection, dict]:
@@ -158,33 +209,32 @@ def topk(request: Request) -> tuple[DemoSelection, dict]:
 
 def mmices(request: Request) -> tuple[DemoSelection, dict]:
     """Similar pictures ranked by their questions (Chen et al., 2024)."""
-    items, question = request.pool.items, request.question
+    items = request.pool.items
     if not all(item.question for item in items):
         raise DataError("method mmices needs a question for every item of the pool: give JSON lines with question")
-    unique = sorted({item.question for item in items})
+    unique = sorted({item.question for item in items} | set(request.questions))
     with torch.no_grad():
-        embedded = MiniLM()([*unique, question])
-    texts = embedded[torch.tensor([unique.index(item.question) for item in items])]
+        embedded = MiniLM()(unique)
+    texts, asked = (
+        embedded[torch.tensor([unique.index(question) for question in questions])]
+        for questions in ([item.question for item in items], request.questions)
+    )
     pool, queries = request.centred()
     selector = MmicesSelector(pool, texts, max(200, request.k), request.pool.groups)
-    asked = embedded[-1:].expand(len(queries), -1)
-    return selector.search(queries, request.k, request.exclude, text=asked), {"question": question}
+    return selector.search(queries, request.k, request.exclude, text=asked), {}
 
 
 def hyperbolic(request: Request) -> tuple[DemoSelection, dict]:
     """Exact search on a Lorentz manifold, which weighs how deep an item lies."""
-    bank, lift, mean, scale = fit_bank(request.pool, request.train_lift, request.seed)
-    with torch.no_grad():
-        centred = request.features - mean
-        query = scale * centred if lift is None else lift(F.normalize(centred, dim=-1))
+    bank, query, trained = request.lifted
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             index = HyperbolicDemoIndex(bank.tangent, bank.c, request.mu, groups=bank.groups)
-            found = index.search(query.clone(), request.k, request.exclude, diversity=request.diversity)
+            found = index.search(query, request.k, request.exclude, diversity=request.diversity)
     except ValueError as error:
         raise DataError(str(error)) from error
-    how = "trained on shared answers" if lift is not None else "untrained: depth is the distance from the pool's mean"
+    how = "trained on shared answers" if trained else "untrained: depth is the distance from the pool's mean"
     return found, {
         "mu": request.mu,
         "diversity": request.diversity,
@@ -205,6 +255,7 @@ def run(config: Select, train_lift: TrainLift) -> int:
         diversity=config.diversity,
         seed=config.seed,
         question=config.question,
+        cache_dir=config.cache_dir,
     )
     for skipped in chosen["skipped"]:
         print(f"skipped {skipped['path']}: {skipped['reason']}", file=sys.stderr)  # noqa: T201

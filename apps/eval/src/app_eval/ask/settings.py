@@ -32,6 +32,7 @@ SELECTORS: dict[str, Selector] = {
 SelectorName = Literal[tuple(SELECTORS)]  # type: ignore[valid-type]
 
 Run = Annotated[Path, tyro.conf.Positional]
+Count = Annotated[int, tyro.conf.arg(aliases=("-k",))]
 Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 
@@ -121,7 +122,7 @@ class Select:
     """The pool: a folder of pictures, or JSON lines with image, question, answer."""
     query: tuple[Path, ...]
     """Pictures to choose for."""
-    k: int = 4
+    k: Count = 4
     """Demonstrations a query."""
     mu: float = 0.3
     """Weight of the depth (method hyperbolic)."""
@@ -133,8 +134,40 @@ class Select:
     """What is asked about the queries (method mmices)."""
     seed: int = 0
     """Of "random" and of the training of the lift."""
+    cache_dir: Path | None = None
+    """Where features of the pool are kept; the user's cache folder if not given."""
     out: Path | None = None
     """Write the result here as JSON; - prints JSON in place of the table."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer questions about pictures with demonstrations from your own pool; one JSON line for each answer."""
+
+    pool: Path
+    """JSON lines with image, question, answer; or a folder, whose subfolders' names are the answers to your question."""
+    model: str
+    """An image-text model: a folder, a name on the hub, or the URL of an OpenAI-compatible server, as URL#NAME if it wants one."""
+    image: tuple[Path, ...] = ()
+    """Pictures to ask about."""
+    question: str = ""
+    """What is asked about each of them."""
+    batch: Path | None = None
+    """JSON lines with image (relative to the file) and question, in place of --image and --question."""
+    k: Count = 4
+    """Demonstrations a question."""
+    method: SelectorName = "hyperbolic"
+    """How to choose them; see `hier select`."""
+    calibrate: bool = False
+    """Weigh demonstrations by their hyperbolic distance from the picture; needs the model here, not a URL."""
+    max_new_tokens: int = 32
+    """Longest answer."""
+    seed: int = 0
+    """Of "random" and of the training of the lift."""
+    cache_dir: Path | None = None
+    """Where features of the pool are kept; the user's cache folder if not given."""
+    out: Path | None = None
+    """Write the lines here in place of standard output."""
 
 
 @dataclass(frozen=True)

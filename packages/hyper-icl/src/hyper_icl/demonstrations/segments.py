@@ -1,8 +1,9 @@
 """Which token of a prompt belongs to which demonstration; no reference, the bookkeeping of the other modules."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int64
@@ -128,6 +129,56 @@ class SegmentMap:
         demos = [b - a for a, b in itertools.pairwise(ends)]
         made = cls.from_lengths([head], [demos], [len(full) - ends[-1]])
         return cls(made.ids.to(full.device), made.query_start.to(full.device), made.num_demos)
+
+    @classmethod
+    def from_chats(
+        cls, processor: Any, chats: Sequence[Sequence[Mapping[str, Any]]], inputs: Mapping[str, Any], **settings: Any
+    ) -> "SegmentMap":
+        """Segments of the prompts that a processor made of chats, on whatever side it padded them.
+
+        A chat is system messages, a turn of user and assistant for each demonstration, and the user's question, as
+        `insert_demos` makes it. What the template puts before the first turn is found by repeating that turn: a chat of
+        two equal turns is longer than one of one turn by the turn alone. If the template treats turns unequally, all
+        of it counts as part of the first demonstration.
+
+        Args:
+            processor: its `apply_chat_template` makes token ids of the beginnings of each chat.
+            chats: what `inputs` were made of, each with one demonstration or more.
+            inputs: the processor's output, with "input_ids" and, if anything is padded, "attention_mask".
+            settings: options of `apply_chat_template` behind `inputs`, without padding and generation prompt.
+
+        Raises:
+            ValueError: turns do not alternate, or see `from_prefixes` and `batch`.
+
+        >>> class Letters:
+        ...     def apply_chat_template(self, chat, **_):
+        ...         return {"input_ids": torch.tensor([[1, *(ord(x) for m in chat for x in m["content"])]])}
+        >>> chat = [{"role": r, "content": c} for r, c in (("user", "ab"), ("assistant", "c"), ("user", "de"))]
+        >>> SegmentMap.from_chats(Letters(), [chat], Letters().apply_chat_template(chat)).ids
+        tensor([[-1,  0,  0,  0,  1,  1]])
+        """
+        whole = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(whole)).bool()
+
+        def encoded(chat: Sequence[Mapping[str, Any]]) -> Tensor:
+            made = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt", **settings)
+            ids = made["input_ids"][0]
+            return ids[made["attention_mask"][0].bool()] if "attention_mask" in made else ids
+
+        maps = []
+        for chat, ids, real in zip(chats, whole, mask, strict=True):
+            roles = [message["role"] for message in chat]
+            start = roles.index("user") if "user" in roles else 0
+            num = (len(chat) - start) // 2
+            if num < 1 or roles[start:] != ["user", "assistant"] * num + ["user"]:
+                raise ValueError(f"chats must be turns of user and assistant and a question of the user, got {roles}")
+            prefixes = [encoded(chat[: start + 2 * i]).to(ids.device) for i in range(1, num + 1)]
+            first, twice = prefixes[0], encoded([*chat[: start + 2], *chat[start : start + 2]]).to(ids.device)
+            head = 2 * len(first) - len(twice)
+            if head < 0 or not torch.equal(twice, torch.cat([first, first[head:]])):
+                head = 0
+            maps.append(cls.from_prefixes(prefixes, ids[real], head))
+        return cls.batch(maps, mask)
 
     @classmethod
     def batch(
