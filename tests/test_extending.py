@@ -75,8 +75,9 @@ def test_a_new_selector_chooses(extended, colours, tmp_path):
     found = {}
     for method in ("topk", "farthest"):
         extended(
-            "select", "--data", colours, "--query", query, "--method", method, "--k", 3, "--out", tmp_path / method
-        )
+            "select", "--data", colours, "--query", query, "--method", method, "--k", 3, "--out", tmp_path / method,
+            "--cache-dir", tmp_path / "cache",
+        )  # fmt: skip
         found[method] = json.loads((tmp_path / method).read_text())["queries"][0]["demos"]
     near, far = ({Path(demo["path"]).parent.name for demo in demos} for demos in found.values())
     assert near == {query.parent.name}
