@@ -271,7 +271,7 @@ def test_a_tower_with_lora_layers_must_be_merged_before_it_is_folded(encoder, dr
 
 def test_load_names():
     assert "lite0-minilm" in inspect.getdoc(load)
-    with pytest.raises(ValueError, match="name must be 'pip:lite0-minilm', got 'clip'"):
+    with pytest.raises(ValueError, match="name must be one of pip:lite0-minilm, got 'clip'"):
         load("clip")
 
 

@@ -107,6 +107,7 @@ def test_second_load_reads_the_cache_and_says_nothing(loaded, folder, monkeypatc
     assert len(list(folder.iterdir())) == 1
 
 
+@pytest.fixture
 def tiny(tmp_path):
     """A folder that looks like a finished conversion."""
     (tmp_path / "model.safetensors").write_bytes(bytes(range(200)))

@@ -153,7 +153,7 @@ def load(name: str) -> nn.Module:
     """The dual encoder behind a locator of the form `pip:<name>`.
 
     Args:
-        name: One of `TOWERS`, with or without `pip:` before it.
+        name: One of `TOWERS`, such as "lite0-minilm", with or without `pip:` before it.
 
     Raises:
         ValueError: Another name.
