@@ -11,7 +11,7 @@ RECIPES: dict[str, Recipe] = {
         "compare losses on emoji: trained on two artists, tested on a third (the default of `nox -s train`)",
         "lora.settings:EmojiConfig",
         "lora.emoji:run",
-        "pip packages only; 2 GB; five to six minutes on two cores",
+        "pip packages only; 2 GB; five minutes on two cores",
         _LITE0 + _EMOJI,
         "docs/results/first-light.md",
     ),
