@@ -38,7 +38,9 @@ def adapter(trained, tmp_path):
     return shutil.copytree(trained / "seed-0" / "trained" / "adapter", tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*vision)*x", r"vision.*.*.*.*.*proj", "v" * 2000, r"(\w{1,9}){2,}z"])
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(.*vision)*x", r"vision.*.*.*.*.*proj", "v" * 2000, r"(\w{1,9}){2,}z", "a?" * 30 + "a" * 30]
+)
 def test_a_pattern_that_searches_for_hours(adapter, pattern):
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": pattern}))

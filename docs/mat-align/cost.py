@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,10 +23,10 @@ from app_train.recipes.mat.published import SHOTS, published
 from app_train.recipes.mat.rows import VARIANTS, Row
 from app_train.recipes.mat.tune import build_model
 from hier_losses.treecuts import sample_cut
-from mat_align import MATModel, MATObjective
+from mat_align import MATObjective
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "packages" / "mat-align" / "benchmarks"))
-from bench_memory import Storages
+from bench_memory import Storages, faked
 
 CHUNK, TEST, TEMPLATES = 64, 50_000, 60
 
@@ -41,17 +40,6 @@ def labels_of_a_step(stored: StoredTree, batch: int, draws: int = 200) -> float:
         target = stored.taxonomy.leaf[torch.randint(len(stored.taxonomy.leaf), (batch,), generator=generator)]
         found.append(len(objective.nodes_in_use(target, cut)))
     return float(np.mean(found))
-
-
-def faked(model: MATModel, mode: FakeTensorMode, storages: Storages) -> None:
-    """Give every weight a size and no memory."""
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, value in held.items():
-                if value is not None:
-                    fake = mode.from_tensor(value)
-                    held[name] = nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
-                    storages.add(held[name].untyped_storage())
 
 
 def tera(work) -> float:

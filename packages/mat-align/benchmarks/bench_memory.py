@@ -80,9 +80,8 @@ def step(model: MATModel, names: list[str], images: torch.Tensor, half: bool):
     return run
 
 
-def counted(model: MATModel, names: list[str], batch: int, half: bool) -> float:
-    """MiB of the weights and of the step at its peak."""
-    model, mode, storages = copy.deepcopy(model), FakeTensorMode(), Storages()
+def faked(model: MATModel, mode: FakeTensorMode, storages: Storages) -> None:
+    """Give every weight a size and no memory."""
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, value in held.items():
@@ -90,6 +89,12 @@ def counted(model: MATModel, names: list[str], batch: int, half: bool) -> float:
                     fake = mode.from_tensor(value)
                     held[name] = nn.Parameter(fake, value.requires_grad) if isinstance(value, nn.Parameter) else fake
                     storages.add(held[name].untyped_storage())
+
+
+def counted(model: MATModel, names: list[str], batch: int, half: bool) -> float:
+    """MiB of the weights and of the step at its peak."""
+    model, mode, storages = copy.deepcopy(model), FakeTensorMode(), Storages()
+    faked(model, mode, storages)
     with mode:
         run = step(model, names, torch.randn(batch, 3, *model.clip.visual.image_size), half)
         with storages:

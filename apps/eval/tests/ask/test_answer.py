@@ -295,6 +295,29 @@ def test_server_gets_pictures_and_turns(eye, pool, server, capsys, tmp_path):
     assert got[1][2]["model"] == "dummy"
 
 
+def test_no_picture_from_elsewhere_goes_to_a_server(eye, pool, server, capsys, tmp_path):
+    url, got, _ = server
+    far = tmp_path / "far"
+    far.mkdir()
+    rows = [json.loads(line) for line in (pool / "pool.jsonl").read_text().splitlines() if line.strip()]
+    own = [{**row, "image": str(pool / row["image"])} for row in rows]
+    (far / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    (far / "asked.jsonl").write_text(json.dumps({"image": "../red.png", "question": "What?"}) + "\n")
+    one = ["--image", pool / "red.png", "--question", "What?"]
+    for args in (
+        ["--pool", far / "pool.jsonl", *one],
+        ["--pool", pool / "pool.jsonl", "--batch", far / "asked.jsonl"],
+    ):
+        status, _, err = answer(capsys, tmp_path, *args, "--model", url, "-k", 2)
+        assert status == 2
+        assert "does not lie in" in err
+        assert "--outside" in err
+    assert not got
+    args = ["--pool", far / "pool.jsonl", *one, "--model", url, "-k", 2, "--outside"]
+    assert answer(capsys, tmp_path, *args)[0] == 0
+    assert got
+
+
 def test_errors_are_one_sentence(eye, pool, model, tiny, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     silent = tmp_path / "silent"

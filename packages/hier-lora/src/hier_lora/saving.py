@@ -149,8 +149,9 @@ def _check_patterns(path: Path) -> None:
         raise ValueError(f"{path.name} is no JSON object of an adapter: {error}") from error
     for pattern in named:
         if isinstance(pattern, str):
-            plain = re.sub(r"\\.", "", pattern)
-            if len(pattern) > LONGEST or len(re.findall(r"[*+{]", plain)) > 3 or re.search(r"[)][*+{]", plain):
+            plain = re.sub(r"\\.|\(\?", "", pattern)
+            repeats, choices = len(re.findall(r"[*+{]", plain)), plain.count("?")
+            if len(pattern) > LONGEST or repeats > 3 or choices > 6 or re.search(r"[)][*+{]", plain):
                 raise ValueError(
                     f"{path.name} holds a pattern with many or nested repetitions, which could search for hours: {pattern[:80]!r}"
                 )

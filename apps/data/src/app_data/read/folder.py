@@ -15,7 +15,7 @@ import numpy as np
 
 from app_data.read.labelled import Decoding, LabelledFile, picture_sets
 from app_data.read.names import match_labels
-from app_data.read.pictures import SUFFIXES, PictureSet
+from app_data.read.pictures import SUFFIXES, PictureSet, lies_in
 from app_data.read.tables import Classes, read_listing, read_taxonomy
 from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
@@ -347,8 +347,7 @@ class _Search:
 
     def _at(self, name: str) -> Path:
         at = self.root / Path(name).expanduser()
-        # By its spelling: a link inside the folder was put there by whoever owns it.
-        if not self.outside and not Path(os.path.normpath(at)).is_relative_to(os.path.normpath(self.root)):
+        if not self.outside and not lies_in(self.root, at):
             raise DataError(
                 f"a list names {name}, which does not lie in {self.root}: say outside (--outside) if that is meant"
             )

@@ -1,5 +1,6 @@
 """Turns picture files into square RGB arrays, and holds sets of them."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "PictureSet",
     "StoredPictures",
     "allow_megapixels",
+    "lies_in",
     "load_picture",
     "on_white",
     "open_picture",
@@ -131,6 +133,11 @@ def allow_megapixels(limit: float | None) -> None:
     if not 0 < limit < float("inf"):
         raise DataError(f"max_megapixels must be above 0 and finite, got {limit}")
     Image.MAX_IMAGE_PIXELS = round(1e6 * limit)
+
+
+def lies_in(root: str | Path, path: str | Path) -> bool:
+    """Whether a path stays below a folder, by its spelling: a link inside the folder was put there by whoever owns it."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
 
 
 def open_picture(path: str | Path) -> Image.Image:

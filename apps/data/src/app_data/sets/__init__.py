@@ -54,7 +54,7 @@ def split_name(source: Path) -> tuple[str, Path]:
         return "", source
     if name not in DATA or not path:
         raise DataError(f"the data {source} do not exist, and NAME:PATH takes the names {', '.join(DATA)}")
-    return name, Path(path)
+    return name, Path(path).expanduser()  # no shell expands a ~ after the colon
 
 
 def load_named(name: str, root: Path, decoding: Decoding, taxonomy: Path | None = None) -> dict[str, PictureSet]:

@@ -97,7 +97,7 @@ class Lite0MiniLM(nn.Module):
         return self.project(self.vision(pixels.contiguous(memory_format=torch.channels_last)))
 
     def frozen_vision(self) -> nn.Module:
-        """A copy of the picture tower to read features with: the same numbers to rounding, in two thirds of the time.
+        """A copy of the picture tower to read features with: the same numbers to rounding, sooner.
 
         Raises:
             ValueError: LoRA layers are attached: merge them first.

@@ -85,7 +85,7 @@ def _timm_keys(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def folded(vision: nn.Module) -> nn.Module:
-    """A copy whose batch norms have gone into the convolutions before them: the same features to rounding, in two thirds of the time.
+    """A copy whose batch norms have gone into the convolutions before them: the same features to rounding, sooner.
 
     A copy to read features with, not to train: a convolution and its batch norm are one there.
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from app_data.read.pictures import open_picture
+from app_data.read.pictures import lies_in, open_picture
 from app_data.sets.demonstration_tasks import read_jsonl
 from app_data.store.errors import DataError
 from app_eval.ask.pool import PoolItem, TrainLift, read_items
@@ -185,6 +185,18 @@ def read_pool(source: Path) -> list[PoolItem]:
     return items
 
 
+def _check_places(config: Answer, demos: Sequence[Path], pictures: Sequence[Path]) -> None:
+    """Refuse files that would send any picture of this machine to a server."""
+    places = [(config.pool, demos), *([] if config.batch is None else [(config.batch, pictures)])]
+    for file, named in places:
+        root = file if file.is_dir() else file.parent
+        path = next((path for path in named if not lies_in(root, path)), None)
+        if path is not None:
+            raise DataError(
+                f"{file} names {path}, which does not lie in {root}: say --outside if the server may get it"
+            )
+
+
 def answers(config: Answer, train_lift: TrainLift) -> Iterator[dict[str, Any]]:
     """Answer one question after the other.
 
@@ -204,6 +216,8 @@ def answers(config: Answer, train_lift: TrainLift) -> Iterator[dict[str, Any]]:
     if config.max_new_tokens < 1:
         raise DataError(f"max_new_tokens must be at least 1, got {config.max_new_tokens}")
     items = read_pool(config.pool)
+    if served and not config.outside:
+        _check_places(config, [item.path for item in items], [picture for picture, _ in asked])
     model = Server(config.model) if served else LocalModel(config.model, config.calibrate)
     pictures, questions = [list(column) for column in zip(*asked, strict=True)]
     request, selection, notes = choose(

@@ -1,7 +1,8 @@
 """A classifier on the frozen features of a pretrained tower: what the recipe `folder` saves and `hier predict` uses."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +55,22 @@ class FrozenClassifier:
             raise DataError(f"{folder} holds no whole classifier ({error}): train again") from error
         return cls(load_dual_encoder(locator), locator, size, mean, product)
 
+    @cached_property
+    def _tower(self) -> Callable[[Tensor], Tensor]:
+        """Made once: pictures may come one by one."""
+        return frozen_tower(self.base)
+
     @torch.inference_mode()
     def logits(self, pictures: Sequence[np.ndarray | Image.Image]) -> Tensor:
         """Scores of all nodes, (n, N), for PIL pictures or uint8 arrays (H, W, 3) of any size.
 
         Pictures are turned upright, and cut to the centre square at the size of training.
         """
-        rows, tower = [torch.zeros(0, self.product.tax.num_nodes)], frozen_tower(self.base)
+        rows = [torch.zeros(0, self.product.tax.num_nodes)]
         for start in range(0, len(pictures), BATCH):
             arrays = [self._square(picture) for picture in pictures[start : start + BATCH]]
             pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-            x = tower(prepare(self.base, pixels)).float() - self.mean
+            x = self._tower(prepare(self.base, pixels)).float() - self.mean
             features: dict[str, Tensor] = dict.fromkeys(self.product.experts, x)
             if "prompts" in features:
                 features["prompts"] = embedding(self.base)(x)

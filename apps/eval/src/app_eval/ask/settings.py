@@ -164,6 +164,8 @@ class Answer:
     """Longest answer."""
     seed: int = 0
     """Of "random" and of the training of the lift."""
+    outside: bool = False
+    """Let the files name pictures elsewhere that a server would get."""
     cache_dir: Path | None = None
     """Where features of the pool are kept; the user's cache folder if not given."""
     out: Path | None = None
