@@ -1,8 +1,7 @@
-import numpy as np
 import pytest
 import torch
 
-from app_eval.measure.tree_scores import differences, means, tree_scores
+from app_eval.measure.tree_scores import tree_scores
 from hier_losses import Taxonomy
 from hier_losses.metrics import hca, mta
 from hier_losses.treecuts import sample_cuts
@@ -24,12 +23,3 @@ def test_scores_are_those_of_the_metrics(seed):
     best = tax.leaf[logits[:, tax.leaf].argmax(1)]
     assert got["la"].mean() == pytest.approx((best == target).double().mean().item())
     assert 0.05 < got["hca"].mean() < got["la"].mean() < 1
-
-
-def test_means_and_differences():
-    a = [{s: np.array([1.0, 0.0, 1.0, 1.0]) for s in ("la", "hca", "mta")}] * 2
-    b = [{s: np.array([0.0, 0.0, 1.0, 1.0]) for s in ("la", "hca", "mta")}] * 2
-    assert means(a)["la"].value == 0.75
-    found = differences(a, b)["hca"]
-    assert found.value == 0.25
-    assert found.low == 0 <= found.high <= 1

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from pydantic import Field
 
-from app_data.store.atomic import new_file, new_folder, write_json
+from app_data.store.atomic import new_file, new_folder
 from app_train.core.config import Frozen, RunConfig, StageConfig, config_hash, read_yaml
 from app_train.core.errors import RunError
-from app_train.core.run_folder import Run, finished
+from app_train.core.run_folder import Run
 
 
 class Group(Frozen):
@@ -137,17 +137,6 @@ def test_a_result_comes_before_the_manifest_and_is_read_back(tmp_path):
     with Run("test", config(tmp_path / "run", seeds=2), ("seeds",)) as run:
         run.claim("data-1")
         assert run.result() is None  # more was asked for
-
-
-def test_rows_belong_to_their_settings(tmp_path):
-    write_json(tmp_path / "result.json", {"row": "a", "config": "1"})
-    assert finished(tmp_path, {"row": "a"})["config"] == "1"
-    assert finished(tmp_path / "none", {}) is None
-    with pytest.raises(RunError, match="config differ"):
-        finished(tmp_path, {"row": "a", "config": "2"})
-    (tmp_path / "result.json").write_text('{"row"')
-    with pytest.raises(RunError, match="damaged"):
-        finished(tmp_path, {"row": "a"})
 
 
 def test_one_process_recipes_refuse_several(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app_eval.measure.interval import Interval, Pair, mean_over_seeds, paired_difference, resamples
 from hier_losses import Taxonomy
 from hier_losses.metrics import logit_scores
 from hier_losses.treecuts import TreeCuts
@@ -33,19 +32,3 @@ def tree_scores(logits: Tensor, target: np.ndarray, tax: Taxonomy, cuts: TreeCut
     scores = logit_scores(logits, truth, tax, cuts)
     found = {"la": leaf.double(), **{name: score.numerator / score.denominator for name, score in scores.items()}}
     return {name: found[name].numpy() for name in SCORES}
-
-
-def _pairs(by_seed: list[dict[str, np.ndarray]], score: str) -> list[Pair]:
-    return [(found[score], np.ones(len(found[score]))) for found in by_seed]
-
-
-def means(by_seed: list[dict[str, np.ndarray]]) -> dict[str, Interval]:
-    """Mean over seeds of every score, with its bootstrap interval over the pictures."""
-    counts = resamples(len(by_seed[0]["la"]), num=1000)
-    return {score: mean_over_seeds(_pairs(by_seed, score), counts) for score in SCORES}
-
-
-def differences(ours: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -> dict[str, Interval]:
-    """Paired difference of every score, mean over seeds, with its bootstrap interval over the pictures."""
-    counts = resamples(len(ours[0]["la"]), num=1000)
-    return {s: paired_difference(_pairs(ours, s), _pairs(other, s), counts) for s in SCORES}

@@ -16,11 +16,14 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from app_data.store.atomic import new_folder, remove_leftovers, write_json, write_text
+from app_eval.measure.cells import RESULT, finished, read_json
 from app_train.core.config import RESOLVED, RunConfig, config_hash, differences
 from app_train.core.errors import RunError
 from app_train.core.interrupt import StopFlag
 
-LOCK, MANIFEST, RESULT = ".lock", "manifest.json", "result.json"
+__all__ = ["RESULT", "Run", "finished", "read_json"]
+
+LOCK, MANIFEST = ".lock", "manifest.json"
 VERSIONS_OF = (
     "torch",
     "peft",
@@ -222,36 +225,3 @@ def _read_settings(path: Path) -> dict | None:
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
         pass
     raise RunError(f"{path} is damaged; delete this file, and the same command writes it anew and goes on")
-
-
-def read_json(path: Path) -> dict:
-    """The content of a JSON file of a run.
-
-    Raises:
-        RunError: if the file is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged; delete it and run the same command again") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{path} is damaged; delete it and run the same command again")
-    return content
-
-
-def finished(folder: Path, facts: Mapping[str, object]) -> dict | None:
-    """The stored result of a finished row; None if it is not finished.
-
-    Raises:
-        RunError: if the file is damaged or belongs to other settings.
-    """
-    path = folder / RESULT
-    if not path.exists():
-        return None
-    result = read_json(path)
-    different = sorted(k for k, v in facts.items() if result.get(k) != v)
-    if different:
-        raise RunError(
-            f"{path} belongs to another run ({', '.join(different)} differ); choose another folder with --out"
-        )
-    return result

@@ -8,19 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
-from app_data.store.atomic import new_file, write_json
-from app_eval.measure.interval import Interval, over_seeds, verdict
-from app_eval.measure.tree_scores import SCORES, TITLES, differences, means
-from app_train.core.run_folder import RESULT, read_json
+from app_eval.measure import cells as general
+from app_eval.measure.cells import RESULT, Parts, cell_difference, cell_value, deviation, judged, kept, line, read_json
+from app_eval.measure.tree_scores import SCORES, TITLES
 from app_train.recipes.mat.published import published_scores
 from app_train.recipes.mat.results import CONTROLS, folder_name
 
 ALL, BASE, NOVEL = "all", "base", "novel"
-_FILE = "scores.safetensors"
-
-Parts = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def cell_folder(out: Path, data: str, base: str, row: str, shots: int, seed: int, novel: bool) -> Path:
@@ -30,25 +25,6 @@ def cell_folder(out: Path, data: str, base: str, row: str, shots: int, seed: int
         return out / data / f"{folder_name(row)}{kind}"
     above = out / data if row in CONTROLS else out / data / base
     return above / folder_name(row) / f"shots-{shots}{kind}" / f"seed-{seed}"
-
-
-def keep(folder: Path, parts: Parts, facts: Mapping[str, object]) -> dict:
-    """Write the scores of every picture and, last, `result.json`; returns the latter's content."""
-    with new_file(folder / _FILE) as temporary:
-        save_file({f"{part}.{score}": v for part, found in parts.items() for score, v in found.items()}, temporary)
-    scores = {part: {score: float(v.mean()) for score, v in found.items()} for part, found in parts.items()}
-    result = {**facts, "scores": scores}
-    write_json(folder / RESULT, result)
-    return result
-
-
-def kept(folder: Path) -> Parts:
-    """The scores of every picture of a finished cell."""
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    for name, values in load_file(folder / _FILE).items():
-        part, _, score = name.partition(".")
-        parts.setdefault(part, {})[score] = values
-    return parts
 
 
 def harmonic(parts: Parts) -> dict[str, float]:
@@ -76,7 +52,7 @@ def compared(cells: Mapping[str, Sequence[Path]], facts: Mapping[str, object]) -
         # What knows no seed stands against every seed.
         ours = own if len(own) == len(other) else own * len(other)
         summary[row] = {
-            "parts": {part: _part([p[part] for p in own]) for part in own[0]},
+            "parts": {part: general.summary([p[part] for p in own], SCORES) for part in own[0]},
             "against": {} if row == baseline else _against(ours, other),
         }
         if NOVEL in own[0]:
@@ -90,46 +66,23 @@ def compared(cells: Mapping[str, Sequence[Path]], facts: Mapping[str, object]) -
     return {**facts, "baseline": baseline, "rows": summary}
 
 
-def _part(own: list[Mapping[str, np.ndarray]]) -> dict:
-    return {
-        s: {"mean": interval.as_json(), "deviation": _deviation([float(x[s].mean()) for x in own])}
-        for s, interval in means([dict(x) for x in own]).items()
-    }
-
-
 def _harmonic(own: list[Parts]) -> dict:
     by_seed = [harmonic(parts) for parts in own]
     return {
         s: {
             "mean": [round(float(np.mean([x[s] for x in by_seed])), 6)],
-            "deviation": _deviation([x[s] for x in by_seed]),
+            "deviation": deviation([x[s] for x in by_seed]),
         }
         for s in SCORES
     }
 
 
-def _deviation(values: list[float]) -> float | None:
-    return round(float(np.std(values, ddof=1)), 6) if len(values) > 1 else None
-
-
 def _against(ours: list[Parts], other: list[Parts]) -> dict:
-    found = {}
-    for part in ours[0]:
-        items = differences([dict(p[part]) for p in ours], [dict(p[part]) for p in other])
-        seeds = [
-            {s: float(a[part][s].mean() - b[part][s].mean()) for s in SCORES} for a, b in zip(ours, other, strict=True)
-        ]
-        found[part] = {s: _judged(items[s], [x[s] for x in seeds]) for s in SCORES}
+    found = {part: general.against([p[part] for p in ours], [p[part] for p in other], SCORES) for part in ours[0]}
     if NOVEL in ours[0]:
         pairs = [(harmonic(a), harmonic(b)) for a, b in zip(ours, other, strict=True)]
-        found["harmonic"] = {s: _judged(None, [a[s] - b[s] for a, b in pairs]) for s in SCORES}
+        found["harmonic"] = {s: judged(None, [a[s] - b[s] for a, b in pairs]) for s in SCORES}
     return found
-
-
-def _judged(items: Interval | None, seeds: list[float]) -> dict:
-    over = over_seeds(seeds)  # of one seed it has no bounds, and decides nothing
-    shown = {"items": items, "seeds": over if len(seeds) > 1 else None}
-    return {name: None if v is None else v.as_json() for name, v in shown.items()} | {"word": verdict(items, over)}
 
 
 def table(content: Mapping) -> str:
@@ -145,16 +98,16 @@ def table(content: Mapping) -> str:
             f"{group['data']}, {group['shots']} shot{'s' * (group['shots'] > 1)}, {group['base']}, {seeds}; "
             f"{group['num_train']} training pictures, tested on {group['num_test']}, {group['num_nodes']} nodes",
             "",
-            _line(["", *heads, *beside, *(f"{head} against {group['baseline']}" for head in heads)]),
+            line(["", *heads, *beside, *(f"{head} against {group['baseline']}" for head in heads)]),
             "|---" * (1 + 2 * len(heads) + len(beside)) + "|",
         ]
         second: list[str] = []
         for row, facts in group["rows"].items():
-            cells = [_value(facts["parts"].get(part, {}).get(score)) for part, score in columns]
+            cells = [cell_value(facts["parts"].get(part, {}).get(score)) for part, score in columns]
             known = facts.get("published", {})
             published = ["/".join(f"{known[s]:.2f}" if s in known else "-" for s in SCORES) if known else ""]
-            against = [_difference(facts["against"].get(part, {}).get(score)) for part, score in columns]
-            lines.append(_line([row, *cells, *(published if beside else []), *against]))
+            against = [cell_difference(facts["against"].get(part, {}).get(score)) for part, score in columns]
+            lines.append(line([row, *cells, *(published if beside else []), *against]))
             second += (
                 [f"{row}: " + ", ".join(f"{n} {v:.3f}" for n, v in facts["second"].items())]
                 if "second" in facts
@@ -168,26 +121,3 @@ def table(content: Mapping) -> str:
         "nothing."
     )
     return "\n\n".join([*blocks, note]) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _value(found: Mapping | None) -> str:
-    if found is None:
-        return ""
-    spread = found["deviation"]
-    return f"{100 * found['mean'][0]:.2f}" + ("" if spread is None else f" +- {100 * spread:.2f}")
-
-
-def _difference(found: Mapping | None) -> str:
-    if found is None:
-        return ""
-    shown = [found[name] for name in ("items", "seeds") if found[name] is not None]
-    if not shown:
-        return found["word"]
-    value = 100 * shown[0][0]
-    return (
-        f"{value:+.2f} " + "; ".join(f"[{100 * lo:+.2f}, {100 * hi:+.2f}]" for _, lo, hi in shown) + f" {found['word']}"
-    )

@@ -29,12 +29,13 @@ from app_data.store.atomic import new_folder, write_json, write_text
 from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError
 from app_data.store.features import weights_digest
+from app_eval.measure.cells import Parts, finished, keep, read_json
 from app_eval.measure.embed import neighbour_logits
 from app_eval.measure.tree_scores import tree_scores
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.errors import RunError
-from app_train.core.run_folder import Run, finished, read_json
-from app_train.recipes.mat.cells import ALL, BASE, NOVEL, Parts, cell_folder, compared, keep, table
+from app_train.core.run_folder import Run
+from app_train.recipes.mat.cells import ALL, BASE, NOVEL, cell_folder, compared, table
 from app_train.recipes.mat.published import PublishedConfig, published
 from app_train.recipes.mat.results import CONTROLS
 from app_train.recipes.mat.rows import VARIANTS, Row, chosen_rows, study_rows, trained_as

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from app_data.read.pictures import PictureSet
 from app_data.store.atomic import new_file, write_json
-from app_eval.measure.tree_scores import SCORES, TITLES, differences, means, tree_scores
+from app_eval.measure.cells import differences, means
+from app_eval.measure.tree_scores import SCORES, TITLES, tree_scores
 from hier_losses.metrics import mta_majority_baseline
 from hier_losses.treecuts import TreeCuts
 from mat_align import FeatureMATModel, MATModel, MATObjective, fraction_met
@@ -104,15 +105,15 @@ def _row(results: list[dict], own: list[dict], every: dict[str, list[dict]], mor
     first_names = [name for name in every if name not in CONTROLS][:1]
     baseline = "PROTECT" if "PROTECT" in every else first_names[0]
     summary = {
-        "scores": {s: v.as_json() for s, v in means(own).items()},
+        "scores": {s: v.as_json() for s, v in means(own, SCORES).items()},
         "deviation": {s: float(np.std([x[s].mean() for x in own], ddof=1)) if len(own) > 1 else None for s in SCORES},
         "baseline": baseline,
-        "against baseline": {s: v.as_json() for s, v in differences(own, every[baseline]).items()},
-        "against zero-shot": {s: v.as_json() for s, v in differences(own, every["zero-shot"]).items()},
+        "against baseline": {s: v.as_json() for s, v in differences(own, every[baseline], SCORES).items()},
+        "against zero-shot": {s: v.as_json() for s, v in differences(own, every["zero-shot"], SCORES).items()},
     }
     for other in ("EUCLIDEAN", "SHARED"):
         if other in every:
-            summary[f"against {other}"] = {s: v.as_json() for s, v in differences(own, every[other]).items()}
+            summary[f"against {other}"] = {s: v.as_json() for s, v in differences(own, every[other], SCORES).items()}
     return summary | {name: [r[name] for r in results] for name in (*_KEPT, *more) if name in results[0]}
 
 
