@@ -134,6 +134,13 @@ def types(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Kill, stop, fill, damage: hundreds of faults on eight recipes; `nox -s faults -- --write`, `nox -s faults -- --mutate`."""
+    _install(session, "assets", "more-assets", "test", "peers")
+    session.run("python", "tests/faults", *session.posargs, env=TEST_ENV)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Run every Python block of the README files and the docs, follow every relative link, and build the site into site/."""
     _install(session, "assets", "more-assets", "test", "peers", "lint", "site")

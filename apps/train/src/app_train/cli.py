@@ -92,8 +92,8 @@ def guarded(work: Callable[[], int]) -> int:
     except RecursionError:
         return _fail("a file is nested too deep to be read; files that people or this program wrote are not")
     except OSError as error:
-        if error.errno is None:
-            raise
+        if error.errno is None:  # libraries that say it in their own words
+            return _fail(" ".join(str(error).split()))
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror}; free or choose another place, and the same command goes on")
 

@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["new_file", "new_folder", "remove_leftovers", "sync", "write_json", "write_text"]
+__all__ = ["new_file", "new_folder", "remove_folder", "remove_leftovers", "sync", "write_json", "write_text"]
 
 _MARK = ".tmp-"
 _LEFT = 1 << 16  # bytes; a disk with less is full
@@ -36,6 +37,9 @@ def _room_said(folder: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
+        if told := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(told.group(1))
+            raise OSError(number, os.strerror(number), str(folder)) from error
         # What was written so far is still there, so the disk is as full as it was.
         if shutil.disk_usage(folder).free >= _LEFT:
             raise
@@ -75,12 +79,21 @@ def new_folder(path: Path) -> Iterator[Path]:
             aside = path.with_name(f".{path.name}.old{_MARK}{os.getpid()}")
             os.rename(path, aside)
             os.rename(temporary, path)
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         else:
             os.rename(temporary, path)
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder, which is whole or has lost its name: a reader never finds half of it."""
+    if _MARK not in path.name:
+        aside = path.with_name(f".{path.name}.old{_MARK}{os.getpid()}")
+        os.rename(path, aside)
+        path = aside
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from app_data.store.errors import DataError, Skipped, TooManyBadFiles, UnreadablePicture
+from app_data.store.sealed import read_sealed, write_sealed
 
 __all__ = ["cached_entry", "cached_pictures", "default_cache_dir", "fingerprint"]
 
@@ -167,8 +168,7 @@ def _write(
     pixels.flush()
     crc = _checksum(pixels[: len(kept)])
     del pixels
-    index = {"shape": shape, "kept": kept, "skipped": skipped, "crc": crc}
-    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_sealed(folder / "index.json", {"shape": shape, "kept": kept, "skipped": skipped, "crc": crc})
 
 
 def _decode_all(sources: Sequence[Any], decode: Callable[[Any], np.ndarray], workers: int) -> Iterator[Any]:
@@ -213,7 +213,7 @@ def _publish(temporary: Path, entry: Path, read: Callable[[Path], Any]) -> None:
 def _open(entry: Path) -> tuple[np.ndarray, dict[str, Any]] | None:
     """The entry's pictures and index, or None when it is absent or damaged."""
     try:
-        index = json.loads((entry / "index.json").read_text(encoding="utf-8"))
+        index = read_sealed(entry / "index.json", required=True)
         pixels = np.load(entry / "pixels.npy", mmap_mode="r", allow_pickle=False)
         if list(pixels.shape) != index["shape"] or pixels.dtype != np.uint8:
             return None

@@ -1,14 +1,15 @@
 """Hashes of the contents of files; a file whose size and time have not changed is not read again."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
-from app_data.store.atomic import new_file
 from app_data.store.cache import default_cache_dir, fingerprint
+from app_data.store.errors import DataError
+from app_data.store.sealed import read_sealed, write_sealed
 
 __all__ = ["content_digests"]
 
@@ -28,9 +29,8 @@ def content_digests(paths: Sequence[Path], cache_dir: str | Path | None = None) 
         Path(default_cache_dir() if cache_dir is None else cache_dir) / "digests" / f"{fingerprint({'of': above})}.json"
     )
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-        known = known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
+        known = read_sealed(cache, required=True)
+    except (OSError, DataError):
         known = {}
 
     def digest(name: str) -> list | None:
@@ -48,9 +48,6 @@ def content_digests(paths: Sequence[Path], cache_dir: str | Path | None = None) 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = dict(zip(named, pool.map(digest, named), strict=True))
     if any(known.get(name) != entry for name, entry in found.items() if entry is not None):
-        try:
-            with new_file(cache) as temporary:
-                temporary.write_text(json.dumps({**known, **{n: e for n, e in found.items() if e}}), encoding="utf-8")
-        except OSError:
-            pass  # a cache that cannot be written costs time only
+        with suppress(OSError):  # a cache that cannot be written costs time only
+            write_sealed(cache, {**known, **{n: e for n, e in found.items() if e}})
     return ["" if found[name] is None else found[name][2] for name in named]

@@ -4,15 +4,15 @@ A cell is one row under one seed. Its folder holds `scores.safetensors` and, wri
 computes only what has none. Rows are compared by paired differences over items (bootstrap) and over seeds (Student's t).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from app_data.store.atomic import new_file, write_json
+from app_data.store.atomic import new_file
 from app_data.store.errors import DataError
+from app_data.store.sealed import read_sealed, seal_broken, write_sealed
 from app_eval.measure.interval import (
     Interval,
     Pair,
@@ -25,7 +25,7 @@ from app_eval.measure.interval import (
 
 __all__ = [
     "RESULT", "Parts", "Scores", "against", "cell_difference", "cell_value", "deviation", "differences", "finished", "judged", "keep",
-    "kept", "line", "means", "read_json", "summary",
+    "kept", "line", "means", "summary",
 ]  # fmt: skip
 
 RESULT = "result.json"
@@ -40,9 +40,7 @@ def keep(folder: Path, parts: Parts, facts: Mapping[str, object]) -> dict:
     with new_file(folder / _FILE) as temporary:
         save_file({f"{part}.{score}": v for part, found in parts.items() for score, v in found.items()}, temporary)
     scores = {part: {score: float(v.mean()) for score, v in found.items()} for part, found in parts.items()}
-    result = {**facts, "scores": scores}
-    write_json(folder / RESULT, result)
-    return result
+    return write_sealed(folder / RESULT, {**facts, "scores": scores}, beside=True)
 
 
 def kept(folder: Path) -> Parts:
@@ -54,31 +52,18 @@ def kept(folder: Path) -> Parts:
     return parts
 
 
-def read_json(path: Path) -> dict:
-    """The content of a JSON file of a run.
-
-    Raises:
-        DataError: if the file is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged; delete it and run the same command again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is damaged; delete it and run the same command again")
-    return content
-
-
-def finished(folder: Path, facts: Mapping[str, object]) -> dict | None:
+def finished(folder: Path, facts: Mapping[str, object], name: str = RESULT) -> dict | None:
     """The stored result of a finished row; None if it is not finished.
 
     Raises:
-        DataError: if the file is damaged or belongs to other settings.
+        DataError: if a file of the row is damaged or missing, or the row belongs to other settings.
     """
-    path = folder / RESULT
+    path = folder / name
     if not path.exists():
         return None
-    result = read_json(path)
+    result = read_sealed(path)
+    if broken := seal_broken(path):
+        raise DataError(f"{folder / broken} is damaged or missing; delete {folder} and run the same command again")
     different = sorted(k for k, v in facts.items() if result.get(k) != v)
     if different:
         raise DataError(

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from app_data.store.atomic import new_file, write_json
+from app_data.store.atomic import new_file
+from app_data.store.sealed import write_sealed
 from app_eval.measure.interval import bootstrap, paired_difference, resamples
 from app_eval.measure.paths import DECODERS, SCORES, Outcome, per_picture
 from hier_losses import Taxonomy
@@ -38,8 +39,7 @@ def save_row(folder: Path, found: Outcome, tax: Taxonomy, cuts: TreeCuts, **fact
         "mta_majority": majority,
         "scores": summarise(found, tax),
     }
-    write_json(folder / "result.json", result)
-    return result
+    return write_sealed(folder / "result.json", result, beside=True)
 
 
 def save_outcome(folder: Path, found: Outcome) -> None:

@@ -46,7 +46,7 @@ def fit(
 
     Raises:
         Interrupted: after a signal; the state is saved.
-        NonFiniteGradient: before the optimizer step that would have spoilt the weights.
+        NonFiniteGradient: before the optimizer step that would have spoilt the weights, or before spoilt ones are kept.
         RunError: a weight is not finite before training, or a batch is smaller than the number of processes.
     """
     processes = 1 if accelerator is None else accelerator.num_processes
@@ -64,7 +64,8 @@ def fit(
                 parameter.copy_(known.weights[name])
         _restore_keeper(stages, known)
     main = accelerator is None or accelerator.is_main_process
-    records = Records(folder, position, tensorboard=tensorboard) if folder is not None and main else None
+    before = "" if known is None else known.records
+    records = Records(folder, position, before, tensorboard=tensorboard) if folder is not None and main else None
     total = sum(stage.num_steps for stage in stages)
     loop = _Loop(model, trained, accelerator, seed)
     model.train()
@@ -79,10 +80,13 @@ def fit(
                     records.add(step.number, **values)
                 shown.step()
                 last = step.index == step.total - 1
-                if folder is not None and (status or last or step.number % stage.save_every == 0):
+                saves = folder is not None and (status or last or step.number % stage.save_every == 0)
+                if saves or last:
+                    loop.check(step)
+                if saves:
                     if records is not None:
                         records.sync()
-                        save_checkpoint(folder, loop.checkpoint(step.number))
+                        save_checkpoint(folder, loop.checkpoint(step.number, records.digest))
                     if accelerator is not None:
                         accelerator.wait_for_everyone()
                 if status:
@@ -180,11 +184,20 @@ class _Loop:
         first = {"stage": step.stage, "epoch": step.epoch, "lr": self.peaks[0] * share}
         return {**first, "loss": found.pop("loss"), "grad_norm": float(norm), **found}, status
 
-    def checkpoint(self, number: int) -> Checkpoint:
+    def check(self, step: Step) -> None:
+        """Refuse weights that are no numbers, before they are kept."""
+        for name, value in self.chosen.items():
+            if not bool(torch.isfinite(value).all()):
+                raise NonFiniteGradient(
+                    f"the weight {name} is not finite after step {step.number} (stage {step.stage}, epoch {step.epoch}); the last "
+                    "checkpoint is intact: lower the learning rate, and the same command goes on from it"
+                )
+
+    def checkpoint(self, number: int, records: str = "") -> Checkpoint:
         """What the run needs to go on after step `number`."""
         keeper = self.stage.keeper
         kept = {} if keeper is None else {f"{_KEPT}{n}": v for n, v in keeper.tensors().items()}
-        return Checkpoint({**self.trained, **kept}, self.plain.state_dict(), number)
+        return Checkpoint({**self.trained, **kept}, self.plain.state_dict(), number, records)
 
     def _norm(self) -> Tensor:
         parameters, limit = list(self.chosen.values()), self.stage.clip_grad

@@ -1,8 +1,11 @@
 """What a run writes while it goes: `metrics.jsonl` always, TensorBoard if asked."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
+
+from app_train.core.errors import RunError
 
 
 class Records:
@@ -11,14 +14,25 @@ class Records:
     Args:
         folder: the run folder.
         position: steps already taken; later lines are cut off.
+        known: `digest` of the lines up to there; "" where nobody knows it.
         tensorboard: also write TensorBoard events.
+
+    Raises:
+        RunError: the lines up to `position` are not those that were written.
     """
 
-    def __init__(self, folder: Path, position: int, *, tensorboard: bool = False) -> None:
+    def __init__(self, folder: Path, position: int, known: str = "", *, tensorboard: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
+        before = self.path.read_bytes()[: _end_of(self.path, position)] if self.path.exists() else b""
+        self._digest = hashlib.sha256(before)
+        if known and self.digest != known:
+            raise RunError(
+                f"{self.path} is damaged, and the checkpoints beside it go on from what it said; delete {folder} and run the same "
+                "command again"
+            )
         if self.path.exists():
-            os.truncate(self.path, _end_of(self.path, position))
+            os.truncate(self.path, len(before))
         # Line by line: what a step has written is with the operating system before the next step begins.
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._board = None
@@ -29,11 +43,18 @@ class Records:
 
     def add(self, step: int, **values: float | int | str) -> None:
         """Write one line; numbers also go to TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}) + "\n"
+        self._file.write(line)
+        self._digest.update(line.encode())
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, float):
                     self._board.add_scalar(name, value, step)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of all lines, in hex."""
+        return self._digest.hexdigest()
 
     def sync(self) -> None:
         """Force the lines to disk; a checkpoint comes after."""

@@ -1,7 +1,6 @@
 """The run folder: settings, versions and data in one file, a lock, finished rows, the result, and a manifest of all of it."""
 
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -15,13 +14,16 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from app_data.store.atomic import new_folder, remove_leftovers, write_json, write_text
-from app_eval.measure.cells import RESULT, finished, read_json
+from app_data.store.atomic import new_folder, remove_folder, remove_leftovers, write_json, write_text
+from app_data.store.errors import DataError
+from app_data.store.sealed import file_digest, read_sealed, write_sealed
+from app_eval.measure.cells import RESULT, finished
+from app_train.core.checkpoint import PREFIX
 from app_train.core.config import RESOLVED, RunConfig, config_hash, differences
 from app_train.core.errors import RunError
 from app_train.core.interrupt import StopFlag
 
-__all__ = ["RESULT", "Run", "finished", "read_json"]
+__all__ = ["RESULT", "Run", "finished"]
 
 LOCK, MANIFEST = ".lock", "manifest.json"
 VERSIONS_OF = (
@@ -122,7 +124,10 @@ class Run:
                 raise RunError(f"--out must name a folder, {self.out} is a file")
             ours = any((self.out / name).exists() for name in (RESOLVED, LOCK))
             if not ours and self.out.exists() and any(p for p in self.out.iterdir() if not p.name.startswith(".")):
-                raise RunError(f"{self.out} is not empty and holds no run; choose another folder with --out")
+                raise RunError(
+                    f"{self.out} is not empty and holds no run; choose another folder with --out, or delete {self.out} if nothing in it "
+                    "is needed"
+                )
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.out / LOCK)
             remove_leftovers(self.out)
@@ -171,12 +176,15 @@ class Run:
         self.wait()
 
     def result(self) -> dict | None:
-        """The stored result of the same command; None if there is none yet."""
-        path = self.out / RESULT
-        if not path.exists():
+        """The stored result of the same command; None if there is none yet, or a file of the run is no longer as it was."""
+        try:
+            sums = read_sealed(self.out / MANIFEST)["sha256"]
+            if any(file_digest(self.out / name) != known for name, known in sums.items()):
+                return None
+            result = json.loads((self.out / RESULT).read_text(encoding="utf-8"))
+        except (FileNotFoundError, DataError, KeyError):
             return None
-        result = read_json(path)
-        return result if result.get("asked") == self.asked and (self.out / MANIFEST).exists() else None
+        return result if result.get("asked") == self.asked else None
 
     def finish(self, content: Mapping[str, object]) -> dict:
         """Write `result.json`: what a page or a report is made from; call `seal` when all files are there."""
@@ -187,10 +195,12 @@ class Run:
         return result
 
     def seal(self) -> None:
-        """Write `manifest.json`: the sha256 of every file of the run."""
+        """Write `manifest.json`: the sha256 of every file of the run, which needs no checkpoint any more."""
+        for path in list(self.out.rglob(f"{PREFIX}*")):  # left by a process that was killed right after it had written a result
+            remove_folder(path)
         files = sorted(p for p in self.out.rglob("*") if p.is_file() and not _left_out(p.relative_to(self.out)))
-        sums = {p.relative_to(self.out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-        write_json(self.out / MANIFEST, {"format": 1, "sha256": sums})
+        sums = {p.relative_to(self.out).as_posix(): file_digest(p) for p in files}
+        write_sealed(self.out / MANIFEST, {"format": 1, "sha256": sums})
 
 
 def _left_out(path: Path) -> bool:

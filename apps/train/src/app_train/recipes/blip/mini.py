@@ -28,7 +28,7 @@ from app_data.read.labelled import Decoding
 from app_data.sets.captions import CaptionSet
 from app_data.sets.coco import load_coco_mini
 from app_data.sets.emoji import load_emoji_captions
-from app_data.store.atomic import write_json
+from app_data.store.sealed import write_sealed
 from app_data.weights.blip2 import (
     IMAGE_TOKEN,
     LANGUAGE,
@@ -149,7 +149,7 @@ class _Row:
         first.to(self.run.device)
         seconds = round(time.monotonic() - begun)
         result = {"format": 1, **facts, "seconds": seconds, **self._scores(first, second)}
-        write_json(self.folder / "result.json", result)
+        result = write_sealed(self.folder / "result.json", result, beside=True)
         for stage in ("train-1", "train-2"):
             remove_checkpoints(self.folder / stage)
         return result

@@ -8,10 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from app_data.store.atomic import new_folder
+from app_data.store.sealed import read_sealed
 from app_eval.ask.frozen import FrozenClassifier
 from app_eval.measure.results import load_outcome, paired
 from app_train.core.errors import RunError
-from app_train.core.run_folder import finished, read_json
+from app_train.core.run_folder import finished
 from app_train.recipes.lora.classifiers import TREES, Classifiers
 from app_train.recipes.lora.compare import Line
 from app_train.recipes.lora.task import Task, store_row
@@ -133,5 +134,5 @@ def headline(task: Task) -> dict:
     folder, tax = task.run.out / "seed-0", task.test.taxonomy
     ours = load_outcome(folder / HEADLINE)
     against = {name: paired(ours, load_outcome(folder / name), tax) for name in CONTROLS}
-    scores = read_json(folder / HEADLINE / "result.json")["scores"]["chosen"]
+    scores = read_sealed(folder / HEADLINE / "result.json")["scores"]["chosen"]
     return {"row": HEADLINE, "leaf": scores["leaf"][0], "ahd": scores["ahd"][0], "against": against}

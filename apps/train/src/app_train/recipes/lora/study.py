@@ -14,11 +14,13 @@ import time
 from pathlib import Path
 
 from app_data.store.atomic import write_json
+from app_data.store.sealed import read_sealed, write_sealed
+from app_eval.measure.cells import finished
 from app_eval.measure.paths import per_picture
 from app_eval.measure.results import save_outcome
 from app_train.core.config import config_hash
 from app_train.core.errors import RunError
-from app_train.core.run_folder import Run, read_json
+from app_train.core.run_folder import Run
 from app_train.recipes.lora.heads import HeadFit
 from app_train.recipes.lora.settings import LITE0, StudyConfig
 from app_train.recipes.lora.study_data import CIFAR_SIZE, EMOJI_SIZE, StudyData, load_study_data
@@ -43,7 +45,7 @@ def run(config: StudyConfig) -> dict:
         chosen = [t for t in trials if t.experiment in config.experiments]
         tuned = any(t.kind not in UNTUNED for t in chosen)
         trials = [t for t in trials if t in chosen or (tuned and t.experiment == "tuning")]
-    missing = [trial for trial in trials if not (config.out / trial.folder / RESULT).exists()]
+    missing = [trial for trial in trials if finished(config.out / trial.folder, {}, RESULT) is None]
     print(f"{len(missing)} of {len(trials)} runs are missing:\n{estimate(missing)}", flush=True)  # noqa: T201
     if config.estimate:
         return {"missing": len(missing), "runs": len(trials)}
@@ -75,9 +77,9 @@ def _bank(config: StudyConfig, run: Run, names: list[str]) -> Bank:
 def _describe(path: Path, data: StudyData) -> None:
     """What the page says about a data set; also refuses to mix two versions of the data in one folder."""
     identity, tax = f"{data.train.pictures.fingerprint}-{data.test.pictures.fingerprint}", data.taxonomy
-    if path.exists() and (known := read_json(path).get("fingerprint")) != identity:
+    if path.exists() and (known := read_sealed(path).get("fingerprint")) != identity:
         raise RunError(f"{path} belongs to other data ({known} -> {identity}); choose another folder with --out")
-    write_json(
+    write_sealed(
         path,
         {
             "name": data.name,
@@ -121,7 +123,7 @@ def _carry_out(one: Trial, bank: Bank, config: StudyConfig) -> None:
         "loss": one.loss.model_dump(), "rate": rate, "options": options, "parts": list(outcomes), "seconds": seconds,
         "ahd": ahd, "config": config_hash(one.loss, epochs=config.epochs, batch=config.batch_size, rate=rate),
     }  # fmt: skip
-    write_json(folder / RESULT, content)
+    write_sealed(folder / RESULT, content, beside=True)
     print(f"{one.folder}: AHD@1 {ahd if ahd is None else round(ahd, 4)}, {seconds['cpu']:.0f} s CPU", flush=True)  # noqa: T201
 
 

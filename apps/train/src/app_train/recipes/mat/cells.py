@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from app_data.store.sealed import read_sealed
 from app_eval.measure import cells as general
-from app_eval.measure.cells import RESULT, Parts, cell_difference, cell_value, deviation, judged, kept, line, read_json
+from app_eval.measure.cells import RESULT, Parts, cell_difference, cell_value, deviation, judged, kept, line
 from app_eval.measure.tree_scores import SCORES, TITLES
 from app_train.recipes.mat.published import published_scores
 from app_train.recipes.mat.results import CONTROLS, folder_name
@@ -60,7 +61,7 @@ def compared(cells: Mapping[str, Sequence[Path]], facts: Mapping[str, object]) -
         elif row not in CONTROLS:
             where = (str(facts["data"]), int(facts["shots"]), str(facts["base"]))  # type: ignore[call-overload]
             summary[row]["published"] = published_scores(*where, row)
-        more = [read_json(folder / RESULT).get("second") for folder in cells[row]]
+        more = [read_sealed(folder / RESULT).get("second") for folder in cells[row]]
         if all(more):
             summary[row]["second"] = {name: float(np.mean([found[name] for found in more])) for name in more[0]}
     return {**facts, "baseline": baseline, "rows": summary}

@@ -29,7 +29,8 @@ from app_data.store.atomic import new_folder, write_json, write_text
 from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError
 from app_data.store.features import weights_digest
-from app_eval.measure.cells import Parts, finished, keep, read_json
+from app_data.store.sealed import read_sealed, write_sealed
+from app_eval.measure.cells import Parts, finished, keep
 from app_eval.measure.embed import neighbour_logits
 from app_eval.measure.tree_scores import tree_scores
 from app_train.core.checkpoint import remove_checkpoints
@@ -91,9 +92,9 @@ def _describe(path: Path, files: FewShotFiles) -> None:
         "train": len(names["train"]),
         "test": len(names["test"]),
     }
-    if path.exists() and (known := read_json(path)) != content:
+    if path.exists() and (known := read_sealed(path)) != content:
         raise RunError(f"{path} belongs to other data ({known} -> {content}); choose another folder with --out")
-    write_json(path, content)
+    write_sealed(path, content)
     empty = len(tax.leaf) - len(np.unique(files.train.targets))
     if empty:
         print(  # noqa: T201

@@ -8,7 +8,8 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from app_data.read.pictures import PictureSet
-from app_data.store.atomic import new_file, write_json
+from app_data.store.atomic import new_file
+from app_data.store.sealed import write_sealed
 from app_eval.measure.cells import differences, means
 from app_eval.measure.tree_scores import SCORES, TITLES, tree_scores
 from hier_losses.metrics import mta_majority_baseline
@@ -30,8 +31,7 @@ def store(folder: Path, logits: Tensor, test: PictureSet, cuts: TreeCuts, facts:
     with new_file(folder / "scores.safetensors") as temporary:
         save_file(found, temporary)
     result = {**facts, "scores": {s: float(v.mean()) for s, v in found.items()}}
-    write_json(folder / "result.json", result)
-    return result
+    return write_sealed(folder / "result.json", result, beside=True)
 
 
 @torch.no_grad()
