@@ -17,7 +17,16 @@ ROOT = Path(__file__).parents[1]
 def test_some_faults_of_every_kind_end_well():
     pytest.importorskip("open_clip")
     sources = os.pathsep.join(str(path) for path in sorted(ROOT.glob("*/*/src")))
-    command = [sys.executable, str(ROOT / "tests" / "faults"), "--families", "mat-clip", "--density", "0.07", "--jobs", "1"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "faults"),
+        "--families",
+        "mat-clip",
+        "--density",
+        "0.07",
+        "--jobs",
+        "1",
+    ]
     env = {**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

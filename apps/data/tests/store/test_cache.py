@@ -115,6 +115,14 @@ def wrong_index(entry):
     file.write_text(json.dumps({**json.loads(file.read_text()), "kept": "all"}))
 
 
+def swapped_index(entry):
+    """Two pictures change their labels: the pixels are as they were."""
+    file = entry / "index.json"
+    index = json.loads(file.read_text())
+    index["kept"][:2] = [1, 0]
+    file.write_text(json.dumps(index))
+
+
 def list_index(entry):
     (entry / "index.json").write_text("[]")
 
@@ -127,7 +135,7 @@ def no_index(entry):
     (entry / "index.json").unlink()
 
 
-DAMAGES = [truncate, flip_byte, cut_index, wrong_index, list_index, empty_pixels, no_index]
+DAMAGES = [truncate, flip_byte, cut_index, wrong_index, swapped_index, list_index, empty_pixels, no_index]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)

@@ -134,6 +134,66 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step():
     assert same(seen[-1], weights(model))
 
 
+@pytest.mark.parametrize("save_every", [3, 100])
+def test_weights_that_an_optimizer_spoilt_are_not_kept(tmp_path, save_every):
+    """The gradient is finite, the step is not: the checkpoint before it stays the newest."""
+    model = Model()
+
+    def spoil(made):
+        step = made.step
+
+        def spoilt(closure=None):
+            step(closure)
+            seen.append(1)
+            if len(seen) in (3, 6):
+                with torch.no_grad():
+                    model.second.bias.fill_(torch.nan)
+
+        made.step = spoilt
+        return made
+
+    seen = []
+    settings = StageConfig(epochs=2, lr=1e-2, batch_size=4)
+    stage = Stage(
+        "s", settings, NUM, forward, save_every=save_every,
+        optimizer=lambda chosen: spoil(torch.optim.SGD(chosen.values(), lr=1e-2)),
+    )  # fmt: skip
+    with pytest.raises(NonFiniteGradient, match="step [34]"):
+        fit(model, [stage], tmp_path, seed=0)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_last_step_that_spoils_the_weights_is_said():
+    model = Model()
+
+    def spoil():
+        with torch.no_grad():
+            model.second.bias.fill_(torch.nan)
+
+    stage = Stage("s", StageConfig(epochs=1, lr=1e-2, batch_size=NUM), NUM, forward, after_step=spoil)
+    with pytest.raises(NonFiniteGradient, match=r"second.bias is not finite after step 1"):
+        fit(model, [stage], seed=0)
+
+
+def test_a_checkpoint_with_one_changed_byte_is_refused(tmp_path):
+    """safetensors and torch.load read it without a word."""
+    stop = StopFlag()
+    stop.exit_status = 143
+    with pytest.raises(Interrupted):
+        fit(Model(), plan(), tmp_path, seed=0, stop=stop)
+    (newest,) = tmp_path.glob("checkpoint-*")
+    for file in sorted(newest.iterdir()):
+        content = file.read_bytes()
+        if content:
+            changed = bytearray(content)
+            changed[len(content) * 3 // 4] ^= 1
+            file.write_bytes(changed)
+            with pytest.raises(RunError, match=f"checkpoint {newest} is damaged .*; delete that folder"):
+                fit(Model(), plan(), tmp_path, seed=0)
+            file.write_bytes(content)
+    fit(Model(), plan(), tmp_path, seed=0)
+
+
 def test_weights_that_are_not_finite_are_refused_before_anything_is_scored():
     model = Model()
     with torch.no_grad():

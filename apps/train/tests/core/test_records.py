@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import pytest
+
+from app_train.core.errors import RunError
 from app_train.core.records import Records, read_records
 
 
@@ -22,6 +25,24 @@ def test_records_drop_what_comes_after_the_checkpoint(tmp_path):
         (3, 3),
         (4, 40),
     ]
+
+
+def test_lines_before_the_checkpoint_must_be_those_that_were_written(tmp_path):
+    records = Records(tmp_path, 0)
+    for step in range(1, 4):
+        records.add(step, loss=float(step))
+    known = records.digest
+    records.add(4, loss=4.0)
+    records.close()
+    again = Records(tmp_path, 3, known)
+    assert again.digest == known
+    again.close()
+    text = records.path.read_text()
+    for damaged in (text.replace('"loss": 2.0', '"loss": 3.0'), text[:30], ""):
+        records.path.write_text(damaged)
+        with pytest.raises(RunError, match=r"metrics.jsonl is damaged, .*; delete .* and run the same command again"):
+            Records(tmp_path, 3, known)
+        assert records.path.read_text() == damaged
 
 
 KILLED = """

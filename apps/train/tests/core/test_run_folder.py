@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import Field
 
-from app_data.store.atomic import new_file, new_folder
+from app_data.store.atomic import new_file, new_folder, remove_folder, write_json
 from app_train.core.config import Frozen, RunConfig, StageConfig, config_hash, read_yaml
 from app_train.core.errors import RunError
 from app_train.core.run_folder import Run
@@ -137,6 +137,49 @@ def test_a_result_comes_before_the_manifest_and_is_read_back(tmp_path):
     with Run("test", config(tmp_path / "run", seeds=2), ("seeds",)) as run:
         run.claim("data-1")
         assert run.result() is None  # more was asked for
+
+
+def test_a_result_is_not_read_back_where_a_file_has_changed(tmp_path):
+    def finish():
+        with Run("test", config(tmp_path / "run"), ("seeds",)) as run:
+            run.claim("data-1")
+            write_json(run.out / "seed-0" / "scores.json", {"a": 1})
+            (run.out / "seed-0" / "checkpoint-00000003").mkdir()
+            run.finish({"n": 3})
+            run.seal()
+
+    def known(**more):
+        with Run("test", config(tmp_path / "run", **more), ("seeds",)) as run:
+            run.claim("data-1")
+            return run.result()
+
+    finish()
+    assert not (tmp_path / "run" / "seed-0" / "checkpoint-00000003").exists()
+    assert known()["n"] == 3
+    assert known(save_every=7)["n"] == 3  # the settings are written anew
+    for name in ("seed-0/scores.json", "result.json", "manifest.json"):
+        path = tmp_path / "run" / name
+        path.write_text(path.read_text().replace("1", "2").replace("3", "4"))
+        assert known() is None
+        finish()
+    (tmp_path / "run" / "seed-0" / "scores.json").unlink()
+    assert known() is None
+
+
+def test_a_folder_that_is_being_deleted_has_lost_its_name(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-1").mkdir()
+    monkeypatch.setattr("app_data.store.atomic.shutil.rmtree", lambda *_, **__: None)  # killed right here
+    remove_folder(tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-1").exists()
+    assert len(list(tmp_path.glob(".checkpoint-1.old.tmp-*"))) == 1
+
+
+def test_a_full_disk_is_told_by_its_number(tmp_path):
+    """safetensors says it in its own words, and gives the space back first."""
+    with pytest.raises(OSError, match="No space") as caught, new_file(tmp_path / "x"):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_process_recipes_refuse_several(tmp_path, monkeypatch):

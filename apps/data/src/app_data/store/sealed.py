@@ -1,16 +1,30 @@
-"""JSON files that notice damage: they hold the sha256 of what they say, and of the files beside them that they speak for."""
+"""Files and folders that notice damage.
+
+A sealed JSON file holds the sha256 of what it says, and of the files that it speaks for. A sealed folder holds such a file.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from app_data.store.atomic import write_json
+from app_data.store.atomic import new_folder, write_json
 from app_data.store.errors import DataError
 
-__all__ = ["file_digest", "read_sealed", "seal_broken", "text_digest", "write_sealed"]
+__all__ = [
+    "file_digest",
+    "is_whole",
+    "new_sealed_folder",
+    "read_sealed",
+    "seal_broken",
+    "seal_folder",
+    "text_digest",
+    "write_sealed",
+]
 
-_SEAL = "seal"
+_SEAL, _OF_FOLDER = "seal", ".seal.json"
 # Of a run that is at work, or rewritten whenever it likes.
 _PASSING = (".", "checkpoint-", "tensorboard")
 
@@ -29,13 +43,14 @@ def text_digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_sealed(path: Path, content: Mapping[str, object], *, beside: bool = False) -> dict:
+def write_sealed(path: Path, content: Mapping[str, object], *, beside: bool = False, also: Sequence[Path] = ()) -> dict:
     """Write a JSON file with a seal; returns its content as a reader will find it, without the seal.
 
     Args:
         path: The file.
         content: What it says; tuples become lists.
         beside: Also seal the files of its folder and below, as they are now; checkpoints and logs of TensorBoard are left out.
+        also: Further files to seal.
     """
     plain = json.loads(json.dumps(content))
     folder = path.parent
@@ -44,6 +59,7 @@ def write_sealed(path: Path, content: Mapping[str, object], *, beside: bool = Fa
         place = file.relative_to(folder)
         if file.is_file() and file != path and not any(part.startswith(_PASSING) for part in place.parts):
             files[place.as_posix()] = file_digest(file)
+    files |= {Path(os.path.relpath(file, folder)).as_posix(): file_digest(file) for file in also}
     write_json(path, {**plain, _SEAL: {"content": text_digest(plain), "files": files}})
     return plain
 
@@ -70,3 +86,33 @@ def seal_broken(path: Path) -> str:
     seal = json.loads(path.read_text(encoding="utf-8")).get(_SEAL) or {}
     files = seal.get("files", {})
     return next((name for name, known in files.items() if file_digest(path.parent / name) != known), "")
+
+
+def seal_folder(path: Path, also: Sequence[Path] = ()) -> None:
+    """Seal all files of a folder as they are now, but for checkpoints and logs, and further files that belong to it."""
+    write_sealed(path / _OF_FOLDER, {}, beside=True, also=also)
+
+
+@contextmanager
+def new_sealed_folder(path: Path, also: Sequence[Path] = ()) -> Iterator[Path]:
+    """As `new_folder`, and sealed."""
+    with new_folder(path) as temporary:
+        yield temporary
+        # It lies beside its later place, so that relative paths are the same.
+        seal_folder(temporary, also)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a folder is there that was sealed.
+
+    Raises:
+        DataError: A file of it is damaged or missing.
+    """
+    seal = path / _OF_FOLDER
+    if not seal.exists():
+        return False
+    read_sealed(seal)
+    if broken := seal_broken(seal):
+        file = os.path.normpath(path / broken)
+        raise DataError(f"{file} is damaged or missing; delete {path} and run the same command again")
+    return True

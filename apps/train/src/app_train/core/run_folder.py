@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +14,9 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from app_data.store.atomic import new_folder, remove_folder, remove_leftovers, write_json, write_text
+from app_data.store.atomic import remove_folder, remove_leftovers, write_json, write_text
 from app_data.store.errors import DataError
-from app_data.store.sealed import file_digest, read_sealed, write_sealed
+from app_data.store.sealed import file_digest, new_sealed_folder, read_sealed, write_sealed
 from app_eval.measure.cells import RESULT, finished
 from app_train.core.checkpoint import PREFIX
 from app_train.core.config import RESOLVED, RunConfig, config_hash, differences
@@ -166,10 +166,10 @@ class Run:
         }
 
     @contextmanager
-    def new_folder(self, path: Path) -> Iterator[Path | None]:
-        """Fill a folder that appears whole; all processes wait, and only the first is handed the folder to fill."""
+    def new_folder(self, path: Path, also: Sequence[Path] = ()) -> Iterator[Path | None]:
+        """Fill a folder that appears whole and sealed; all processes wait, and only the first is handed the folder to fill."""
         if self.main:
-            with new_folder(path) as temporary:
+            with new_sealed_folder(path, also) as temporary:
                 yield temporary
         else:
             yield None
@@ -179,6 +179,7 @@ class Run:
         """The stored result of the same command; None if there is none yet, or a file of the run is no longer as it was."""
         try:
             sums = read_sealed(self.out / MANIFEST)["sha256"]
+            sums.pop(RESOLVED, None)  # another command may write it anew, and `claim` has read it
             if any(file_digest(self.out / name) != known for name, known in sums.items()):
                 return None
             result = json.loads((self.out / RESULT).read_text(encoding="utf-8"))
@@ -196,7 +197,9 @@ class Run:
 
     def seal(self) -> None:
         """Write `manifest.json`: the sha256 of every file of the run, which needs no checkpoint any more."""
-        for path in list(self.out.rglob(f"{PREFIX}*")):  # left by a process that was killed right after it had written a result
+        for path in list(
+            self.out.rglob(f"{PREFIX}*")
+        ):  # left by a process that was killed right after it had written a result
             remove_folder(path)
         files = sorted(p for p in self.out.rglob("*") if p.is_file() and not _left_out(p.relative_to(self.out)))
         sums = {p.relative_to(self.out).as_posix(): file_digest(p) for p in files}

@@ -28,7 +28,7 @@ from app_data.read.labelled import Decoding
 from app_data.sets.captions import CaptionSet
 from app_data.sets.coco import load_coco_mini
 from app_data.sets.emoji import load_emoji_captions
-from app_data.store.sealed import write_sealed
+from app_data.store.sealed import is_whole, write_sealed
 from app_data.weights.blip2 import (
     IMAGE_TOKEN,
     LANGUAGE,
@@ -156,7 +156,7 @@ class _Row:
 
     def _first(self) -> HyperBlip2ForPretraining:
         config, seed, device, done = self.config, self.seed, self.run.device, self.folder / "stage1"
-        if (done / "config.json").exists():
+        if is_whole(done):
             return HyperBlip2ForPretraining.from_pretrained(done)
         made = mini_config(hyperbolic(self.name, seed, config.losses), config.num_queries, config.num_layers)
         made.max_tokens = config.max_tokens
@@ -184,7 +184,7 @@ class _Row:
 
     def _second(self, first: HyperBlip2ForPretraining) -> HyperBlip2ForConditionalGeneration:
         config, seed, device, done = self.config, self.seed, self.run.device, self.folder / "stage2"
-        if (done / "config.json").exists():
+        if is_whole(done):
             return HyperBlip2ForConditionalGeneration.from_pretrained(done)
         tokenizer = language_tokenizer()
         image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -225,7 +225,8 @@ class _Row:
         )  # fmt: skip
 
     def _saved(self, model: nn.Module, folder: Path, tokenizer: Any) -> nn.Module:
-        with self.run.new_folder(folder) as target:
+        records = folder.with_name(folder.name.replace("stage", "train-")) / "metrics.jsonl"
+        with self.run.new_folder(folder, [records]) as target:
             if target is not None:
                 model.save_pretrained(target)
                 mini_processor(tokenizer, self.config.size).save_pretrained(target)

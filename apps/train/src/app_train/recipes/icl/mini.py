@@ -40,6 +40,7 @@ from app_data.sets.episodes import (
 )
 from app_data.sets.vqa import load_easy_vqa
 from app_data.store.atomic import new_folder
+from app_data.store.sealed import is_whole, new_sealed_folder
 from app_data.weights.smollm2 import load_smollm2
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.errors import RunError
@@ -242,7 +243,7 @@ def words_of_pictures(sources: Sequence[Source], model: IclMini) -> tuple[Tensor
 
 def _align(config: IclMiniConfig, run: Run, model: IclMini, sources: Sequence[Source]) -> None:
     done = config.out / "aligned"
-    if not done.exists():
+    if not is_whole(done):
         features, shares, ids = words_of_pictures(sources, model)
 
         def forward(wrapped: IclMini, step: Step, rows: np.ndarray):
@@ -252,7 +253,7 @@ def _align(config: IclMiniConfig, run: Run, model: IclMini, sources: Sequence[So
         _set_lora(model, False)
         _fit(config, run, config.align, model, forward, len(features), 1, "connector")
         _set_lora(model, True)
-        with new_folder(done) as target:
+        with new_sealed_folder(done, [config.out / "train-1" / "metrics.jsonl"]) as target:
             model.save(target)
     # Read back also after training it here: a run that was stopped in between has seen the same numbers.
     model.llava.load_state_dict(load_file(done / WEIGHTS), strict=False)

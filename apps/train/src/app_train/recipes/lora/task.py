@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from app_data.read.pictures import PictureSet
+from app_data.store.sealed import is_whole
 from app_eval.measure.embed import embedding, node_logits, prepare, tower_features
 from app_eval.measure.paths import outcome
 from app_eval.measure.results import save_outcome, save_row, summarise
@@ -200,7 +201,7 @@ def train_row(task: Task, name: str, loss: LossConfig, config: FitConfig, folder
     known = finished(folder, facts)
     if known is not None:
         return known
-    if (folder / "adapter").exists():  # killed while scoring: the trained model is there, whole
+    if is_whole(folder / "adapter"):  # killed while scoring: the trained model is there, whole
         model = HierLoraCLIP.from_pretrained(folder / "adapter", copy.deepcopy(task.base).cpu())
         model.to(task.run.device, memory_format=torch.channels_last)
     else:
@@ -222,7 +223,7 @@ def _train(task: Task, label: str, loss: LossConfig, config: FitConfig, folder: 
         Objective(model, loss).to(run.device), plan, folder,
         seed=seed, label=label, stop=run.stop, accelerator=run.accelerator, tensorboard=run.config.tensorboard,
     )  # fmt: skip
-    with run.new_folder(folder / "adapter") as target:
+    with run.new_folder(folder / "adapter", [folder / "metrics.jsonl"]) as target:
         if target is not None:
             done = False
             if task.val is not None and len(task.val) >= LEAST_HELD_OUT:

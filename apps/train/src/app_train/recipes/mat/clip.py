@@ -25,11 +25,11 @@ from app_data.read.folder import Found, load_found
 from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet
 from app_data.sets.few_shot import FewShotFiles, find_few_shot
-from app_data.store.atomic import new_folder, write_json, write_text
+from app_data.store.atomic import write_json, write_text
 from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError
 from app_data.store.features import weights_digest
-from app_data.store.sealed import read_sealed, write_sealed
+from app_data.store.sealed import is_whole, new_sealed_folder, read_sealed, write_sealed
 from app_eval.measure.cells import Parts, finished, keep
 from app_eval.measure.embed import neighbour_logits
 from app_eval.measure.tree_scores import tree_scores
@@ -239,7 +239,7 @@ class _Work:
         if self.config.study == "cross":
             second = superclasses(train, self.tests[ALL], stored.node_text)
         saved = folder / "model"
-        if saved.exists():  # killed while scoring: the trained prompts are there, whole
+        if is_whole(saved):  # killed while scoring: the trained prompts are there, whole
             model = MATModel.from_pretrained(saved, self.clip).to(self.run.device)
             model.chunk_size = self.config.chunk_size
         else:
@@ -248,7 +248,7 @@ class _Work:
                 model, settings, train, stored, self.run, folder, self.config.released, accumulate=self.config.accumulate,
                 second=second, trees=self.rows[name].trees, label=f"{name}, {settings.shots} shots, seed {settings.seed}",
             )  # fmt: skip
-            with new_folder(saved) as target:
+            with new_sealed_folder(saved, [folder / "metrics.jsonl"]) as target:
                 model.save_pretrained(target)
         model.eval()
         facts = {

@@ -20,7 +20,8 @@ from torch import Tensor
 from app_data.read.pictures import PictureSet
 from app_data.sets.cifar100 import StoredTree
 from app_data.sets.emoji import load_emoji
-from app_data.store.atomic import new_folder, write_json
+from app_data.store.atomic import write_json
+from app_data.store.sealed import is_whole, new_sealed_folder
 from app_eval.measure.embed import neighbour_logits
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.errors import RunError
@@ -115,12 +116,12 @@ def _train(
     run: Run,
 ) -> dict:
     settings, saved = config.settings(facts["seed"]), folder / "model"
-    if saved.exists():  # killed while scoring: the trained prompts are there, whole
+    if is_whole(saved):  # killed while scoring: the trained prompts are there, whole
         model = MATModel.from_pretrained(saved, clip)
     else:
         model = build_model(settings, clip, Row(VARIANTS[name]))
         train_prompts(model, settings, train, stored, run, folder)
-        with new_folder(saved) as target:
+        with new_sealed_folder(saved, [folder / "metrics.jsonl"]) as target:
             model.save_pretrained(target)
     model.eval()
     facts["num_trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -25,6 +25,7 @@ from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
 from app_data.store.atomic import new_file, write_json
+from app_data.store.sealed import is_whole, seal_folder
 from app_eval.measure.embed import neighbour_logits
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.errors import RunError
@@ -232,7 +233,7 @@ def train_row(shared: Shared, row: Row, folder: Path, seed: int, name: str, conf
         sides.append((objective_of(tree.taxonomy, tree.names), tree.train_target))
         sides = {"first": sides[:1], "second": sides[1:], "both": sides}[row.trees]
     saved = folder / "model.safetensors"
-    if saved.exists():  # killed while scoring: the trained model is there, whole
+    if is_whole(folder):  # killed while scoring: the trained model is there, whole
         model.load_state_dict(load_tensors(saved), strict=False)
     else:
         objectives, targets = zip(*sides, strict=True)
@@ -240,6 +241,7 @@ def train_row(shared: Shared, row: Row, folder: Path, seed: int, name: str, conf
         fit(model, [stage], folder, seed=seed, label=f"{name}, seed {seed}", stop=run.stop)
         with new_file(saved) as unfinished:
             save_tensors({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, unfinished)
+        seal_folder(folder)
     model.eval()
     facts["num_trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with torch.no_grad():

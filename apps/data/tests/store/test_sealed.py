@@ -1,0 +1,74 @@
+"""A sealed file or folder notices that one of its bytes has changed."""
+
+import json
+
+import pytest
+
+from app_data.store.errors import DataError
+from app_data.store.sealed import is_whole, new_sealed_folder, read_sealed, seal_broken, write_sealed
+
+
+def test_a_sealed_file_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "facts.json"
+    assert write_sealed(path, {"shape": (2, 3), "name": "\u00e9"}) == {"shape": [2, 3], "name": "\u00e9"}
+    assert read_sealed(path) == {"shape": [2, 3], "name": "\u00e9"}
+    assert seal_broken(path) == ""
+
+
+@pytest.mark.parametrize(("old", "new"), [("2", "4"), ("name", "nome"), ("}", ""), ('"content": "', '"content": "0')])
+def test_every_changed_byte_is_noticed(tmp_path, old, new):
+    path = tmp_path / "facts.json"
+    write_sealed(path, {"shape": [2, 3], "name": "x"})
+    text = path.read_text()
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(DataError, match=r"facts.json is damaged; delete it and run the same command again"):
+        read_sealed(path)
+
+
+def test_a_file_without_a_seal_is_read_unless_it_must_have_one(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text('{"a": 1}')
+    assert read_sealed(path) == {"a": 1}
+    assert seal_broken(path) == ""
+    with pytest.raises(DataError, match="damaged"):
+        read_sealed(path, required=True)
+    path.write_text("[1]")
+    with pytest.raises(DataError, match="damaged"):
+        read_sealed(path)
+
+
+def test_the_files_beside_are_sealed_but_not_what_passes(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"abc")
+    for passing in ("checkpoint-3", "tensorboard", ".hidden"):
+        (tmp_path / passing).mkdir()
+        (tmp_path / passing / "x").write_text("x")
+    path = tmp_path / "result.json"
+    write_sealed(path, {"a": 1}, beside=True)
+    assert list(json.loads(path.read_text())["seal"]["files"]) == ["model/weights"]
+    (tmp_path / "checkpoint-3" / "x").unlink()
+    assert seal_broken(path) == ""
+    (tmp_path / "model" / "weights").write_bytes(b"abd")
+    assert seal_broken(path) == "model/weights"
+    (tmp_path / "model" / "weights").unlink()
+    assert seal_broken(path) == "model/weights"
+
+
+def test_a_sealed_folder_is_whole_or_says_what_is_not(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("{}\n")
+    done = tmp_path / "model"
+    assert not is_whole(done)
+    with new_sealed_folder(done, [log]) as target:
+        (target / "weights").write_bytes(b"abc")
+    assert is_whole(done)
+    log.write_text("{1\n")
+    with pytest.raises(DataError, match=r"metrics.jsonl is damaged or missing; delete .*model and run"):
+        is_whole(done)
+    log.write_text("{}\n")
+    (done / "weights").write_bytes(b"abd")
+    with pytest.raises(DataError, match=r"weights is damaged or missing; delete .*model and run"):
+        is_whole(done)
+    for path in done.iterdir():
+        path.unlink()
+    assert not is_whole(done)  # nobody says that it was finished
