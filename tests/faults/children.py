@@ -15,7 +15,7 @@ from pathlib import Path
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR
 
-SECONDS = 60  # more is a hang: the system ends the child then
+SECONDS = 300  # more is a hang: the system ends the child then
 
 Moment = tuple[str, str]  # what was about to happen, and to which file
 Inject = Callable[[int, Moment], None]

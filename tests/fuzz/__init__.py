@@ -1,0 +1,1 @@
+"""Anything as an argument: `python tests/fuzz --help`, or `nox -s fuzz`."""
