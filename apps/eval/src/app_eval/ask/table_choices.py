@@ -117,9 +117,8 @@ class Choices:
             request.__dict__["lifted"] = own.lifted
         available = len(own.pool.items) - max(int((own.pool.groups == group).sum()) for group in own.exclude.unique())
         if k > available:
-            raise DataError(
-                f"k must be at most {available}, the pool of {self.parts.pool.name} less one picture, got {k}"
-            )
+            less = " without the question's own picture" if self.parts.shared else ""
+            raise DataError(f"k must be at most {available}, the pool of {self.parts.pool.name}{less}, got {k}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             return selected("topk" if row.select == "cosine" else row.select, request)[0]

@@ -185,6 +185,6 @@ def _line(config: EvalIcl, cost: Cost, task: str, row: Row, k: int) -> tuple[flo
         f"{questions:,}",
         f"{prompt:,}",
         f"{memory:.1f}",
-        f"{hours:.2f}",
+        f"{hours:.2g}",
     )
     return hours, f"| {' | '.join(map(str, cells))} |"
