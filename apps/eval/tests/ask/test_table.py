@@ -27,12 +27,12 @@ from app_eval.ask.table import each_score, table
 from app_eval.ask.table_rows import resolved, rows
 from app_eval.measure.cells import kept
 from app_train.cli import hier
+from helpers import releases
 from hyper_icl import CalibrationPlan, SegmentMap, calibrate, hierarchy_bias, insert_demos, use_calibrated_attention
 
 pytestmark = pytest.mark.filterwarnings("default")
 DOCS = Path(__file__).parents[4] / "docs" / "hyper-icl"
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (30, 60, 220), "white": (240, 240, 240)}
-NAMES = tuple(COLOURS)
+NAMES = tuple(releases.WALLS)
 TASKS = ("vqav2", "okvqa", "coco-caption", "caption-editing", "image-text-matching", "visual-reasoning")
 
 
@@ -51,74 +51,10 @@ def model(tiny, tmp_path_factory):
     return folder
 
 
-def picture(path, colour, seed):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).normal(0, 20, (20, 20, 3))
-    Image.fromarray(np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)).save(path, quality=95)
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     """All six tasks: eight pictures to show, four to ask about; of four colours in turn."""
-    root = tmp_path_factory.mktemp("release")
-    for part, first, num in (("train", 0, 8), ("val", 100, 4)):
-        colours = [NAMES[i % 4] for i in range(num)]
-        year = f"{part}2014"
-        for task, prefix in (("vqav2", "v2_"), ("okvqa", "")):
-            asked = [{"question_id": first + i, "image_id": first + i, "question": f"Hue {i % 3}?"} for i in range(num)]
-            # Seven people say the colour, three something else.
-            notes = [
-                {
-                    "question_id": first + i, "image_id": first + i, "answer_type": "other",
-                    "answers": [{"answer": c}] * 7 + [{"answer": "dark"}] * 2 + [{"answer": "Two."}],
-                }
-                for i, c in enumerate(colours)
-            ]  # fmt: skip
-            folder = root / task
-            write(
-                folder / f"{prefix}OpenEnded_mscoco_{year}_questions.json", {"data_subtype": year, "questions": asked}
-            )
-            write(folder / f"{prefix}mscoco_{year}_annotations.json", {"annotations": notes})
-            for i, c in enumerate(colours):
-                picture(folder / year / f"COCO_{year}_{first + i:012d}.jpg", c, first + i)
-        folder = root / "coco-caption"
-        images = [{"id": first + i, "file_name": f"{i}.jpg"} for i in range(num)]
-        texts = [
-            {"image_id": first + i, "caption": text}
-            for i, c in enumerate(colours)
-            for text in (f"a {c} wall in the sun", f"one {c} wall")
-        ]
-        write(folder / "annotations" / f"captions_{year}.json", {"images": images, "annotations": texts})
-        edits = [
-            {"image_id": first + i, "Ref-Cap": "a wall", "GT-Cap": f"a {c} wall with some light"}
-            for i, c in enumerate(colours)
-        ]
-        write(root / "caption-editing" / f"COCO_EE_{'train' if part == 'train' else 'test'}.json", edits)
-        for i, c in enumerate(colours):
-            picture(folder / year / f"{i}.jpg", c, first + i)
-            picture(root / "caption-editing" / "train2014" / f"COCO_train2014_{first + i:012d}.jpg", c, first + i)
-        lines, name = [], {"train": "train", "val": "dev"}[part]
-        home = root / "visual-reasoning" / ("images/train/3" if part == "train" else "dev")
-        for i, c in enumerate(colours):
-            other = c if i % 2 else NAMES[(i + 1) % 4]
-            for place, one in enumerate((c, other)):
-                picture(home / f"{name}-{i}-0-img{place}.png", one, 2 * i + place)
-            line = {"identifier": f"{name}-{i}-0-0", "sentence": "They are alike.", "label": str(bool(i % 2))}
-            lines.append(json.dumps(line | ({"directory": 3} if part == "train" else {})))
-        write(root / "visual-reasoning" / "data" / f"{name}.json", "\n".join(lines))
-    pairs = {
-        str(i): {"filename": f"{i}.jpg", "caption": f"a {c} wall", "negative_caption": "a horse"}
-        for i, c in enumerate(NAMES)
-    }
-    for i, c in enumerate(NAMES):
-        picture(root / "image-text-matching" / "val2017" / f"{i}.jpg", c, i)
-    write(root / "image-text-matching" / "data" / "replace_obj.json", pairs)
-    return root
+    return releases.six_tasks(tmp_path_factory.mktemp("release"))
 
 
 class Eye(nn.Module):
@@ -552,7 +488,10 @@ def test_idefics_reads_pictures_where_they_stand(tiny, tmp_path):
     assert model.processor.own.chat_template == PLAIN
 
     def asked(colour, text):
-        return [{"type": "image", "image": Image.new("RGB", (16, 16), COLOURS[colour])}, {"type": "text", "text": text}]
+        return [
+            {"type": "image", "image": Image.new("RGB", (16, 16), releases.WALLS[colour])},
+            {"type": "text", "text": text},
+        ]
 
     chats = [
         insert_demos([{"role": "user", "content": asked("blue", f"Hue{'?' * n}")}],

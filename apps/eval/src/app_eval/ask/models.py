@@ -107,11 +107,18 @@ class LocalModel:
         if adapter is not None:
             self.adapter = _adapter(adapter, self.model)
 
-    def inputs(self, chats: Sequence[Chat]) -> Mapping[str, Any]:
-        """What the model reads, padded on the left."""
+    @property
+    def picture_size(self) -> int:
+        """Pixels at which pictures are decoded once: the processor's own size, where it names one, or 224."""
+        size = getattr(getattr(self.processor, "image_processor", None), "size", None)
+        named = [getattr(size, key, None) for key in ("shortest_edge", "height")] if size is not None else []
+        return min(next((int(x) for x in named if x), 224), 448)
+
+    def inputs(self, chats: Sequence[Chat], ask: bool = True) -> Mapping[str, Any]:
+        """What the model reads, padded on the left; `ask` says that it is to go on."""
+        padded = {"processor_kwargs": {"padding": True, "padding_side": "left"}} if len(chats) > 1 else {}
         made = self.processor.apply_chat_template(
-            [list(one) for one in chats], add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="pt", **({"processor_kwargs": {"padding": True, "padding_side": "left"}} if len(chats) > 1 else {}),
+            [list(one) for one in chats], add_generation_prompt=ask, tokenize=True, return_dict=True, return_tensors="pt", **padded
         )  # fmt: skip
         return made.to(self.model.device, dtype=self.model.dtype)
 
@@ -192,7 +199,8 @@ def _icl_mini(folder: Path) -> tuple[torch.nn.Module, Any]:
 
 def _adapter(folder: Path, model: torch.nn.Module) -> LogitAdapter:
     try:
-        adapter = LogitAdapter.from_pretrained(folder)
+        run = folder / "adapter"
+        adapter = LogitAdapter.from_pretrained(run if run.is_dir() else folder)
     except ValueError as error:
         raise DataError(_first_line(error)) from error
     own = LogitAdapter.for_model(model, adapter.r)

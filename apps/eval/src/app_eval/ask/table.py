@@ -39,7 +39,6 @@ ALL, VOTE = "all", "vote"
 SCORES = {"vqa": "VQA accuracy", "cider": "CIDEr-D", "exact": "right"}
 # OpenFlamingo's; yes and no take as many as an answer.
 _NEW_TOKENS = {"vqa": 5, "cider": 20, "exact": 5}
-_SIZE = 224
 
 
 def each_score(task: IclTask, answers: list[str]) -> np.ndarray:
@@ -90,7 +89,7 @@ class _Bench:
             "row": row.name, "k": k if row.select else 0, "seed": seed, "model": self.weights, "max_new_tokens": self.new_tokens,
             "pool": self.parts.pool.fingerprint, "queries": self.parts.queries.fingerprint,
             "strength": self.config.strength if row.calibrated else 0.0,
-            "adapter": str(self.config.adapter) if row.adapted else "",
+            "adapter": weights_digest(self.model.adapter) if row.adapted and self.model.adapter is not None else "",
         }  # fmt: skip
         if cells.finished(folder, facts) is None:
             # The adapter's method shows no demonstrations, not even their answers.
@@ -164,7 +163,7 @@ def run_table(config: EvalIcl, train_lift: TrainLift) -> dict:
     weights = weights_digest(model.model)
     groups = []
     for name in config.tasks:
-        decoding = Decoding(_picture_size(model), cache_dir=config.cache_dir)
+        decoding = Decoding(model.picture_size, cache_dir=config.cache_dir)
         parts = load_parts(name, places[name], decoding, config.pool or None, config.queries or None)
         if len(parts.queries) < 2:
             raise DataError(
@@ -200,13 +199,6 @@ def _places(config: EvalIcl) -> dict[str, Path]:
             f"--data names no folder for {', '.join(lacking)}: give DIR with a folder for each, or TASK:DIR"
         )
     return found
-
-
-def _picture_size(model: LocalModel) -> int:
-    """Pictures are decoded once at the model's own size, where its processor names one."""
-    own = getattr(getattr(model.processor, "image_processor", None), "size", None) or {}
-    size = own.get("shortest_edge") or own.get("height") if isinstance(own, Mapping) or hasattr(own, "get") else None
-    return min(int(size), 448) if size else _SIZE
 
 
 def _groups(name: str, bench: _Bench) -> Iterator[dict]:
