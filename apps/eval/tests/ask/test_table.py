@@ -158,8 +158,15 @@ def test_six_tasks_stopped_and_gone_on_give_the_same_table(release, model, quick
     assert "strength differ" in errors[0]
 
 
-def test_a_cell_by_hand(release, model, tiny, quick_lift, capsys, tmp_path):
-    out = tmp_path / "out"
+def test_a_cell_by_hand(release, model, tiny, quick_lift, capsys, tmp_path, monkeypatch):
+    out, biases = tmp_path / "out", []
+    own = LocalModel.reply
+
+    def noted(self, chats, num, bias, adapted):
+        biases.extend([] if bias is None else bias)
+        return own(self, chats, num, bias, adapted)
+
+    monkeypatch.setattr(LocalModel, "reply", noted)
     args = [
         "--data",
         release,
@@ -173,7 +180,9 @@ def test_a_cell_by_hand(release, model, tiny, quick_lift, capsys, tmp_path):
         "--against",
         "random",
     ]
-    assert evaluate(capsys, model, *args, "--out", out)[0] == 0
+    methods = ["--methods", "calibration", "--curvature", 1]
+    assert evaluate(capsys, model, *args, *methods, "--out", out)[0] == 0
+    assert len(biases) == 2 * 4  # two seeds, four questions
     net = LlavaForConditionalGeneration.from_pretrained(model).eval()
     use_calibrated_attention(net)
     processor = tiny.make_processor()
@@ -223,6 +232,7 @@ def test_a_cell_by_hand(release, model, tiny, quick_lift, capsys, tmp_path):
                 continue
             # The weights are recomputed from features of the files.
             bias = _bias(release, demos, i)
+            torch.testing.assert_close(biases[i], bias[0], atol=1e-4, rtol=1e-4)
             head = len("<s>Be brief.") - 2
             lengths = [len(f"u:q{q}</s>a:{colour}</s>") - 1 - 2 * 3 + 4 for colour, q, _ in demos]
 

@@ -78,9 +78,9 @@ def test_trains_on_tiny_models(families, name):
     assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("number", [1, 3])
 def test_stopped_and_resumed_is_bit_identical(families, tmp_path, number):
-    """Two steps an epoch: stopped within the first, and after the second, whose best weights the checkpoint keeps."""
+    """Two steps an epoch: stopped within the first, and within the second, when the checkpoint keeps the weights of the best."""
     config = settings(epochs=3, batch_size=4, normalize="d", tensorboard=False)
     model = families.make_model("idefics2")
     whole, best = train_adapter(model, examples(families, "idefics2", 8), config, tmp_path / "whole")
