@@ -240,8 +240,10 @@ def six_tasks(root: Path) -> Path:
     for part, first, num in (("train", 0, 8), ("val", 100, 4)):
         colours = [names[i % 4] for i in range(num)]
         year = f"{part}2014"
-        for task, prefix in (("vqav2", "v2_"), ("okvqa", "")):
-            asked = [{"question_id": first + i, "image_id": first + i, "question": f"Hue {i % 3}?"} for i in range(num)]
+        for task, prefix, word in (("vqav2", "v2_", "Hue"), ("okvqa", "", "Tint")):
+            asked = [
+                {"question_id": first + i, "image_id": first + i, "question": f"{word} {i % 3}?"} for i in range(num)
+            ]
             # Seven people say the colour, three something else.
             notes = [
                 {

@@ -98,6 +98,12 @@ def evaluate(capsys, model, *args):
     return status, out.out, [line for line in out.err.splitlines() if line.startswith("error: ")]
 
 
+def said(chat):
+    """What tells a chat from another: its texts and its pictures."""
+    parts = [part for message in chat for part in message["content"]]
+    return tuple(p["text"] if p["type"] == "text" else np.asarray(p["image"]).tobytes() for p in parts)
+
+
 SMALL = ("--selectors", "random", "rices", "-k", 2, "--seeds", 2, "--queries", 0, "--pool", 0, "--batch", 3)
 
 
@@ -122,36 +128,38 @@ def test_six_tasks_stopped_and_gone_on_give_the_same_table(release, model, quick
             "anchors calibrated, curvature 1",
         ]
     # Stopped hard in the twentieth batch, in the middle of a line.
-    own, calls = LocalModel.reply, []
+    own, calls, asked = LocalModel.reply, [], []
 
-    def stopping(self, *some):
+    def stopping(self, chats, num, bias, adapted):
         calls.append(1)
         if len(calls) == 20:
             raise KeyboardInterrupt
-        return own(self, *some)
+        weights = [None] * len(chats) if bias is None else [tuple(row.tolist()) for row in bias]
+        asked.extend((said(chat), row) for chat, row in zip(chats, weights, strict=True))
+        return own(self, chats, num, bias, adapted)
 
     monkeypatch.setattr(LocalModel, "reply", stopping)
     with pytest.raises(KeyboardInterrupt):
         evaluate(capsys, model, *args, "--out", cut)
+    assert len(asked) == len(set(asked))
     torn = max(cut.rglob("answers-*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     torn.write_bytes(torn.read_bytes() + b'{"id": 1, "ans')
+    finished = {path: path.stat().st_mtime_ns for path in cut.rglob("scores.safetensors")}
+    assert finished
     calls.clear()
     calls += [0] * 100
     assert evaluate(capsys, model, *args, "--out", cut)[0] == 0
-    done = len(calls) - 100
     assert (cut / "table.md").read_bytes() == (whole / "table.md").read_bytes()
     assert json.loads((cut / "result.json").read_text()) == result
-    # Nothing is answered twice, and a finished table not at all.
+    # Nothing is answered twice: a finished cell is not touched, and a finished table asks nothing.
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
     calls.clear()
     calls += [0] * 100
     assert evaluate(capsys, model, *args, "--out", cut)[0] == 0
     assert len(calls) == 100
-    cells = len(list(whole.rglob("scores.safetensors")))
-    batches = sum(
-        math.ceil(g["num_queries"] / 3) * sum(r["seeds"] for r in g["rows"].values()) for g in result["groups"]
+    assert len(list(whole.rglob("scores.safetensors"))) == sum(
+        r["seeds"] for g in result["groups"] for r in g["rows"].values()
     )
-    assert cells == sum(r["seeds"] for g in result["groups"] for r in g["rows"].values())
-    assert done == batches - 19
     # Other settings do not mix with these.
     status, _, errors = evaluate(capsys, model, *args, "--out", cut, "--strength", 2)
     assert status == 2

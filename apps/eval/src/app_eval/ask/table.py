@@ -6,7 +6,7 @@ of every question, so that a stopped command goes on. VQA accuracy, CIDEr-D and 
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -72,6 +72,7 @@ class _Bench:
     weights: str
     choices: Choices
     out: Path
+    known: dict[tuple, str] = field(default_factory=dict)
 
     @property
     def parts(self) -> Parts:
@@ -103,31 +104,41 @@ class _Bench:
         return folder
 
     def _answers(self, row: Row, chosen: DemoSelection | None, seed: int, path: Path) -> list[str]:
-        """All answers; those that an earlier call wrote are read back."""
+        """All answers; those that an earlier call wrote are read back, and what was asked before is not asked again."""
         bias: Tensor | None = None
         if row.calibrated and chosen is not None:
             bias = self.choices.bias(row, chosen, seed, self.config.strength)
-        queries = self.parts.queries
+        queries, ids = self.parts.queries, [] if chosen is None else chosen.ids.tolist()
+        shown = [ids[i] if ids else [] for i in range(len(queries))]
+        # Anchors of another seed or curvature often choose the same demonstrations.
+        keys = [
+            (row.adapted, not row.select, i, tuple(own), None if bias is None else tuple(bias[i].tolist()))
+            for i, own in enumerate(shown)
+        ]
         found = _written(path)
+        self.known.update(zip(keys, found, strict=False))
+        missing = [i for i in range(len(found), len(queries)) if keys[i] not in self.known]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            for start in range(len(found), len(queries), self.config.batch):
-                batch = range(start, min(start + self.config.batch, len(queries)))
-                demos = [[] if chosen is None else chosen.ids[i].tolist() for i in batch]
-                chats = [
-                    insert_demos(
-                        [{"role": "user", "content": queries.content(i)}],
-                        self.choices.demos(ids, bare=not row.select),
-                    )
-                    for i, ids in zip(batch, demos, strict=True)
-                ]
-                own = None if bias is None else bias[batch.start : batch.stop]
-                said = self.model.reply(chats, self.new_tokens, own, row.adapted)
-                for i, ids, text in zip(batch, demos, said, strict=True):
-                    line = {"id": queries.ids[i], "answer": text, "demos": [self.parts.pool.ids[j] for j in ids]}
+            for start in range(0, len(missing) + 1, self.config.batch):
+                batch = missing[start : start + self.config.batch]
+                if batch:
+                    chats = [
+                        insert_demos(
+                            [{"role": "user", "content": queries.content(i)}],
+                            self.choices.demos(shown[i], bare=not row.select),
+                        )
+                        for i in batch
+                    ]
+                    said = self.model.reply(chats, self.new_tokens, None if bias is None else bias[batch], row.adapted)
+                    self.known.update(zip((keys[i] for i in batch), said, strict=True))
+                while len(found) < len(queries) and keys[len(found)] in self.known:
+                    i = len(found)
+                    found.append(self.known[keys[i]])
+                    demos = [self.parts.pool.ids[j] for j in shown[i]]
+                    line = {"id": queries.ids[i], "answer": found[i], "demos": demos}
                     print(json.dumps(line, ensure_ascii=False), file=file)
                 file.flush()
-                found += said
         return found
 
 
