@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from app_data.sets.six_tasks import TASKS as SIX
 from app_data.store.errors import DataError
 from app_eval.ask import table_cost
 from app_eval.ask.models import PLAIN, LocalModel
-from app_eval.ask.settings import EvalIcl
+from app_eval.ask.settings import EvalIcl, TaskName
 from app_eval.ask.table import each_score, table
 from app_eval.ask.table_rows import resolved, rows
 from app_eval.measure.cells import kept
@@ -463,6 +465,11 @@ def test_plan_counts(model, tiny, capsys):
     assert f"| VQAv2 | rices | 4 | 1 | 100 | 140 | 0.0 | {100 * operations / 3.6e15:.2g} |" in text
     assert "3 rows, 4 cells with their seeds" in text
     assert "not measured" in text
+
+
+def test_every_task_has_its_name_and_its_size():
+    assert get_args(TaskName) == tuple(SIX) == TASKS
+    assert set(table_cost._QUESTIONS) == set(TASKS)
 
 
 def test_presets(capsys):

@@ -121,7 +121,8 @@ class Choices:
             raise DataError(f"k must be at most {available}, the pool of {self.parts.pool.name}{less}, got {k}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            return selected("topk" if row.select == "cosine" else row.select, request)[0]
+            # As anchors are shown, the most similar last.
+            return selected("rices" if row.select == "cosine" else row.select, request)[0]
 
     def bias(self, row: Row, found: DemoSelection, seed: int, strength: float) -> Tensor:
         """How the demonstrations are weighed: by their distance from the question's point, at the row's curvature."""
