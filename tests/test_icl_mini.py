@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -27,10 +28,12 @@ from app_data.sets.episodes import (
     load_icl_mini,
 )
 from app_data.store.errors import DataError, MissingAssetError
+from app_data.weights.lite0_minilm import lite0_preprocess
 from app_data.weights.towers import LITE0_WIDTHS
 from app_eval.ask import demonstration_study as icl_study
 from app_eval.ask.demonstration_study import read_cell, run_icl_study, summary
 from app_eval.ask.demonstration_task import Task
+from app_eval.ask.models import LocalModel
 from app_eval.measure.answers import AnswerReader
 from app_eval.show.stories import icl as icl_story
 from app_train.cli import hier
@@ -41,7 +44,7 @@ from app_train.recipes.icl import mini as icl_mini
 from app_train.recipes.icl.lift import train_lift
 from app_train.recipes.icl.settings import IclMiniConfig
 from helpers.stops import terminated_in_step
-from hyper_icl import CalibrationPlan, RandomSelector, SegmentMap, calibrate
+from hyper_icl import CalibrationPlan, RandomSelector, SegmentMap, calibrate, insert_demos
 
 pytestmark = pytest.mark.filterwarnings("default")
 WIDTH = 8
@@ -311,6 +314,58 @@ def test_run_study_and_go_on(patched, tmp_path, capsys, monkeypatch):
     other.write_text("{")
     with pytest.raises(DataError, match="no JSON"):
         run_icl_study(out, other, LIFT, **settings)
+
+
+def test_as_a_chat_it_reads_what_training_showed(patched, tmp_path, monkeypatch):
+    """`hier answer` and `hier eval icl` meet the model as an ordinary one of transformers: same ids, same picture."""
+    out = tmp_path / "run"
+    assert train(["icl-mini", "--out", str(out), *QUICK]) == 0
+    monkeypatch.setattr("app_data.sets.episodes.load_smollm2", tiny_language)
+    seen = []
+
+    def stages(trunk, pixels):
+        seen.append(pixels)
+        return pixels.mean((2, 3)).repeat(1, 3)[:, :WIDTH]
+
+    monkeypatch.setattr("app_data.sets.episodes.lite0", lambda num: torch.nn.Identity())
+    monkeypatch.setattr("app_data.sets.episodes.lite0_stages", stages)
+    model, mini = LocalModel(str(out), calibrated=True), load_icl_mini(out, tiny_language())
+    picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+
+    def asked(text):
+        return [{"type": "image", "image": Image.fromarray(picture)}, {"type": "text", "text": text}]
+
+    demos = [
+        (asked("color?"), [{"type": "text", "text": "red"}]),
+        (asked("is it gray?"), [{"type": "text", "text": "no"}]),
+    ]
+    chat = insert_demos([{"role": "user", "content": asked("is it red?")}], demos)
+    ids = model.inputs([chat])["input_ids"][0].tolist()
+    shown = [Shown(torch.zeros(WIDTH), q, a) for q, a in (("color?", "red"), ("is it gray?", "no"))]
+    wanted = [
+        *mini.start,
+        *(t for one in shown for t in mini.demo_ids(one)),
+        *mini.question_ids(Shown(torch.zeros(WIDTH), "is it red?")),
+    ]
+    assert ids == wanted
+    plain, tilted = (model.reply([chat], 4, bias) for bias in (None, torch.tensor([[3.0, -3.0]])))
+    # Each picture as the eye saw it in training: not resized, (x - 127) / 128.
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)
+    torch.testing.assert_close(seen[0], lite0_preprocess(pixels).expand(3, -1, -1, -1), atol=1e-5, rtol=0)
+    features = stages(None, lite0_preprocess(pixels)[None])[0]
+    with torch.no_grad():
+        more = list(wanted)
+        for _ in range(4):
+            logits = mini.llava(
+                input_ids=torch.tensor([more]), pixel_values=features.expand(3, -1), use_cache=False
+            ).logits
+            more.append(int(logits[0, -1].argmax()))
+    end = mini.ids("\n")[0]
+    new = more[len(wanted) :]
+    assert plain == [
+        mini.tokenizer.decode(new[: new.index(end)] if end in new else new, skip_special_tokens=True).strip()
+    ]
+    assert len(tilted) == 1
 
 
 DISTIL = ["--shots", "2", "--num-questions", "12", "--num-queries", "6", "--eval-seeds", "1", "--rank", "2"]

@@ -6,6 +6,7 @@ A case knows today's files in a run folder through `place` alone: when files mov
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path, PurePath
 
 from helpers import pictures, releases, weights
@@ -233,6 +234,17 @@ def _icl_distill(folder: Path) -> list[list[str]]:
     ]
 
 
+def _icl_adapter(folder: Path) -> list[list[str]]:
+    script = spec_from_file_location("tiny_model", Path(__file__).parents[2] / "docs" / "hyper-icl" / "tiny_model.py")
+    tiny = module_from_spec(script)
+    script.loader.exec_module(tiny)
+    tiny.main(folder / "tiny")
+    data = releases.six_tasks(folder / "data") / "vqav2"
+    quick = ["--shots", "2", "--epochs", "3", "--batch-size", "3", "--normalize", "d", "--no-tensorboard"]
+    places = ["--model", str(folder / "tiny" / "model"), "--data", str(data), "--out", str(folder / "run")]
+    return [["icl-adapter", *places, *quick]]
+
+
 RECIPES: dict[str, Case] = {
     "emoji": Case(_emoji, by_loss, needs=EMOJI + TOWERS),
     "folder": Case(_lora, needs=TOWERS),
@@ -259,4 +271,5 @@ RECIPES: dict[str, Case] = {
     "blip2-opt-2.7b": Case(_blip2_opt, by_run, unseeded=True),
     "icl-mini": Case(_icl_mini, partial(by_stage, "icl-mini"), TOWERS + LANGUAGE),
     "icl-distill": Case(_icl_distill, partial(by_stage, "icl-distill"), TOWERS + LANGUAGE),
+    "icl-adapter": Case(_icl_adapter, partial(by_stage, "icl-adapter")),
 }

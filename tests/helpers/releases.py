@@ -11,6 +11,7 @@ from helpers.pictures import grey, noisy
 
 GROUPS = tuple((f"group {i % 2}", f"kind {i % 4}", f"thing_{i:02d}") for i in range(12))
 SHAPES = ("circle", "rectangle", "triangle")
+WALLS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (30, 60, 220), "white": (240, 240, 240)}
 HUES = {"black": (0, 0, 0), "blue": (0, 0, 255), "red": (255, 0, 0), "teal": (0, 128, 128)}
 
 
@@ -231,3 +232,74 @@ def easy_vqa(folder: Path, train: int = 24, test: int = 8) -> None:
             ]
         (where / "questions.json").write_text(json.dumps(questions))
     (folder / "easy_vqa" / "__init__.py").touch()
+
+
+def six_tasks(root: Path) -> Path:
+    """The six tasks of `hier eval icl`: eight pictures to show, four to ask about; of four colours in turn."""
+    names = tuple(WALLS)
+    for part, first, num in (("train", 0, 8), ("val", 100, 4)):
+        colours = [names[i % 4] for i in range(num)]
+        year = f"{part}2014"
+        for task, prefix, word in (("vqav2", "v2_", "Hue"), ("okvqa", "", "Tint")):
+            asked = [
+                {"question_id": first + i, "image_id": first + i, "question": f"{word} {i % 3}?"} for i in range(num)
+            ]
+            # Seven people say the colour, three something else.
+            notes = [
+                {
+                    "question_id": first + i, "image_id": first + i, "answer_type": "other",
+                    "answers": [{"answer": c}] * 7 + [{"answer": "dark"}] * 2 + [{"answer": "Two."}],
+                }
+                for i, c in enumerate(colours)
+            ]  # fmt: skip
+            folder = root / task
+            _write(
+                folder / f"{prefix}OpenEnded_mscoco_{year}_questions.json", {"data_subtype": year, "questions": asked}
+            )
+            _write(folder / f"{prefix}mscoco_{year}_annotations.json", {"annotations": notes})
+            for i, c in enumerate(colours):
+                _wall(folder / year / f"COCO_{year}_{first + i:012d}.jpg", c, first + i)
+        folder = root / "coco-caption"
+        images = [{"id": first + i, "file_name": f"{i}.jpg"} for i in range(num)]
+        texts = [
+            {"image_id": first + i, "caption": text}
+            for i, c in enumerate(colours)
+            for text in (f"a {c} wall in the sun", f"one {c} wall")
+        ]
+        _write(folder / "annotations" / f"captions_{year}.json", {"images": images, "annotations": texts})
+        edits = [
+            {"image_id": first + i, "Ref-Cap": "a wall", "GT-Cap": f"a {c} wall with some light"}
+            for i, c in enumerate(colours)
+        ]
+        _write(root / "caption-editing" / f"COCO_EE_{'train' if part == 'train' else 'test'}.json", edits)
+        for i, c in enumerate(colours):
+            _wall(folder / year / f"{i}.jpg", c, first + i)
+            _wall(root / "caption-editing" / "train2014" / f"COCO_train2014_{first + i:012d}.jpg", c, first + i)
+        lines, name = [], {"train": "train", "val": "dev"}[part]
+        home = root / "visual-reasoning" / ("images/train/3" if part == "train" else "dev")
+        for i, c in enumerate(colours):
+            other = c if i % 2 else names[(i + 1) % 4]
+            for place, one in enumerate((c, other)):
+                _wall(home / f"{name}-{i}-0-img{place}.png", one, 2 * i + place)
+            line = {"identifier": f"{name}-{i}-0-0", "sentence": "They are alike.", "label": str(bool(i % 2))}
+            lines.append(json.dumps(line | ({"directory": 3} if part == "train" else {})))
+        _write(root / "visual-reasoning" / "data" / f"{name}.json", "\n".join(lines))
+    pairs = {
+        str(i): {"filename": f"{i}.jpg", "caption": f"a {c} wall", "negative_caption": "a horse"}
+        for i, c in enumerate(WALLS)
+    }
+    for i, c in enumerate(WALLS):
+        _wall(root / "image-text-matching" / "val2017" / f"{i}.jpg", c, i)
+    _write(root / "image-text-matching" / "data" / "replace_obj.json", pairs)
+    return root
+
+
+def _wall(path: Path, colour: str, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).normal(0, 20, (20, 20, 3))
+    Image.fromarray(np.clip(np.array(WALLS[colour]) + noise, 0, 255).astype(np.uint8)).save(path, quality=95)
+
+
+def _write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")

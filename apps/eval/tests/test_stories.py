@@ -22,7 +22,14 @@ SOURCES = {
     "lora": ("hier-lora.json",),
     "mat": ("mat-align.json", "mat-align-published.json"),
     "blip": ("hyper-blip.json",),
-    "icl": ("hyper-icl.json", "--model", "hyper-icl-model.json", "--distilled", "hyper-icl-distilled.json"),
+    "icl": (
+        "hyper-icl.json",
+        "hyper-icl-six.json",
+        "--model",
+        "hyper-icl-model.json",
+        "--distilled",
+        "hyper-icl-distilled.json",
+    ),
 }
 CONTROLS = {
     "emoji": "logistic regression",
@@ -47,8 +54,9 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     for story, sources in SOURCES.items():
         arguments = [str(RESULTS / name) if name.endswith(".json") else name for name in sources]
-        assert main(["page", story, arguments[0], str(folder / f"{NAMES[story]}.md"), *arguments[1:]] if story == "icl" else
-                    ["page", story, *arguments, str(folder / f"{NAMES[story]}.md")]) == 0  # fmt: skip
+        flags = next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+        page = str(folder / f"{NAMES[story]}.md")
+        assert main(["page", story, *arguments[:flags], page, *arguments[flags:]]) == 0
     return folder
 
 

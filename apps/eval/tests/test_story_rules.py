@@ -251,6 +251,43 @@ def test_one_seed_of_what_has_chance_in_it_decides_nothing(tmp_path):
     assert "| better |" not in text
 
 
+def test_the_page_of_icl_tells_the_table_of_six_tasks(tmp_path):
+    row = {
+        "seeds": 3,
+        "exact": {"mean": [0.5, 0.4, 0.6], "deviation": 0.1},
+        "vote": {"mean": [0.7, 0.6, 0.8], "deviation": None},
+    }
+    better = {"items": [0.1, 0.05, 0.15], "seeds": [0.1, 0.02, 0.18], "word": "better"}
+    open_ = {"items": [0.1, -0.05, 0.15], "seeds": None, "word": "undecided"}
+    rows = {"rices": row, "anchors, curvature 1": {**row, "against": better, "twin": open_}}
+    group = {"task": "visual-reasoning", "title": "visual reasoning", "score": "exact", "k": 4, "baseline": "rices", "num_pool": 9,
+             "num_queries": 40, "rows": rows}  # fmt: skip
+    table = {
+        "format": 1,
+        "study": "icl-table",
+        "model": "m",
+        "preset": "mini",
+        "seeds": 3,
+        "strength": 1.0,
+        "groups": [group],
+    }
+    for name, content in (("a", SELECTION), ("b", study_json((0.2, 0.5, 0.9))), ("c", table)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert main(["page", "icl", *(str(tmp_path / f"{n}.json") for n in "abc"), str(tmp_path / "page.md")]) == 0
+    text, tables = (tmp_path / "page.md").read_text(), (tmp_path / "page-tables.md").read_text()
+    assert "40 questions each, 4 demonstrations from 9, 3 seeds" in text
+    assert "Against rices: better 1" in text
+    assert "Hyperbolic against Euclidean: undecided 1" in text
+    assert said("anchors, curvature 1 against rices", tables) == ("+10.0", "+10.0", "better")
+    assert said("anchors, curvature 1 against its Euclidean twin", tables) == ("+10.0", "", "undecided")
+    assert "| anchors, curvature 1 | 3 | 50.0 [40.0, 60.0] | 70.0 [60.0, 80.0] |" in tables
+    assert "hyper-icl-six.json" in text
+    # The page's own JSON makes the page again.
+    again = [str(tmp_path / f"page{suffix}.json") for suffix in ("", "-model", "-six")]
+    assert main(["page", "icl", *again, str(tmp_path / "second.md")]) == 0
+    assert (tmp_path / "second.md").read_text().replace("second", "page") == text
+
+
 def test_the_page_of_icl_takes_json_of_one_model_in_full(tmp_path, capsys):
     study = study_json((0.5, 0.5, 0.5))
     right = {"model": "0" * 40, "calibrated": "01" * 20, "distilled": "1" * 40}

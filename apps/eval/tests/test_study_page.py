@@ -9,7 +9,7 @@ import torch
 from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
 from app_eval.measure.paths import outcome
-from app_eval.measure.reduce import find, reduce_rows, reduce_study
+from app_eval.measure.reduce import find, reduce_study
 from app_eval.measure.results import save_outcome
 from app_eval.show.commands import write_page
 from hier_losses import Taxonomy
@@ -141,19 +141,6 @@ def test_old_and_new_pictures_add_up(study):
     mixed = (180 * old["scores"]["leaf@bottom_up"][0] + 60 * fresh["scores"]["leaf@bottom_up"][0]) / 240
     assert mixed == pytest.approx(whole["by_seed"]["leaf@bottom_up"][0], abs=1e-5)
     assert fresh["facts"]["new leaves"] == 6
-
-
-def test_rows_at_hand_are_reduced_like_those_of_a_study(study):
-    _, root = study(leaf_ce=0.4, both=0.6)
-    stored = reduce_study(root)
-    outcomes = {
-        row: [outcome(guess(share, seed), TARGET, TREE, CUTS) for seed in range(2)]
-        for row, share in (("leaf_ce", 0.4), ("both", 0.6))
-    }
-    for row in reduce_rows(outcomes, TREE, "emoji"):
-        expected = find(stored, "main", "emoji", row["row"])
-        for key in ("scores", "by_seed", "seeds", "against leaf CE"):
-            assert row.get(key) == expected.get(key)
 
 
 def test_what_is_no_study_is_named(tmp_path):

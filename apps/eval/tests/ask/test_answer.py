@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from app_eval.ask.answer import LocalModel
+from app_eval.ask.models import LocalModel
 from app_eval.ask.pool import PoolItem, encode_pictures, encode_pool, read_items
 from app_eval.ask.select import choose
 from app_train.cli import hier

@@ -2,7 +2,8 @@
 
 import functools
 import json
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,3 +234,23 @@ def test_wrapper_puts_demonstrations_before_the_question():
     found = wrapped({"q": "?", "near": [3, 1]}, settings="s")
     assert [m["content"] for m in found] == ["s", "q3", "a3", "q1", "a1", "?"]
     assert [m["role"] for m in found] == ["system", "user", "assistant", "user", "assistant", "user"]
+
+
+def test_the_task_for_lmms_eval_shows_what_select_chose(need_models, pool, capsys, tmp_path, monkeypatch):
+    query = tmp_path / "COCO_val2014_000000000042.jpg"
+    Image.open(pool / "pictures" / "red" / "0.png").save(query)
+    chosen = tmp_path / "demos.json"
+    args = ["--data", pool / "pool.jsonl", "--query", query, "-k", 2, "--method", "rices", "--out", chosen]
+    assert run(capsys, *args)[0] == 0
+    monkeypatch.setenv("HIER_DEMOS", str(chosen))
+    spec = spec_from_file_location("lmms_task", Path(__file__).parents[4] / "docs/hyper-icl/lmms_eval/utils.py")
+    task = module_from_spec(spec)
+    spec.loader.exec_module(task)
+    people = [{"answer": "red"}] * 2 + [{"answer": "scarlet"}] * 8
+    doc = {"image": Image.open(query), "image_id": 42, "question": "Which color?", "answers": people}
+    messages = task.doc_to_messages(doc, {})
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+    assert [message["content"][0]["text"] for message in messages[1::2]] == ["red"] * 2
+    assert all(part["url"].mode == "RGB" for message in messages[::2] for part in message["content"][:1])
+    assert messages[-1]["content"][1]["text"].startswith("Which color?")
+    assert task.process_results(doc, [" Red\n"])["vqa_accuracy"] == pytest.approx(0.6)

@@ -57,7 +57,7 @@ COMMANDS: dict[str, Command] = {
     "eval icl": Command(
         "judge selection and calibration by a trained icl-mini",
         "EvalIcl",
-        "app_eval.ask.demonstration_study:run",
+        "app_eval.ask.table:run",
         lift=True,
     ),
     "eval selection": Command(

@@ -2,12 +2,26 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from hier_losses import Taxonomy
 
-__all__ = ["stratified_split", "withhold_leaves"]
+__all__ = ["some", "stratified_split", "withhold_leaves"]
+
+T = TypeVar("T")
+
+
+def some(items: Sequence[T], num: int | None) -> list[T]:
+    """So many of the items, drawn by a fixed seed, in their order; all of them if `num` is None or no smaller.
+
+    >>> some("abcdef", 3) == some("abcdef", 3), len(some("abc", None))
+    (True, 3)
+    """
+    if num is None or num >= len(items):
+        return list(items)
+    return [items[i] for i in np.sort(np.random.default_rng(0).permutation(len(items))[:num])]
 
 
 def withhold_leaves(

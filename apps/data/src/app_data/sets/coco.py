@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app_data.read.labelled import Decoding
+from app_data.read.splits import some
 from app_data.sets.captions import CaptionedFile, CaptionSet, caption_sets
 from app_data.sets.papers import unpack
 from app_data.store.errors import DataError
@@ -85,6 +86,7 @@ def load_coco_captions(
     root: str | Path,
     instances: str | Path | None = None,
     decoding: Decoding | None = None,
+    num: int | None = None,
 ) -> CaptionSet:
     """One part of COCO, from its annotation files.
 
@@ -93,6 +95,7 @@ def load_coco_captions(
         root: The folder of that part's pictures.
         instances: `instances_val2017.json` or the like, for the names of the objects (crowds left out).
         decoding: Size, cache and budget of bad files; missing files count as bad.
+        num: See `some`; the others are not decoded.
 
     Returns:
         The pictures in the order of the file; one without captions has none.
@@ -101,7 +104,7 @@ def load_coco_captions(
         DataError: A missing file, or a file of another form.
         TooManyBadFiles: More unreadable files than the budget.
     """
-    return caption_sets(_coco_files(annotations, Path(root), instances), decoding)["test"]
+    return caption_sets(some(_coco_files(annotations, Path(root), instances), num), decoding)["test"]
 
 
 def load_nocaps(

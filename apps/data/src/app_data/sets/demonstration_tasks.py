@@ -7,7 +7,7 @@ NeurIPS 2023), and visual reasoning over two pictures (NLVR2, Suhr et al., ACL 2
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import numpy as np
 from PIL import Image
 
 from app_data.read.labelled import Decoding, PictureFile, decode_files
+from app_data.read.splits import some
 from app_data.sets.captions import CaptionSet
 from app_data.sets.coco import read_json
 from app_data.sets.vqa import QuestionSet
+from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped
 
 __all__ = [
@@ -46,6 +48,7 @@ class IclTask:
         groups: Number of each item's picture, so that no picture answers for itself.
         ids: The data set's own names, for result files.
         skipped: Pictures left out while reading, with reasons; their items are left out too.
+        fingerprint: Changes whenever pictures or texts do; "" where nobody keeps results of the task.
     """
 
     name: str
@@ -58,6 +61,7 @@ class IclTask:
     groups: tuple[int, ...]
     ids: tuple[int | str, ...]
     skipped: tuple[Skipped, ...] = ()
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         """Number of items."""
@@ -71,6 +75,12 @@ class IclTask:
         """The item's question as the content of a chat message: its pictures, then its prompt."""
         shown = [{"type": "image", "image": Image.fromarray(picture)} for picture in self.pictures(index)]
         return [*shown, {"type": "text", "text": self.prompts[index]}]
+
+    def select(self, chosen: Sequence[int]) -> "IclTask":
+        """Some of the items; pictures stay."""
+        columns = ("rows", "prompts", "answers", "references", "groups", "ids")
+        own = {column: tuple(getattr(self, column)[i] for i in chosen) for column in columns}
+        return replace(self, **own, fingerprint=fingerprint({"of": self.fingerprint, "items": own["ids"]}))
 
     def demo(self, index: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The item as a demonstration: contents of the user's and of the assistant's message.
@@ -98,6 +108,7 @@ def vqa_task(data: QuestionSet, name: str = "vqa") -> IclTask:
         data.image_ids,
         data.ids,
         data.skipped,
+        data.fingerprint,
     )
 
 
@@ -114,6 +125,7 @@ def caption_task(data: CaptionSet, name: str = "caption") -> IclTask:
         tuple(int(row) for row in data.rows),
         data.ids,
         data.skipped,
+        data.fingerprint,
     )
 
 
@@ -124,6 +136,7 @@ def load_caption_editing(
     *,
     image_name: str = "COCO_train2014_{image_id:012d}.jpg",
     name: str = "caption-editing",
+    num: int | None = None,
 ) -> IclTask:
     """COCO-EE or Flickr30K-EE, one part: mend a caption that does not quite fit the picture.
 
@@ -133,6 +146,7 @@ def load_caption_editing(
         decoding: Size, cache and budget of bad files; 224 px if None.
         image_name: Form of the picture's names, with `image_id`; "{image_id}.jpg" for Flickr30K-EE.
         name: The task's name.
+        num: See `some`.
 
     Raises:
         DataError: A missing file, a file of another form, or one without items.
@@ -142,37 +156,53 @@ def load_caption_editing(
     for number, row in enumerate(_rows(read_json(path), path)):
         image, before, after = _fields(row, ("image_id", "Ref-Cap", "GT-Cap"), number, path)
         items.append(_Item((_file_name(image_name, image, path),), f"Correct this caption: {before}", after, number))
-    return _task(name, "cider", items, root, decoding)
+    return _task(name, "cider", some(items, num), root, decoding)
 
 
 def load_image_text_matching(
-    path: str | Path, root: str | Path, decoding: Decoding | None = None, *, name: str = "image-text-matching"
+    path: str | Path,
+    root: str | Path,
+    decoding: Decoding | None = None,
+    *,
+    name: str = "image-text-matching",
+    num: int | None = None,
 ) -> IclTask:
-    """SugarCrepe, one file: whether a caption fits the picture. Two items an entry, one yes and one no.
+    """SugarCrepe: whether a caption fits the picture. Two items an entry, one yes and one no.
 
     Args:
-        path: JSON, {"0": {"filename", "caption", "negative_caption"}, ...}, or a list of such entries.
+        path: JSON, {"0": {"filename", "caption", "negative_caption"}, ...}, or a list of such entries; or the folder of the
+            release's seven files, of all that are there.
         root: The folder of pictures (COCO val2017).
         decoding: Size, cache and budget of bad files; 224 px if None.
         name: The task's name.
+        num: See `some`.
 
     Raises:
         DataError: A missing file, a file of another form, or one without items.
         TooManyBadFiles: More unreadable pictures than the budget.
     """
-    content = read_json(path)
-    rows = list(content.items()) if isinstance(content, dict) else list(enumerate(_rows(content, path)))
+    path = Path(path)
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     items = []
-    for number, row in rows:
-        keys = ("filename", "caption", "negative_caption")
-        file, right, wrong = _fields(row, keys, number, path)
-        for caption, answer, kind in ((right, "yes", "positive"), (wrong, "no", "negative")):
-            prompt = f"Does this caption describe the picture? {caption}"
-            items.append(_Item((str(file),), prompt, answer, f"{number}-{kind}"))
-    return _task(name, "exact", items, root, decoding)
+    for file in files:
+        content, prefix = read_json(file), f"{file.stem}-" if path.is_dir() else ""
+        rows = list(content.items()) if isinstance(content, dict) else list(enumerate(_rows(content, file)))
+        for number, row in rows:
+            picture, right, wrong = _fields(row, ("filename", "caption", "negative_caption"), number, file)
+            for caption, answer, kind in ((right, "yes", "positive"), (wrong, "no", "negative")):
+                prompt = f"Does this caption describe the picture? {caption}"
+                items.append(_Item((str(picture),), prompt, answer, f"{prefix}{number}-{kind}"))
+    return _task(name, "exact", some(items, num), root, decoding)
 
 
-def load_nlvr2(path: str | Path, root: str | Path, decoding: Decoding | None = None, *, name: str = "nlvr2") -> IclTask:
+def load_nlvr2(
+    path: str | Path,
+    root: str | Path,
+    decoding: Decoding | None = None,
+    *,
+    name: str = "nlvr2",
+    num: int | None = None,
+) -> IclTask:
     """NLVR2, one part: whether a sentence is true of two pictures.
 
     Args:
@@ -181,6 +211,7 @@ def load_nlvr2(path: str | Path, root: str | Path, decoding: Decoding | None = N
             the training part may stand below it, named by "directory".
         decoding: Size, cache and budget of bad files; 224 px if None.
         name: The task's name.
+        num: See `some`.
 
     Raises:
         DataError: A missing file, a file of another form, or one without items.
@@ -197,7 +228,7 @@ def load_nlvr2(path: str | Path, root: str | Path, decoding: Decoding | None = N
         files = (f"{stem}-img0.png", f"{stem}-img1.png")
         answer = "yes" if str(label) == "True" else "no"
         items.append(_Item(files, f"Is this true of the two pictures? {sentence}", answer, identifier))
-    return _task(name, "exact", items, root, decoding)
+    return _task(name, "exact", some(items, num), root, decoding)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -261,7 +292,7 @@ def _task(name: str, score: str, items: list[_Item], root: str | Path, decoding:
         raise DataError(f"the file of {name} holds no item")
     names = list(dict.fromkeys(file for item in items for file in item.files))
     files = [PictureFile(Path(root) / file, file) for file in names]
-    pixels, kept, skipped, _ = decode_files(files, decoding or Decoding(size=224), missing_is_bad=True)
+    pixels, kept, skipped, key = decode_files(files, decoding or Decoding(size=224), missing_is_bad=True)
     row_of = {names[position]: row for row, position in enumerate(kept.tolist())}
     items = [item for item in items if all(file in row_of for file in item.files)]
     rows = tuple(tuple(row_of[file] for file in item.files) for item in items)
@@ -276,4 +307,5 @@ def _task(name: str, score: str, items: list[_Item], root: str | Path, decoding:
         tuple(row[0] for row in rows),
         tuple(item.id for item in items),
         skipped,
+        fingerprint({**key, "items": [[item.files, item.prompt, item.answer] for item in items]}),
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from app_data.read.labelled import Decoding, PictureFile, decode_files
 from app_data.read.pictures import StoredPictures
+from app_data.read.splits import some
 from app_data.sets.coco import read_json
 from app_data.store.assets import asset_path
 from app_data.store.cache import fingerprint
@@ -78,6 +79,7 @@ def load_vqa(
     *,
     name: str | None = None,
     answer_field: str = "answer",
+    num: int | None = None,
 ) -> QuestionSet:
     """VQAv2 or OK-VQA, one part.
 
@@ -88,6 +90,7 @@ def load_vqa(
         decoding: Size, cache and budget of bad files; missing files count as bad.
         name: Form of the picture's names for other copies of COCO, such as "{image_id:012d}.jpg".
         answer_field: "answer", or "raw_answer" for OK-VQA's answers before stemming.
+        num: See `some`; only their pictures are decoded.
 
     Returns:
         The questions in the order of the file.
@@ -122,6 +125,7 @@ def load_vqa(
     if name is None:
         name = f"COCO_{part}_" + "{image_id:012d}.jpg"
     folder = root / part if part and (root / part).is_dir() else root
+    items = some(items, num)
     images = dict.fromkeys(item.image_id for item in items)
     files = {i: PictureFile(folder / name.format(image_id=i), name.format(image_id=i)) for i in images}
     return _question_set(items, files, decoding or Decoding(size=224))

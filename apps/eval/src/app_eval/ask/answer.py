@@ -3,147 +3,26 @@
 The model is transformers' or speaks through a server with OpenAI's interface; its own chat template makes the prompt.
 """
 
-import base64
-import io
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-from huggingface_hub import InferenceClient
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from app_data.read.pictures import lies_in, open_picture
+from app_data.read.pictures import lies_in
 from app_data.sets.demonstration_tasks import read_jsonl
 from app_data.store.errors import DataError
+from app_eval.ask.models import LocalModel, Server
 from app_eval.ask.pool import PoolItem, TrainLift, read_items
 from app_eval.ask.select import choose
 from app_eval.ask.settings import Answer
-from hyper_icl import (
-    CalibrationPlan,
-    SegmentMap,
-    calibrate,
-    hierarchy_bias,
-    insert_demos,
-    use_calibrated_attention,
-)
+from hyper_icl import hierarchy_bias
 
-__all__ = ["LocalModel", "Server", "answers", "read_questions"]
-
-_QUALITY = 95  # of the JPEG that a server gets
-_SECONDS = 600.0  # that a server may take for one answer
-
-
-def chat(
-    demos: Sequence[PoolItem], picture: Path, question: str, show: Callable[[Path], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Demonstrations and a question as a chat; `show` makes the part of a message that holds a picture."""
-
-    def asked(path: Path, text: str) -> list[dict[str, Any]]:
-        return [show(path), {"type": "text", "text": text}]
-
-    turns = [(asked(demo.path, demo.question), [{"type": "text", "text": demo.answer}]) for demo in demos]
-    return insert_demos([{"role": "user", "content": asked(picture, question)}], turns)
-
-
-class LocalModel:
-    """An image-text model of transformers with its processor.
-
-    Args:
-        name: A folder, or a name on the hub.
-        calibrated: Whether answers will be calibrated.
-
-    Raises:
-        DataError: It cannot be loaded, its processor has no chat template, or its attention cannot be calibrated.
-    """
-
-    def __init__(self, name: str, calibrated: bool = False) -> None:
-        if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-            raise DataError(f"the model folder {name} does not exist")
-        try:
-            self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
-            raise DataError(f"the image-text model {name} cannot be loaded: {_first_line(error)}") from error
-        if not getattr(self.processor, "chat_template", None) or not hasattr(self.processor, "image_processor"):
-            raise DataError(
-                f"the model {name} has no chat template for pictures and text: name one that is made for chats"
-            )
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        if calibrated:
-            try:
-                use_calibrated_attention(self.model)
-            except ValueError as error:
-                raise DataError(f"the model {name} cannot be calibrated: {_first_line(error)}") from error
-
-    @torch.no_grad()
-    def answer(
-        self, demos: Sequence[PoolItem], picture: Path, question: str, max_new_tokens: int, bias: Tensor | None = None
-    ) -> str:
-        """The most likely answer; `bias` (k,) weighs the demonstrations."""
-        made = chat(demos, picture, question, lambda path: {"type": "image", "image": open_picture(path)})
-        inputs = self.processor.apply_chat_template(
-            made, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device, dtype=self.model.dtype)
-        weighed: Any = nullcontext()
-        if bias is not None:
-            segments = SegmentMap.from_chats(self.processor, [made], inputs)
-            weighed = calibrate(self.model, CalibrationPlan(bias.unsqueeze(0).to(self.model.device), segments))
-        with weighed:
-            out = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-        new = out[0, inputs["input_ids"].shape[1] :]
-        return self.processor.decode(new, skip_special_tokens=True).strip()
-
-
-class Server:
-    """A server with OpenAI's interface for chats.
-
-    Args:
-        url: Where it is, such as http://localhost:8000/v1, and after a # the name of the model, if the server wants one.
-    """
-
-    def __init__(self, url: str) -> None:
-        self.url, _, name = url.partition("#")
-        self.name = name or None
-        # Without a key the client would send the user's token for the hub to whoever listens there.
-        self.client = InferenceClient(base_url=self.url, api_key="none", timeout=_SECONDS)
-
-    def answer(
-        self, demos: Sequence[PoolItem], picture: Path, question: str, max_new_tokens: int, bias: None = None
-    ) -> str:
-        """The server's answer at temperature 0.
-
-        Raises:
-            DataError: The server cannot be reached, or does not answer as OpenAI's would.
-        """
-        made = chat(demos, picture, question, _data_uri)
-        try:
-            reply = self.client.chat_completion(made, model=self.name, max_tokens=max_new_tokens, temperature=0.0)
-            return (reply.choices[0].message.content or "").strip()
-        # Which errors the client raises depends on the HTTP library that it is built on.
-        except Exception as error:
-            raise DataError(f"the server {self.url} gives no answer: {_first_line(error)}") from error
-
-
-def _data_uri(path: Path) -> dict[str, Any]:
-    file = io.BytesIO()
-    open_picture(path).save(file, "JPEG", quality=_QUALITY, subsampling=0)
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"},
-    }
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ")
+__all__ = ["answers", "read_questions"]
 
 
 def read_questions(config: Answer) -> list[tuple[Path, str]]:

@@ -338,15 +338,18 @@ def _resumed(path: Path, settings: dict) -> dict:
 
 
 def run(config: EvalIcl, train_lift: TrainLift) -> int:
-    """The command `hier eval icl`."""
-    if config.queries < 2:
-        raise DataError(f"queries must be at least 2, got {config.queries}")
+    """`hier eval icl` on a trained icl-mini, without --preset and --data."""
+    queries = 200 if config.queries is None else config.queries
+    if queries < 2:
+        raise DataError(f"queries must be at least 2, got {queries}")
+    if config.out is None:
+        raise DataError("--out is missing: give a JSON file for the numbers")
     run_icl_study(
-        config.run,
+        Path(config.model),
         config.out,
         train_lift,
         quick=config.quick,
-        num_queries=config.queries,
+        num_queries=queries,
         emoji=config.emoji,
         log=_line,
     )

@@ -165,7 +165,7 @@ def encode_pictures(paths: Sequence[Path], encoder: nn.Module) -> tuple[Tensor, 
 
 
 def fit_bank(
-    pool: DemoPool, train_lift: TrainLift, seed: int = 0
+    pool: DemoPool, train_lift: TrainLift, seed: int = 0, c: float = 1.0
 ) -> tuple[AnchorBank, HyperbolicLift | None, Tensor, float]:
     """Lift a pool into hyperbolic space.
 
@@ -176,6 +176,7 @@ def fit_bank(
         pool: The pool.
         train_lift: Trains a lift on features and classes.
         seed: Of the lift.
+        c: Curvature.
 
     Returns:
         The bank; the lift, None if untrained; the features' mean; and the scale of the untrained lift.
@@ -184,12 +185,12 @@ def fit_bank(
     centred = pool.features - mean
     counts = Counter(item.answer for item in pool.items if item.answer)
     if len(counts) > 1 and max(counts.values()) > 1:
-        lift = train_lift(F.normalize(centred, dim=-1), codes([item.answer for item in pool.items]), seed=seed)
+        lift = train_lift(F.normalize(centred, dim=-1), codes([item.answer for item in pool.items]), c=c, seed=seed)
         with torch.no_grad():
             tangent = lift(F.normalize(centred, dim=-1))
         return AnchorBank(tangent.clone(), lift.c, pool.groups), lift, mean, 1.0
     scale = 3.0 / max(float(centred.norm(dim=-1).max()), 1e-12)
-    return AnchorBank(scale * centred, 1.0, pool.groups), None, mean, scale
+    return AnchorBank(scale * centred, c, pool.groups), None, mean, scale
 
 
 def codes(answers: Sequence[str]) -> Tensor:

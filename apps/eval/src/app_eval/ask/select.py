@@ -27,7 +27,7 @@ from hyper_icl import (
     TopKClipSelector,
 )
 
-__all__ = ["Request", "choose", "select_demos"]
+__all__ = ["Request", "choose", "select_demos", "selected"]
 
 FORMAT = 1
 
@@ -147,8 +147,13 @@ def choose(
     if k > available:
         raise DataError(f"k must be at most {available}, the pool without the query's own picture, got {k}")
     request = Request(pool, features, exclude, k, mu, diversity, seed, tuple(questions), train_lift)
+    return request, *selected(method, request)
+
+
+def selected(method: str, request: "Request") -> tuple[DemoSelection, dict]:
+    """What a selector of `SELECTORS` chooses, and what it notes."""
     module, _, name = SELECTORS[method].run.partition(":")
-    return request, *getattr(import_module(f"app_eval.ask.{module}"), name)(request)
+    return getattr(import_module(f"app_eval.ask.{module}"), name)(request)
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,7 @@ class Request:
         k, mu, diversity, seed: See `select_demos`.
         questions: What is asked about each query.
         train_lift: Trains a lift.
+        c: Curvature of what is hyperbolic.
     """
 
     pool: DemoPool
@@ -173,6 +179,7 @@ class Request:
     seed: int
     questions: tuple[str, ...]
     train_lift: TrainLift
+    c: float = 1.0
 
     def centred(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features of pool and queries less the pool's mean."""
@@ -182,7 +189,7 @@ class Request:
     @cached_property
     def lifted(self) -> tuple[AnchorBank, torch.Tensor, bool]:
         """The pool in hyperbolic space, the queries' tangent vectors, and whether the lift is trained."""
-        bank, lift, mean, scale = fit_bank(self.pool, self.train_lift, self.seed)
+        bank, lift, mean, scale = fit_bank(self.pool, self.train_lift, self.seed, self.c)
         with torch.no_grad():
             centred = self.features - mean
             query = scale * centred if lift is None else lift(F.normalize(centred, dim=-1))

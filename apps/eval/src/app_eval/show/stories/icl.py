@@ -11,6 +11,7 @@ from app_eval.ask.demonstration_task import BLIND, OURS, SEEDED, ZERO
 from app_eval.measure.interval import Interval, mean_over_seeds, over_seeds, resamples, unpaired
 from app_eval.show.commands import read_json
 from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table, tally
+from app_eval.show.stories import icl_six
 
 __all__ = [
     "OURS",
@@ -50,15 +51,16 @@ Cell = tuple[str, int, str]
 
 
 def collect(sources: Sequence[Path]) -> dict[str, dict]:
-    """The JSON of selection-study and of icl-study, and that of icl-distill on the same model if it is given."""
+    """The JSON of selection-study and of icl-study; if they are given, that of icl-distill on the same model and the table of six tasks."""
     found: dict[str, dict] = {}
     for source in sources:
         stored = read_json(source / "result.json" if source.is_dir() else source)
-        kind = {"icl-distill": "-distilled"}.get(
-            stored.get("recipe"), "-model" if stored.get("study") == "icl-mini" else ""
-        )
+        kinds = {"icl-distill": "-distilled", "icl-mini": "-model", "icl-table": "-six"}
+        kind = kinds.get(stored.get("recipe") or stored.get("study"), "")
         if stored.get("format") != 1 or (not kind and "studies" not in stored):
-            raise DataError(f"{source} is no JSON of selection-study, icl-study or icl-distill")
+            raise DataError(
+                f"{source} is no JSON of selection-study, icl-study, icl-distill or a table of hier eval icl"
+            )
         if stored.get("quick"):
             raise DataError(f"{source} is of a --quick run: run the study in full")
         found[kind] = stored
@@ -75,6 +77,7 @@ def collect(sources: Sequence[Path]) -> dict[str, dict]:
 def tell(content: Mapping[str, dict]) -> Page:
     """The page."""
     chosen, model, distilled = content[""], content["-model"], content.get("-distilled")
+    six = [content["-six"]] if "-six" in content else []
     tasks = [task for task in model["tasks"] if task["rows"]]
     columns = tuple(Column(f"{t['name']} with {_k(t)} demonstrations: right, %", 1) for t in tasks)
     values = {s: tuple(_mean(_bits(t, s, 0 if s == ZERO else _k(t))) for t in tasks) for s in FIRST}
@@ -101,18 +104,25 @@ def tell(content: Mapping[str, dict]) -> Page:
             columns, rows, note="Brackets are 95 % bootstrap intervals over the queries, seeds averaged first."
         ),
         control=VOTE,
-        body=(_setting(model), *map(_judged, tasks), distilled_section(distilled), _selection(chosen), _not_run(tasks)),
-        tables=(*map(_task_tables, tasks), *map(_study_tables, chosen["studies"])),
+        body=(
+            _setting(model), *map(_judged, tasks), distilled_section(distilled), *(icl_six.short(x) for x in six), _selection(chosen),
+            _not_run(tasks),
+        ),
+        tables=(
+            *map(_task_tables, tasks), *(section for x in six for section in icl_six.tables(x)),
+            *map(_study_tables, chosen["studies"]),
+        ),
         commands=(
             "hier eval selection --out docs/results/hyper-icl.json",
             f"hier train icl-mini {model['model'].get('options', '')}".strip(),
             STUDY,
             "hier train icl-distill",
-            "hier page icl docs/results/hyper-icl.json docs/results/hyper-icl.md --model docs/results/hyper-icl-model.json "
-            "--distilled docs/results/hyper-icl-distilled.json",
+            *(icl_six.COMMAND for _ in six),
+            f"hier page icl docs/results/hyper-icl.json {'docs/results/hyper-icl-six.json ' * len(six)}docs/results/hyper-icl.md --model "
+            "docs/results/hyper-icl-model.json --distilled docs/results/hyper-icl-distilled.json",
         ),
         terms=TERMS,
-    )
+    )  # fmt: skip
 
 
 def _bits(task: Mapping, selector: str, k: int, calibration: str = "none") -> np.ndarray | None:

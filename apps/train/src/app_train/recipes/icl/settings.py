@@ -5,7 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from app_train.core.config import Frozen, RunConfig, StageConfig
+from app_eval.ask.settings import TaskName
+from app_train.core.config import RunConfig, StageConfig
 
 
 class AlignStage(StageConfig):
@@ -88,9 +89,18 @@ class IclDistillConfig(RunConfig):
     """Test questions on which attention itself is compared."""
 
 
-class AdapterConfig(Frozen):
-    """How the adapter is trained; the defaults are the paper's where it gives them."""
+class IclAdapterConfig(RunConfig):
+    """The published method: a model that sees the question alone learns from itself with demonstrations. Defaults are the paper's where
+    it gives them.
+    """
 
+    model: str = "HuggingFaceM4/idefics2-8b-base"
+    """An image-text model: a folder, a name on the hub, or a finished run of icl-mini."""
+    data: Path
+    """Folder of the task, in the layout of its release; its training part is used."""
+    task: TaskName = "vqav2"
+    out: Path = Path("runs/icl-adapter")
+    seed: int = Field(0, ge=0)
     rank: int = Field(4, ge=1)
     c: float = Field(0.1, gt=0)
     """Curvature of the anchor loss; the paper tried .01, .1 and 1."""
@@ -100,7 +110,7 @@ class AdapterConfig(Frozen):
     normalize: Literal["none", "d"] = "none"
     """"d" divides the anchor loss by the width; unscaled it dwarfs the cross-entropy, as in the paper."""
     shots: int = Field(8, ge=1)
-    """Demonstrations that the teacher sees."""
+    """Demonstrations that the teacher sees: 8 for Idefics2-8B-base, 32 for Idefics-9b."""
     num_instances: int = Field(1000, ge=2)
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the instances that chooses the best epoch."""
@@ -109,10 +119,3 @@ class AdapterConfig(Frozen):
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(8, ge=1)
     warmup: float = Field(0.1, ge=0, lt=1)
-    seed: int = 0
-
-
-PRESETS = {
-    "idefics-9b": AdapterConfig(shots=32),
-    "idefics2-8b": AdapterConfig(shots=8),
-}
