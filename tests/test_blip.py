@@ -141,7 +141,7 @@ def test_caption_and_search(finished, tmp_path, capsys, monkeypatch):
     assert hier(["search", str(finished), "a red apple", "--data", str(tmp_path), "--top", "2"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert hier(["search", str(tmp_path / "nothing"), "a cat", "--data", str(tmp_path)]) == 2
-    assert "holds no trained stage1" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert hier(["search", str(finished), " ", "--data", str(tmp_path)]) == 2
     assert "the text to search for is empty" in capsys.readouterr().err
 
