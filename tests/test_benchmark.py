@@ -83,13 +83,17 @@ def pictures(coco, processor):
     return processor.image_processor(opened, return_tensors="pt")["pixel_values"]
 
 
-def recall(scores, right, k):
-    """By hand: the share of rows whose best right item stands among the first k, ties counting against it."""
-    hits = 0
+def ranks(scores, right):
+    """By hand: how many wrong items of each row score at least as high as its best right one."""
+    found = []
     for row, own in zip(scores.tolist(), right, strict=True):
         best = max(row[j] for j in own)
-        hits += sum(1 for j, s in enumerate(row) if j not in own and s >= best) < k
-    return 100 * hits / len(right)
+        found.append(sum(1 for j, s in enumerate(row) if j not in own and s >= best))
+    return found
+
+
+def recall(scores, right, k):
+    return 100 * sum(rank < k for rank in ranks(scores, right)) / len(right)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +117,9 @@ def by_hugging_face(checkpoints, coco):
 
 
 @pytest.mark.parametrize("data", ["dataset_coco.json", "coco_karpathy_test.json"])
-def test_recalls_of_hugging_faces_model_are_those_of_brute_force(evaluate, checkpoints, by_hugging_face, data):
+def test_recalls_of_hugging_faces_model_are_those_of_brute_force(
+    evaluate, checkpoints, by_hugging_face, data, tmp_path
+):
     result, said = evaluate(checkpoints[0], "--rerank", "3", "--batch-size", "4", data=data)
     itc, itm = by_hugging_face
     own = [[j for j, owner in enumerate(OWNER) if owner == i] for i in range(6)]
@@ -129,6 +135,12 @@ def test_recalls_of_hugging_faces_model_are_those_of_brute_force(evaluate, check
             expected[f"IR@{k}{words}"] = recall(t2i, [[o] for o in OWNER], k)
         six = [expected[f"{side}@{k}{words}"] for side in ("TR", "IR") for k in (1, 5, 10)]
         expected[f"mean recall{words}"] = sum(six) / 6
+    table = load_file(tmp_path / "run" / "retrieval.safetensors")
+    for name, scores, right in (
+        ("text_rank", itc, own), ("image_rank", itc.T, [[o] for o in OWNER]),
+        ("text_rank_itm", both[0], own), ("image_rank_itm", both[1], [[o] for o in OWNER]),
+    ):  # fmt: skip
+        assert table[name].tolist() == ranks(scores, right), name
     for name, value in expected.items():
         found = result["scores"][name]
         assert found[0] == pytest.approx(value, abs=1e-4), name

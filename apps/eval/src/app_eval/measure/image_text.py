@@ -138,14 +138,13 @@ def radius_scores(table: Table) -> dict[str, Score]:
 
 def full_radius_report(table: Table, c: float) -> dict[str, Any]:
     """The report of `hyper_blip.radius_report`, with caption length, brightness and entropy as what the radius may follow."""
-    own = table["owner"]
-    columns = {column: table[column] for column in CONTROLS}
+    of = {name: torch.from_numpy(column) for name, column in table.items()}
     return radius_report(
-        table["radius"],
-        table["text_rank"] == 0,
-        {CONTROLS[name]: columns[name] for name in ("brightness", "entropy", "words")},
-        {title: columns[column] for column, title in CONTROLS.items()},
-        text_radius=table["text_radius"],
-        paired_image_radius=table["radius"][own],
+        of["radius"],
+        of["text_rank"] == 0,
+        {CONTROLS[name]: of[name] for name in ("brightness", "entropy", "words")},
+        {title: of[column] for column, title in CONTROLS.items()},
+        text_radius=of["text_radius"],
+        paired_image_radius=of["radius"][of["owner"]],
         c=c,
     )
