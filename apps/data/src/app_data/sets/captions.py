@@ -18,7 +18,15 @@ from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
 
-__all__ = ["CaptionSet", "Captioned", "CaptionedFile", "caption_sets", "captioned_files", "load_captions"]
+__all__ = [
+    "CaptionSet",
+    "Captioned",
+    "CaptionedFile",
+    "caption_sets",
+    "captioned_files",
+    "load_captions",
+    "row_captions",
+]
 
 _PATH_COLUMNS = ("path", "image", "file_name", "filename", "filepath")
 _CAPTION_COLUMNS = ("caption", "captions", "text", "title")
@@ -232,8 +240,7 @@ def _collect(source: Path, rows: Sequence[tuple[int, dict[str, Any], Path]]) -> 
         if not isinstance(row, dict):
             raise DataError(f"{where} must be an object, got {row!r}")
         path = next((str(row[name]).strip() for name in _PATH_COLUMNS if row.get(name)), "")
-        texts = next((row[name] for name in _CAPTION_COLUMNS if row.get(name)), ())
-        texts = tuple(text.strip() for text in ([texts] if isinstance(texts, str) else texts) if text and text.strip())
+        texts = row_captions(row)
         if not path or not texts:
             raise DataError(f"{where} needs a path and a caption, got {row!r}: fill them in or remove the row")
         part = str(row.get("split") or "").strip().lower()
@@ -244,6 +251,13 @@ def _collect(source: Path, rows: Sequence[tuple[int, dict[str, Any], Path]]) -> 
         captions = texts if before is None else (*before.captions, *texts)
         found[path] = CaptionedFile(folder / path, path, captions, identity, part)
     return list(found.values())
+
+
+def row_captions(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The captions in an object of a table or a shard."""
+    texts = next((row[name] for name in _CAPTION_COLUMNS if row.get(name)), ())
+    texts = [texts] if isinstance(texts, str) else texts if isinstance(texts, list | tuple) else []
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 
 def _from_archive(archive: Path, cache_dir: str | Path | None, prefix: str = "") -> list[CaptionedFile]:
