@@ -10,13 +10,11 @@ the layers of the frozen parts over the cards (FSDP2); what trains stays whole o
 
 Settings of Li et al., "BLIP-2", ICML 2023, where they are published; the hyperbolic part is a reconstruction of Mandica et
 al., arXiv:2408.05097. NOT RUN by us: no machine here can hold the weights or reach the hub that has them. What is tested is
-the memory table against a build of the whole model on the meta device, and every step of the loop on small models.
+the memory table against a build of the whole model on the meta device and against what small models took, and every step of the loop on small models.
 """
 
 import copy
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,11 +29,11 @@ from app_train.core.errors import RunError
 from app_train.core.fit import fit
 from app_train.core.run_folder import Run
 from app_train.core.schedule import Step
+from app_train.recipes.blip.memory import memory_plan, memory_table
 from app_train.recipes.blip.pairs import Decoded, Streamed
 from app_train.recipes.blip.settings import Blip2OptConfig
 from app_train.recipes.blip.stage import blip_stage, pretraining_parts
 from hyper_blip import (
-    HyperBlip2Config,
     HyperBlip2ForConditionalGeneration,
     HyperBlip2ForPretraining,
     HyperbolicConfig,
@@ -43,122 +41,9 @@ from hyper_blip import (
 )
 from hyper_blip.losses import IGNORED
 
-GIB = 2**30
 # CLIP's mean and standard deviation, which BLIP-2's processor applies to pixels in [0, 1].
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGE_TOKEN_ID = 50265
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """What one part needs on one card, in bytes."""
-
-    part: str
-    parameters: int
-    trained: bool
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-
-def build_on_meta(stage: int) -> nn.Module:
-    """The whole model of a stage without memory for its weights."""
-    config = HyperBlip2Config.vit_g_opt()
-    with torch.device("meta"):
-        if stage == 1:
-            return HyperBlip2ForPretraining.from_config(config)
-        config.blip2.qformer_config.use_qformer_text_input = False
-        return HyperBlip2ForConditionalGeneration.from_config(config)
-
-
-def count_parts(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(parameters, of which trained) of the vision encoder, the Q-Former with its heads, and the language model."""
-    found = {"vision": [0, 0], "qformer": [0, 0], "language": [0, 0]}
-    for name, p in model.named_parameters():
-        part = "vision" if ".vision_model." in name else "language" if ".language_model." in name else "qformer"
-        found[part][0] += p.numel()
-        found[part][1] += p.numel() if p.requires_grad else 0
-    return {part: (a, b) for part, (a, b) in found.items()}
-
-
-def count_frozen_layers(model: nn.Module) -> dict[str, list[int]]:
-    """Frozen parameters of every layer that `shard_frozen` spreads, for each part."""
-    found: dict[str, dict[str, int]] = {"vision": {}, "qformer": {}, "language": {}}
-    for name, p in model.named_parameters():
-        layer = re.match(r".*?\.(vision_model|language_model)\..*?\.\d+\.", name)
-        if layer and not p.requires_grad:
-            part = found["vision" if layer[1] == "vision_model" else "language"]
-            part[layer[0]] = part.get(layer[0], 0) + p.numel()
-    return {part: list(layers.values()) for part, layers in found.items()}
-
-
-def memory_plan(
-    stage: int, *, pairs: int, tokens: int = 32, checkpointing: bool = True, shards: int = 1
-) -> list[MemoryRow]:
-    """Bytes on one card for weights, gradients, AdamW and activations, part by part.
-
-    Frozen parts are held in bf16 and have no gradients; trained ones in fp32 with two fp32 moments. Activations of a layer
-    with width h, a heads and s tokens: s b h (34 + 5 a s / h) bytes in half precision (Korthikanti et al., 2022), or 2 s b h
-    with checkpointing and one layer whole. A frozen part has them only where gradients pass through it: the language model in
-    stage 2, not the vision encoder. Of frozen layers that are spread, a card holds its share, the layer at work and the one
-    fetched meanwhile; embeddings stay whole. The contrastive matrix and temporary buffers are not counted.
-
-    Args:
-        stage: 1 or 2.
-        pairs: pictures on one card.
-        tokens: of a caption.
-        checkpointing: recompute layers.
-        shards: cards over which the frozen parts are spread; 1 for a whole copy on each.
-
-    Returns:
-        One `MemoryRow` for each part.
-    """
-    model = build_on_meta(stage)
-    counts, layered = count_parts(model), count_frozen_layers(model)
-
-    def layers(num: int, s: int, b: int, h: int, a: int) -> int:
-        whole = int(s * b * h * (34 + 5 * a * s / h))
-        return 2 * num * s * b * h + whole if checkpointing else num * whole
-
-    activations = {"vision": 0, "language": 0}
-    queries, q = 32, (768, 12)
-    if stage == 1:
-        # The fused pass, and the matching pass on three times as many pairs.
-        activations["qformer"] = layers(12, queries + 2 * tokens, pairs, *q) + layers(
-            12, queries + tokens, 3 * pairs, *q
-        )
-    else:
-        activations["qformer"] = layers(12, queries, pairs, *q)
-        activations["language"] = layers(32, queries + tokens, pairs, 2560, 32) + 6 * pairs * (queries + tokens) * 50304
-    rows = []
-    for part, (total, trained) in counts.items():
-        if total:
-            frozen = total - trained
-            if shards > 1 and layered[part]:
-                frozen += -(-sum(layered[part]) // shards) - sum(layered[part]) + 2 * max(layered[part])
-            weights = 2 * frozen + 4 * trained
-            rows.append(
-                MemoryRow(part, total, trained > total // 2, weights, 4 * trained, 8 * trained, activations[part])
-            )
-    return rows
-
-
-def memory_table(rows: list[MemoryRow]) -> str:
-    """The plan as text, in GiB."""
-    lines = [
-        f"{'part':<12}{'parameters':>14}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}   GiB a card"
-    ]
-    columns = ("weights", "gradients", "optimizer", "activations")
-    for row in rows:
-        lines.append(f"{row.part:<12}{row.parameters:>14,}" + _cells([getattr(row, c) for c in columns]))
-    totals = [sum(getattr(row, c) for row in rows) for c in columns]
-    lines.append(f"{'all':<12}{sum(r.parameters for r in rows):>14,}" + _cells(totals) + f"   {sum(totals) / GIB:.1f}")
-    return "\n".join(lines)
-
-
-def _cells(values: list[int]) -> str:
-    return "".join(f"{v / GIB:>{width}.2f}" for v, width in zip(values, (10, 11, 11, 13), strict=True))
 
 
 def run(config: Blip2OptConfig) -> dict:
