@@ -10,7 +10,8 @@ the layers of the frozen parts over the cards (FSDP2); what trains stays whole o
 
 Settings of Li et al., "BLIP-2", ICML 2023, where they are published; the hyperbolic part is a reconstruction of Mandica et
 al., arXiv:2408.05097. NOT RUN by us: no machine here can hold the weights or reach the hub that has them. What is tested is
-the memory table against a build of the whole model on the meta device and against what small models took, and every step of the loop on small models.
+the memory table, against a build of the whole model on the meta device and against what small models took, and every step
+of the loop on small models.
 """
 
 import copy
