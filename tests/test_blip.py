@@ -141,7 +141,7 @@ def test_caption_and_search(finished, tmp_path, capsys, monkeypatch):
     assert hier(["search", str(finished), "a red apple", "--data", str(tmp_path), "--top", "2"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert hier(["search", str(tmp_path / "nothing"), "a cat", "--data", str(tmp_path)]) == 2
-    assert "holds no trained stage1" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert hier(["search", str(finished), " ", "--data", str(tmp_path)]) == 2
     assert "the text to search for is empty" in capsys.readouterr().err
 
@@ -278,13 +278,13 @@ def test_levels():
 
 @pytest.fixture(scope="module")
 def plans():
-    from app_train.recipes.blip.opt import memory_plan
+    from app_train.recipes.blip.memory import memory_plan
 
     return {stage: memory_plan(stage, pairs=100 if stage == 1 else 64) for stage in (1, 2)}
 
 
 def test_the_memory_table_counts_the_whole_model(plans):
-    from app_train.recipes.blip.opt import memory_table
+    from app_train.recipes.blip.memory import memory_table
 
     sizes = {stage: {row.part: row.parameters for row in rows} for stage, rows in plans.items()}
     # ViT-g 0.99 B, OPT 2.65 B, as published: 3.8 B in all.
@@ -308,7 +308,7 @@ def test_the_memory_table_counts_the_whole_model(plans):
 
 
 def test_the_memory_table_spreads_frozen_layers(plans):
-    from app_train.recipes.blip.opt import build_on_meta, count_frozen_layers, memory_plan
+    from app_train.recipes.blip.memory import build_on_meta, count_frozen_layers, memory_plan
 
     layers = {part: len(found) for part, found in count_frozen_layers(build_on_meta(2)).items()}
     assert layers == {"vision": 39, "qformer": 0, "language": 32}

@@ -119,7 +119,9 @@ class Call:
         return torch.randint(0, max(1, self.tree.num_leaves), shape, generator=self._generator())
 
     def _plain(self, name: str) -> Tensor:
-        shape = self.draw.choice(((), (self.tree.num_nodes,), (self._size("batch"),), (self._size("batch"), self._size("dim"))))
+        shape = self.draw.choice(
+            ((), (self.tree.num_nodes,), (self._size("batch"),), (self._size("batch"), self._size("dim")))
+        )
         if "target" in name or "label" in name or "index" in name:
             return torch.randint(0, self.tree.num_leaves, shape, generator=self._generator())
         return self._random(list(shape)).abs() + 0.1
@@ -162,7 +164,7 @@ class Call:
             lambda: spoilt(float("inf")),
             lambda: spoilt(1e30),
             lambda: value * 0,
-            lambda: value - 3 if not value.dtype == torch.bool else value,
+            lambda: value - 3 if value.dtype != torch.bool else value,
             lambda: value.to(torch.float16) if value.is_floating_point() else value.float(),
             lambda: value.to(torch.bfloat16) if value.is_floating_point() else value + 10**6,
             lambda: value.long() if value.is_floating_point() else value.to(torch.int32),

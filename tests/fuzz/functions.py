@@ -63,7 +63,7 @@ def fuzz(function: Callable, count: int, seed: int = 0) -> Found | None:
                 found.refused += 1
             except (NotImplementedError, ImportError):
                 found.refused += 1
-            except Exception as error:  # noqa: BLE001  this is what is looked for
+            except Exception as error:
                 kind = f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
                 found.wrong.setdefault(kind, f"call {number}: {_shown(call.given)}")
     return found
@@ -72,5 +72,7 @@ def fuzz(function: Callable, count: int, seed: int = 0) -> Found | None:
 def _shown(given: dict) -> str:
     parts = []
     for name, value in given.items():
-        parts.append(f"{name}={tuple(value.shape)} {value.dtype}" if hasattr(value, "shape") else f"{name}={str(value)[:40]!r}")
+        parts.append(
+            f"{name}={tuple(value.shape)} {value.dtype}" if hasattr(value, "shape") else f"{name}={str(value)[:40]!r}"
+        )
     return ", ".join(parts)

@@ -50,7 +50,6 @@ def missing(case: Case) -> list[str]:
 
 def run(name: str, folder: Path) -> dict:
     """Run a case through the command line, in this process, and collect its numbers."""
-    import torch
 
     from app_train.cli import main
 
@@ -60,8 +59,6 @@ def run(name: str, folder: Path) -> dict:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         commands = case.prepare(folder)
     for command in commands:
-        if case.unseeded:
-            torch.manual_seed(0)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             status = main(command)
         if status:

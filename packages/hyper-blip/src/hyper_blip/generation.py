@@ -300,10 +300,13 @@ class HyperBlip2ForConditionalGeneration(HyperBlip2Model, GenerationMixin):
         self._check_image_tokens(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         resized = self._resized(pixel_values)
-        options.setdefault("generation_config", self.generation_config)
+        # One configuration: transformers no longer takes one beside single settings.
+        settings = copy.deepcopy(options.pop("generation_config", self.generation_config))
+        more = settings.update(**options)
         return self.blip2.generate(
-            pixel_values, input_ids=input_ids, attention_mask=mask, interpolate_pos_encoding=resized, **options
-        )
+            pixel_values, input_ids=input_ids, attention_mask=mask, interpolate_pos_encoding=resized,
+            generation_config=settings, **more,
+        )  # fmt: skip
 
     @torch.no_grad()
     def encode_image(self, pixel_values: Float[Tensor, "batch channels height width"]) -> HyperbolicFeatures:

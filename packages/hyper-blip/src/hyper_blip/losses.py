@@ -127,7 +127,9 @@ def _exact_pairs(
     )
 
 
-def image_text_matching_loss(logits: Float[Tensor, "rows 2"], labels: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
+def image_text_matching_loss(
+    logits: Float[Tensor, "rows 2"], labels: Int[Tensor, " rows"], weights: Float[Tensor, " rows"] | None = None
+) -> Float[Tensor, ""]:
     """Cross-entropy of "these belong together" (1) against "they do not" (0).
 
     Predicting the prior of one in three costs H(1/3) = 0.6365.
@@ -135,11 +137,14 @@ def image_text_matching_loss(logits: Float[Tensor, "rows 2"], labels: Int[Tensor
     Args:
         logits: two for each pair.
         labels: 0 or 1.
+        weights: of the pairs; all alike if None.
 
     Returns:
-        The mean, at least 0.
+        The weighted mean, at least 0.
     """
-    return F.cross_entropy(logits.float(), labels)
+    if weights is None:
+        return F.cross_entropy(logits.float(), labels)
+    return (weights * F.cross_entropy(logits.float(), labels, reduction="none")).sum() / weights.sum()
 
 
 def text_generation_loss(

@@ -26,7 +26,8 @@ from hyper_blip.losses import (
     query_diversity_penalty,
     text_generation_loss,
 )
-from hyper_blip.negatives import hard_negatives, matching_positives
+from hyper_blip.negatives import matching_positives
+from hyper_blip.opaque import compiling, drawn_negatives, drawn_queries, pruned_captions, step_tensor
 from hyper_blip.projection import HyperbolicFeatures
 from hyper_blip.qformer import (
     BIDIRECTIONAL,
@@ -37,7 +38,7 @@ from hyper_blip.qformer import (
     image_keys,
     joint_states,
 )
-from hyper_blip.sampling import stateless_seed, text_keys
+from hyper_blip.sampling import text_keys
 from hyper_blip.skipping import nothing_to_learn
 
 _LOG = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class HyperBlip2ForPretraining(Stage1Start):
 
         selected = image_features.tangent
         if self.training:
-            index = self.query_selection(len(input_ids), self.num_queries, 0 if step is None else step, world()[0])
+            index = self._selection(len(input_ids), step)
             if index is not None:
                 selected = selected[torch.arange(len(index)), index.to(selected.device)]
         mix = None
@@ -138,7 +139,8 @@ class HyperBlip2ForPretraining(Stage1Start):
         zero = loss_itc.new_zeros(())
         losses = {"itc": loss_itc, "itm": zero, "lm": zero, "entail": zero, "diversity": zero}
         if weights["itm"]:
-            captions = [texts["full"]] if texts["itm"] is texts["full"] else [texts["full"], texts["itm"]]
+            pruned = self._prunes and "itm" in hyper.rtp_targets
+            captions = [texts["full"], texts["itm"]] if pruned else [texts["full"]]
             same = matching_positives(image_ids, [text_keys(*caption) for caption in captions])
             losses["itm"] = self._itm_loss(keys, texts["itm"], i2t, t2i, same, step)
         if weights["lm"]:
@@ -157,13 +159,35 @@ class HyperBlip2ForPretraining(Stage1Start):
             **{f"loss_{name}": loss for name, loss in losses.items()},
         )
 
+    def _selection(self, num: int, step: int | None) -> Tensor | None:
+        """The query of each picture that this step scores; None for all."""
+        hyper = self.config.hyperbolic
+        if compiling() and hyper.rqs_prob in (0, 1):
+            if not hyper.rqs_prob:
+                return None
+            return drawn_queries(step_tensor(step), num, self.num_queries, hyper.rqs_mode, hyper.seed, world()[0])
+        return self.query_selection(num, self.num_queries, 0 if step is None else step, world()[0])
+
+    @property
+    def _prunes(self) -> bool:
+        hyper = self.config.hyperbolic
+        return self.training and hyper.rtp_prob > 0 and bool(hyper.rtp_targets)
+
     def _prune(self, ids: Tensor, mask: Tensor, step: int | None) -> dict[str, tuple[Tensor, Tensor]]:
         """Captions for each loss, whole or pruned, and the whole ones under "full"."""
         hyper = self.config.hyperbolic
         whole = pruned = (ids, mask)
-        if self.training and hyper.rtp_prob > 0 and hyper.rtp_targets:
+        if self._prunes:
             special = (self.config.cls_token_id, self.config.sep_token_id)
             pad = self.config.blip2.qformer_config.pad_token_id
+            if (
+                compiling() and hyper.rtp_mode != "priority"
+            ):  # a function of the caller's is not hidden from the compiler
+                pruned = pruned_captions(
+                    ids, mask, list(special), step_tensor(step), float(hyper.rtp_prob), hyper.rtp_mode, hyper.seed,
+                    world()[0], pad, self.starts_word,
+                )  # fmt: skip
+                return {n: pruned if n in hyper.rtp_targets else whole for n in ("itc", "itm", "lm")} | {"full": whole}
             pruned = self.text_pruning.prune_ids(
                 ids, mask, special, step, world()[0], pad_id=pad, starts_word=self.starts_word
             )
@@ -178,7 +202,7 @@ class HyperBlip2ForPretraining(Stage1Start):
         if hyper.loss_weights["lm"]:
             ids, mask = texts["lm"]
             segments["lm"] = Segment(decoder_ids(ids, self.config.dec_token_id), mask, CAUSAL)
-        if hyper.loss_weights["entail"] and texts["itc"][0] is not texts["full"][0]:
+        if hyper.loss_weights["entail"] and self._prunes and "itc" in hyper.rtp_targets:
             segments["full"] = Segment(*texts["full"], BIDIRECTIONAL)
         if hyper.fused:
             queries, *rest = joint_states(self.blip2, image, list(segments.values()))
@@ -208,12 +232,15 @@ class HyperBlip2ForPretraining(Stage1Start):
         if local:
             own = slice(rank * num, (rank + 1) * num)
             i2t, t2i, same = i2t[:, own], t2i[:, own], same[:, own]
-        generator = None
-        if step is not None:
-            seed = stateless_seed("itm", self.config.hyperbolic.seed, step, rank)
-            generator = torch.Generator(i2t.device).manual_seed(seed)
-        wrong_image, wrong_text, valid = hard_negatives(i2t, t2i, same, generator)
-        kept = valid.nonzero()[:, 0]
+        seed, weights = self.config.hyperbolic.seed, None
+        wrong_image, wrong_text, valid = drawn_negatives(
+            i2t.detach(), t2i.detach(), same, step_tensor(step), seed, rank
+        )
+        if compiling():  # rows without a negative stay, and count for nothing: the number of the others is not known
+            kept = torch.arange(num, device=valid.device)
+            weights = torch.cat([torch.ones_like(valid), valid, valid]).float()
+        else:
+            kept = valid.nonzero()[:, 0]
         wrong_image, wrong_text = wrong_image[kept], wrong_text[kept]
         take = (lambda x, index: x[index]) if local else fetch_rows
         ids, mask = (torch.cat([x, x[kept], take(x, wrong_text)]) for x in text)
@@ -224,7 +251,7 @@ class HyperBlip2ForPretraining(Stage1Start):
             pictures = torch.cat([image, take(image, wrong_image), image[kept]])
         labels = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         labels[:num] = 1
-        return image_text_matching_loss(self.match(pictures, ids, mask), labels)
+        return image_text_matching_loss(self.match(pictures, ids, mask), labels, weights)
 
     def _lm_loss(self, states: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         labels = decoder_ids(ids, self.config.dec_token_id).masked_fill(mask == 0, IGNORED)
@@ -243,6 +270,10 @@ class HyperBlip2ForPretraining(Stage1Start):
 
     def _finite(self, loss: Tensor) -> Tensor:
         """The loss if it is finite on every rank; else an error on every rank, or a loss that moves no weight."""
+        if compiling():
+            if self.config.hyperbolic.on_non_finite == "skip":
+                raise ValueError("on_non_finite='skip' looks at the loss, which a compiled step cannot: take 'raise'")
+            return loss
         if everywhere(loss.detach().isfinite()):
             return loss
         if not self.training or self.config.hyperbolic.on_non_finite == "raise":

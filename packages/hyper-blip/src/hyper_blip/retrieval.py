@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hyper_blip.config import check_choice
@@ -99,36 +99,72 @@ def retrieval_scores(
             f"k_test {k_test} is larger than the number of {min(counts, key=counts.get)} {min(counts.values())}",
             stacklevel=2,
         )
-    forward, backward = _candidates(itc, k_test), _candidates(itc.mT, k_test).mT
-    itm = _matching(model, torch.cat(visual), ids, mask, forward | backward, batch_size)
+    chosen = candidates(itc, k_test)
+    itm = matching_logits(model, torch.cat(visual), (ids, mask), chosen[0] | chosen[1], batch_size)
+    return reranked(itc, itm, chosen, rerank)
+
+
+def candidates(
+    similarity: Float[Tensor, "images texts"], k: int
+) -> tuple[Bool[Tensor, "images texts"], Bool[Tensor, "images texts"]]:
+    """Pairs that are re-ranked: each picture with its k most similar texts, and each text with its k most similar pictures."""
+    found = []
+    for scores in (similarity, similarity.mT):
+        chosen = scores.topk(min(k, scores.shape[1]), dim=1).indices
+        found.append(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True))
+    return found[0], found[1].mT
+
+
+def reranked(
+    itc: Float[Tensor, "images texts"],
+    itm: Float[Tensor, "images texts"],
+    chosen: tuple[Bool[Tensor, "images texts"], Bool[Tensor, "images texts"]],
+    rerank: str,
+) -> RetrievalScores:
+    """Scores of the candidates, -inf elsewhere.
+
+    Args:
+        itc: contrastive similarities.
+        itm: matching logits.
+        chosen: the candidates, see `candidates`.
+        rerank: "itm", "itm+itc" or "itm+zitc", see `retrieval_scores`.
+    """
     if rerank == "itm+itc":
         itm = itm + itc
     elif rerank == "itm+zitc":
         itm = itm + (itc - itc.mean()) / itc.std().clamp(min=1e-12)
-    return RetrievalScores(*(torch.where(chosen, itm, -torch.inf) for chosen in (forward, backward)))
+    return RetrievalScores(*(torch.where(pairs, itm, -torch.inf) for pairs in chosen))
 
 
 def _concatenate(parts: Iterable[HyperbolicFeatures]) -> HyperbolicFeatures:
     return HyperbolicFeatures(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _candidates(scores: Tensor, k: int) -> Tensor:
-    """True at the k largest of each row."""
-    chosen = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
+@torch.no_grad()
+def matching_logits(
+    model: torch.nn.Module,
+    visual: Float[Tensor, "images patches channels"],
+    texts: tuple[Tensor, Tensor],
+    pairs: Bool[Tensor, "images texts"],
+    batch_size: int = 64,
+) -> Float[Tensor, "images texts"]:
+    """Matching logits of the chosen pairs, 0 elsewhere; each picture's keys and values are computed once.
 
-
-def _matching(
-    model: torch.nn.Module, visual: Tensor, ids: Tensor, mask: Tensor, pairs: Tensor, batch_size: int
-) -> Tensor:
-    """Matching logits of the chosen pairs, 0 elsewhere; each picture's keys and values are computed once."""
+    Args:
+        model: a `HyperBlip2ForPretraining` in evaluation mode.
+        visual: what its `vision_features` gave.
+        texts: token ids and attention mask.
+        pairs: which pairs are wanted.
+        batch_size: texts in one pass.
+    """
+    ids, mask = texts
     found = torch.zeros(pairs.shape)
     for row, chosen in enumerate(pairs):
-        texts = chosen.nonzero()[:, 0]
-        if not len(texts):
+        numbers = chosen.nonzero()[:, 0]
+        if not len(numbers):
             continue
         keys = image_keys(model.blip2.qformer, visual[row : row + 1].to(model.device))
-        for part in texts.split(batch_size):
+        for part in numbers.split(batch_size):
             logits = model.match(keys, ids[part].to(model.device), mask[part].to(model.device))
             found[row, part] = logits[:, 1].cpu()
     return found

@@ -200,7 +200,19 @@ def text_keys(
     Returns:
         Keys `(batch)`, int64.
     """
-    draw = random.Random(0x5EED)
-    factors = [draw.getrandbits(63) | 1 for _ in range(input_ids.shape[1])]
-    table = torch.tensor(factors, dtype=torch.int64, device=input_ids.device)
+    table = _factors(input_ids.shape[1], input_ids.device)
     return ((input_ids.long() + 1) * attention_mask.long() * table).sum(-1)
+
+
+def _factors(num: int, device: torch.device) -> Tensor:
+    return _FACTORS[:num].to(device) if num <= len(_FACTORS) else torch.tensor(_odd(num), device=device)
+
+
+def _odd(num: int) -> list[int]:
+    """Fixed odd numbers of 63 bits."""
+    draw = random.Random(0x5EED)
+    return [draw.getrandbits(63) | 1 for _ in range(num)]
+
+
+# As long as BERT's captions can be: a compiled step draws no numbers.
+_FACTORS = torch.tensor(_odd(512), dtype=torch.int64)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Self
+from typing import BinaryIO, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ __all__ = [
     "load_picture",
     "on_white",
     "open_picture",
+    "random_box",
+    "random_square",
     "square",
     "upright",
 ]
@@ -140,11 +142,11 @@ def lies_in(root: str | Path, path: str | Path) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root))
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: str | Path | BinaryIO) -> Image.Image:
     """A picture file as RGB, upright, on white, at its own size.
 
     Args:
-        path: A file of one of `FORMATS`.
+        path: A file of one of `FORMATS`, or its content.
 
     Raises:
         UnreadablePicture: The file is no picture, is truncated, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -163,7 +165,8 @@ def open_picture(path: str | Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise UnreadablePicture(f"it is not a picture of a known format ({', '.join(FORMATS)})") from error
     except FileNotFoundError as error:
-        raise UnreadablePicture("it is a dead link" if Path(path).is_symlink() else "it does not exist") from error
+        dead = isinstance(path, str | Path) and Path(path).is_symlink()
+        raise UnreadablePicture("it is a dead link" if dead else "it does not exist") from error
     except UnreadablePicture:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
@@ -230,3 +233,34 @@ def square(picture: Image.Image, size: int, fit: str = "crop") -> Image.Image:
     if fit == "squash":
         return picture.resize((size, size), Image.Resampling.BICUBIC)
     raise ValueError(f"fit must be 'crop', 'pad' or 'squash', got {fit!r}")
+
+
+def random_square(picture: Image.Image, size: int, least: float, draw: np.random.Generator) -> Image.Image:
+    """A random cut of an RGB picture, scaled to `size` x `size` and mirrored half of the time: a function of `draw`.
+
+    Args:
+        picture: The picture.
+        size: Height and width of the result.
+        least: Smallest share of the area that a cut takes, in (0, 1].
+        draw: Source of randomness.
+    """
+    mirrored = draw.random() < 0.5
+    top, left, height, width = random_box(picture.height, picture.width, least, draw)
+    cut = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    return ImageOps.mirror(cut) if mirrored else cut
+
+
+_TRIES = 10
+_ASPECT = 4 / 3  # widest and tallest cut
+
+
+def random_box(height: int, width: int, least: float, draw: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a cut of random area and aspect (Szegedy et al., 2015)."""
+    areas = draw.uniform(least, 1, _TRIES)
+    aspects = np.exp(draw.uniform(-np.log(_ASPECT), np.log(_ASPECT), _TRIES))
+    corner = draw.random(2)
+    for area, aspect in zip(areas, aspects, strict=True):
+        h, w = round(np.sqrt(area * height * width / aspect)), round(np.sqrt(area * height * width * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return round(corner[0] * (height - h)), round(corner[1] * (width - w)), h, w
+    return 0, 0, height, width

@@ -18,7 +18,15 @@ from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
 
-__all__ = ["CaptionSet", "Captioned", "CaptionedFile", "caption_sets", "load_captions"]
+__all__ = [
+    "CaptionSet",
+    "Captioned",
+    "CaptionedFile",
+    "caption_sets",
+    "captioned_files",
+    "load_captions",
+    "row_captions",
+]
 
 _PATH_COLUMNS = ("path", "image", "file_name", "filename", "filepath")
 _CAPTION_COLUMNS = ("caption", "captions", "text", "title")
@@ -175,23 +183,34 @@ def load_captions(
         DataError: The source is missing or has another form; the message names the row.
         TooManyBadFiles: More unreadable files than the budget.
     """
-    source = Path(source)
     decoding = decoding or Decoding()
+    return caption_sets(captioned_files(source, root, decoding.cache_dir), decoding, fractions=fractions, seed=seed)
+
+
+def captioned_files(
+    source: str | Path, root: str | Path | None = None, cache_dir: str | Path | None = None
+) -> list[CaptionedFile]:
+    """The files of `load_captions`, none of them opened; archives are unpacked into the cache folder.
+
+    Raises:
+        DataError: The source is missing or has another form; the message names the row.
+    """
+    source = Path(source)
     if source.is_dir():
         shards = sorted(source.glob("*.tar"))
         if not shards:
             raise DataError(f"the folder {source} holds no tar archives: give a table, an archive or a folder of them")
-        files = [file for shard in shards for file in _from_archive(shard, decoding, prefix=f"{shard.stem}/")]
+        files = [file for shard in shards for file in _from_archive(shard, cache_dir, prefix=f"{shard.stem}/")]
     elif not source.is_file():
         raise DataError(f"the captions {source} do not exist: give a CSV, TSV, JSONL, JSON or tar file")
     elif source.name.endswith((".tar", ".tar.gz", ".tgz")):
-        files = _from_archive(source, decoding)
+        files = _from_archive(source, cache_dir)
     else:
         folder = Path(root) if root is not None else source.parent
         files = _collect(source, [(number, row, folder) for number, row in _rows(source)])
     if not files:
         raise DataError(f"{source} holds no picture with a caption")
-    return caption_sets(files, decoding, fractions=fractions, seed=seed)
+    return files
 
 
 def _rows(source: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -221,8 +240,7 @@ def _collect(source: Path, rows: Sequence[tuple[int, dict[str, Any], Path]]) -> 
         if not isinstance(row, dict):
             raise DataError(f"{where} must be an object, got {row!r}")
         path = next((str(row[name]).strip() for name in _PATH_COLUMNS if row.get(name)), "")
-        texts = next((row[name] for name in _CAPTION_COLUMNS if row.get(name)), ())
-        texts = tuple(text.strip() for text in ([texts] if isinstance(texts, str) else texts) if text and text.strip())
+        texts = row_captions(row)
         if not path or not texts:
             raise DataError(f"{where} needs a path and a caption, got {row!r}: fill them in or remove the row")
         part = str(row.get("split") or "").strip().lower()
@@ -235,9 +253,16 @@ def _collect(source: Path, rows: Sequence[tuple[int, dict[str, Any], Path]]) -> 
     return list(found.values())
 
 
-def _from_archive(archive: Path, decoding: Decoding, prefix: str = "") -> list[CaptionedFile]:
+def row_captions(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The captions in an object of a table or a shard."""
+    texts = next((row[name] for name in _CAPTION_COLUMNS if row.get(name)), ())
+    texts = [texts] if isinstance(texts, str) else texts if isinstance(texts, list | tuple) else []
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+
+
+def _from_archive(archive: Path, cache_dir: str | Path | None, prefix: str = "") -> list[CaptionedFile]:
     """Samples of a webdataset archive: members that share a name up to its first dot belong together."""
-    folder = unpack(archive, decoding.cache_dir)
+    folder = unpack(archive, cache_dir)
     pictures = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     samples: dict[str, dict[str, Path]] = {}
     visible = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))

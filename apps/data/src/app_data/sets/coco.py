@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app_data.read.labelled import Decoding
+from app_data.read.labelled import PARTS, Decoding
 from app_data.read.splits import some
-from app_data.sets.captions import CaptionedFile, CaptionSet, caption_sets
+from app_data.sets.captions import CaptionedFile, CaptionSet, caption_sets, captioned_files
 from app_data.sets.papers import unpack
 from app_data.store.errors import DataError
 
-__all__ = ["load_coco_captions", "load_coco_mini", "load_karpathy", "load_nocaps", "read_json"]
+__all__ = ["find_captions", "load_coco_captions", "load_coco_mini", "load_karpathy", "load_nocaps", "read_json"]
 
 
 def load_karpathy(annotations: str | Path, root: str | Path, decoding: Decoding | None = None) -> dict[str, CaptionSet]:
@@ -35,10 +35,59 @@ def load_karpathy(annotations: str | Path, root: str | Path, decoding: Decoding 
         DataError: A missing file, or a file of another form.
         TooManyBadFiles: More unreadable files than the budget.
     """
-    root = Path(root)
     content = read_json(annotations)
     if isinstance(content, list) and content:
-        return caption_sets(_lavis_files(Path(annotations), root), decoding)
+        return caption_sets(_lavis_files(Path(annotations), Path(root)), decoding)
+    return caption_sets(_karpathy_files(content, annotations, Path(root)), decoding)
+
+
+def find_captions(
+    data: str | Path,
+    pictures: str | Path | None = None,
+    *,
+    split: str = "test",
+    cache_dir: str | Path | None = None,
+) -> list[CaptionedFile]:
+    """Captioned pictures of one part in whatever form they come, none of them opened.
+
+    Args:
+        data: A file in the form of Karpathy, of LAVIS, of COCO or of nocaps, or what `load_captions` reads; or a folder with one
+            such file, or with one for each part, whose name then ends in `_<split>.json`.
+        pictures: The folder of pictures; that of the file if None.
+        split: The part, where the data name parts.
+        cache_dir: Where archives are unpacked; the user's cache folder if None.
+
+    Returns:
+        The files, in the order of the data.
+
+    Raises:
+        DataError: Nothing like that is there, or it has no such part.
+    """
+    source = Path(data)
+    if source.is_dir():
+        tables = sorted(p for p in source.iterdir() if p.suffix in (".json", ".jsonl", ".csv", ".tsv"))
+        own = [p for p in tables if p.stem.endswith(f"_{split}")] or tables
+        if len(own) > 1:
+            raise DataError(f"the folder {source} holds {', '.join(p.name for p in own)}: name one of them")
+        source = own[0] if own else source
+    root = Path(pictures) if pictures is not None else source.parent
+    content = read_json(source) if source.suffix == ".json" else None
+    if isinstance(content, dict):
+        first = _list(content, "images", source)[0]
+        karpathy = isinstance(first, dict) and "sentences" in first
+        files = _karpathy_files(content, source, root) if karpathy else _coco_files(source, root, None)
+    elif content and source.stem.rpartition("_")[2] in PARTS:
+        files = _lavis_files(source, root)
+    else:
+        files = captioned_files(source, pictures, cache_dir)
+    parts = dict.fromkeys(file.part for file in files)
+    found = [file for file in files if file.part in (split, "")]
+    if not found:
+        raise DataError(f"{source} has no part {split!r}, it has {', '.join(sorted(parts))}")
+    return found
+
+
+def _karpathy_files(content: Any, annotations: str | Path, root: Path) -> list[CaptionedFile]:
     files = []
     for number, image in enumerate(_list(content, "images", annotations)):
         try:
@@ -51,19 +100,19 @@ def load_karpathy(annotations: str | Path, root: str | Path, decoding: Decoding 
                 f"image {number} of {annotations} is not in Karpathy's form ({error}): give dataset_coco.json or "
                 "dataset_flickr30k.json"
             ) from error
-    return caption_sets(files, decoding)
+    return files
 
 
 def _lavis_files(annotations: Path, root: Path) -> list[CaptionedFile]:
     """LAVIS's lists: a row for each caption in training, a row with all captions for each picture elsewhere."""
     stem, _, own = annotations.stem.rpartition("_")
-    if own not in ("train", "val", "test"):
+    if own not in PARTS:
         raise DataError(
             f"{annotations} holds no object with a list 'images'; for LAVIS's lists its name must end in _train.json, "
             "_val.json or _test.json"
         )
     found = []
-    for part in ("train", "val", "test"):
+    for part in PARTS:
         path = annotations.with_name(f"{stem}_{part}.json")
         if part != own and not path.is_file():
             continue

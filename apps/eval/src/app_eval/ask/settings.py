@@ -227,6 +227,40 @@ class EvalIcl:
 
 
 @dataclass(frozen=True)
+class EvalBlip:
+    """Judge any BLIP-2, Euclidean or hyperbolic: retrieval, captions, and what its radius knows."""
+
+    model: Run
+    """Folder of a run or of a model, ours or of Hugging Face's Blip2 classes; or a .pth of LAVIS, with --base."""
+    data: Path
+    """Captions in the form of Karpathy, LAVIS, COCO or nocaps, or a table or tar archive of your own; or a folder with one."""
+    out: Path
+    """Folder for the numbers; the same command goes on from what it holds."""
+    pictures: Path | None = None
+    """Folder of pictures; that of the captions if not given."""
+    base: Path | None = None
+    """For a .pth of LAVIS: a folder of Hugging Face's classes with the frozen parts, the configuration and the processor."""
+    tasks: tuple[Literal["retrieval", "captions", "radius"], ...] = ()
+    """What to measure; all that the model can do if not given."""
+    against: Path | None = None
+    """The --out of another model on the same data: paired differences to it."""
+    split: str = "test"
+    """Part of the data, where they have parts."""
+    limit: int | None = None
+    """Take the first so many pictures."""
+    rerank: int = 128
+    """Candidates that the matching head scores, for each picture and for each text; 0 leaves it out."""
+    batch_size: int = 16
+    """Pictures, texts or pairs in one pass."""
+    device: str = ""
+    """Such as cuda:0 or cpu; a GPU where there is one if not given."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the weights; that of the files if not given."""
+    cache_dir: Path | None = None
+    """Where archives are unpacked and hashes kept; the user's cache folder if not given."""
+
+
+@dataclass(frozen=True)
 class EvalSelection:
     """Judge selectors on easy-VQA and emoji without a language model; about ten minutes on one core."""
 

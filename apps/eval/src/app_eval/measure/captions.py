@@ -13,8 +13,12 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 __all__ = [
     "bleu",
+    "bleu_counts",
+    "bleu_of",
     "cider",
     "cider_d",
     "ptb_like_tokenize",
@@ -107,27 +111,35 @@ def bleu(references: References, hypotheses: Hypotheses, max_n: int = 4) -> tupl
     >>> bleu({1: ["a cat on a mat"]}, {1: "a cat on a mat"})
     (1.0, 1.0, 1.0, 1.0)
     """
-    pairs = _tokenized(references, hypotheses)
-    matched, total = [0] * max_n, [0] * max_n
-    length = reference_length = 0
-    for hypothesis, refs in pairs.values():
-        length += len(hypothesis)
-        reference_length += min((abs(len(ref) - len(hypothesis)), len(ref)) for ref in refs)[1]
+    rows = bleu_counts(references, hypotheses, max_n)
+    return tuple(bleu_of(np.sum(list(rows.values()), axis=0)).tolist())
+
+
+def bleu_counts(references: References, hypotheses: Hypotheses, max_n: int = 4) -> dict[Hashable, np.ndarray]:
+    """What BLEU adds up: of each image the k-grams that match, k = 1 .. n, all k-grams, own and reference length (2 n + 2)."""
+    found = {}
+    for key, (hypothesis, refs) in _tokenized(references, hypotheses).items():
+        matched, total = [], []
         for n in range(1, max_n + 1):
             most: Counter = Counter()
             for ref in refs:
                 most |= _ngrams(ref, n)
             own = _ngrams(hypothesis, n)
-            matched[n - 1] += (own & most).total()
-            total[n - 1] += own.total()
-    if length == 0:
-        return (0.0,) * max_n
-    penalty = math.exp(min(0.0, 1 - reference_length / length))
-    scores, product = [], 1.0
-    for n in range(max_n):
-        product *= matched[n] / total[n] if total[n] else 0.0
-        scores.append(penalty * product ** (1 / (n + 1)))
-    return tuple(scores)
+            matched.append((own & most).total())
+            total.append(own.total())
+        nearest = min((abs(len(ref) - len(hypothesis)), len(ref)) for ref in refs)[1]
+        found[key] = np.array([*matched, *total, len(hypothesis), nearest], dtype=np.float64)
+    return found
+
+
+def bleu_of(sums: np.ndarray) -> np.ndarray:
+    """BLEU-1 to BLEU-n (..., n) of sums over images (..., 2 n + 2) of what `bleu_counts` gives."""
+    n = sums.shape[-1] // 2 - 1
+    matched, total = sums[..., :n], sums[..., n : 2 * n]
+    length, nearest = sums[..., -2:-1], sums[..., -1:]
+    precision = np.divide(matched, total, out=np.zeros_like(matched), where=total > 0)
+    ratio = np.divide(nearest, length, out=np.full_like(length, np.inf), where=length > 0)
+    return np.exp(np.minimum(0.0, 1 - ratio)) * np.cumprod(precision, -1) ** (1 / np.arange(1, n + 1))
 
 
 def rouge_l_each(references: References, hypotheses: Hypotheses) -> dict[Hashable, float]:

@@ -4,18 +4,21 @@ Percentile bootstrap over items (Efron, 1979); Student's t over seeds, of paired
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 __all__ = [
-    "WORDS", "Interval", "Pair", "bootstrap", "mean_over_seeds", "over_seeds", "paired_difference", "resamples", "unpaired", "verdict",
+    "WORDS", "Interval", "Pair", "Score", "bootstrap", "difference_of", "interval_of", "mean_over_seeds", "over_seeds",
+    "paired_difference", "ratio", "resamples", "unpaired", "verdict",
 ]  # fmt: skip
 
 WORDS = ("better", "worse", "undecided", "not run")
 
 Pair = tuple[np.ndarray, np.ndarray]
+# How often each picture is drawn (resamples, pictures) -> value of a score in each resample.
+Score = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,21 @@ def paired_difference(ours: Sequence[Pair], other: Sequence[Pair], counts: np.nd
 def mean_over_seeds(pairs: Sequence[Pair], counts: np.ndarray) -> Interval:
     """Mean over seeds of one score, and its interval over pictures."""
     return _interval(np.mean([_value(p) for p in pairs]), np.mean([_drawn(p, counts) for p in pairs], axis=0))
+
+
+def ratio(pair: Pair) -> Score:
+    """The score that divides two sums over pictures; NaN where the lower one is 0."""
+    return lambda counts: _drawn(pair, counts)
+
+
+def interval_of(score: Score, counts: np.ndarray) -> Interval:
+    """Value of any score on all pictures, and its percentile interval over the resamples."""
+    return _interval(float(score(np.ones((1, counts.shape[1])))[0]), score(counts))
+
+
+def difference_of(ours: Score, other: Score, counts: np.ndarray) -> Interval:
+    """Difference of two scores, the same pictures drawn for both."""
+    return interval_of(lambda drawn: ours(drawn) - other(drawn), counts)
 
 
 def _value(pair: Pair) -> float:

@@ -1,7 +1,7 @@
 """The training loop of every recipe: resumable after any step with bit-identical numbers on CPU, on one process or many."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def fit(
     model.train()
     try:
         with Progress(total, label if main else "", position) as shown:
-            for stage, step in _remaining(stages, seed, position):
+            for stage, step in steps(stages, seed, position):
                 state = known.optimizer if known is not None and step.number == position + 1 and step.index else None
                 if loop.stage is not stage:
                     loop.begin(stage, state)
@@ -99,10 +99,6 @@ def fit(
     model.eval()
     if records is not None:
         _say_if_it_stood_still(records.path, stages, label)
-
-
-def _remaining(stages: Sequence[Stage], seed: int, position: int) -> Iterator[tuple[Stage, Step]]:
-    return ((stage, step) for stage, step in steps(stages, seed) if step.number > position)
 
 
 def _restore_keeper(stages: Sequence[Stage], known: Checkpoint) -> None:

@@ -41,6 +41,13 @@ class Step:
         return self.index / self.total
 
 
+class Rows(Protocol):
+    """The rows of an epoch, or what computes them where they are asked for."""
+
+    def __getitem__(self, where: slice, /) -> np.ndarray:
+        """The rows at these positions."""
+
+
 class Keeper(Protocol):
     """Tensors beside the weights that a checkpoint must hold, such as a running average."""
 
@@ -83,7 +90,7 @@ class Stage:
     forward: Forward
     trains: Callable[[str], bool] | None = None
     optimizer: Callable[[dict[str, nn.Parameter]], Optimizer] | None = None
-    order: Callable[[int], np.ndarray] | None = None
+    order: Callable[[int], Rows] | None = None
     whole_batches: bool = False
     rate: Callable[[Step], float] | None = None
     draw: Callable[[Step], int] | None = None
@@ -112,8 +119,8 @@ class Stage:
         return self.settings.epochs * self.per_epoch
 
 
-def steps(stages: Sequence[Stage], seed: int) -> Iterator[tuple[Stage, Step]]:
-    """All steps of a run in order."""
+def steps(stages: Sequence[Stage], seed: int, done: int = 0) -> Iterator[tuple[Stage, Step]]:
+    """The steps of a run in order, without the first `done`: their rows are not computed again."""
     number = 0
     for position, stage in enumerate(stages):
         order = stage.order or shuffled(stage.num_items, seed, position)
@@ -122,6 +129,8 @@ def steps(stages: Sequence[Stage], seed: int) -> Iterator[tuple[Stage, Step]]:
             items = order(epoch)
             for batch in range(per_epoch):
                 number += 1
+                if number <= done:
+                    continue
                 rows = items[batch * size : (batch + 1) * size]
                 index, last = epoch * per_epoch + batch, batch == per_epoch - 1
                 yield stage, Step(number, stage.name, epoch, batch, rows, index, stage.num_steps, last)

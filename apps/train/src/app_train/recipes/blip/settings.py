@@ -99,15 +99,27 @@ class Blip2OptConfig(RunConfig):
     tokenizer: str = "bert-base-uncased"
     """Name or folder of a BERT: the Q-Former starts from it, and reads with its tokenizer."""
     annotations: Path | None = None
-    """`dataset_coco.json` of the Karpathy splits (required unless --plan-only)."""
+    """`dataset_coco.json` of the Karpathy splits, or --data."""
     pictures: Path | None = None
-    """Folder with `train2014/` and `val2014/` (required unless --plan-only)."""
+    """Folder with `train2014/` and `val2014/`, with --annotations."""
+    data: tuple[Path, ...] = ()
+    """Webdataset shards in place of --annotations: tars, and folders of tars, each a data set; they are streamed."""
+    weights: tuple[float, ...] = ()
+    """Share of each of --data; their sizes if not given."""
+    window: int = Field(10_000, ge=1)
+    """Samples of a stream that are shuffled among each other."""
+    augment: bool = True
+    """Random cuts of at least half of the area, and mirroring, of what is streamed."""
+    readers: int = Field(4, ge=1)
+    """Threads that read ahead in a stream, in each process."""
     fit: BigStage = BigStage()
     similarity: Literal["cosine", "distance", "inner", "angle", "mix"] = "cosine"
     """The paper's cosine is the Euclidean cosine; "distance" lets the radius take part."""
     max_tokens: int = Field(32, ge=4)
     checkpointing: bool = True
     """Recompute activations in the backward pass."""
+    micro_batches: int = Field(1, ge=1)
+    """Pieces of a card's share of a batch, whose gradients add up; in stage 1 each piece has negatives of its own."""
     shard: bool = False
     """Spread the layers of the frozen parts over the cards (FSDP2)."""
     cards: int = Field(8, ge=1)

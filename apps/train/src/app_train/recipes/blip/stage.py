@@ -1,10 +1,12 @@
 """The stage of both trainings of a BLIP-2: whole batches, AdamW with BLIP-2's betas, no decay of norms and biases."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from app_train.core.config import StageConfig
-from app_train.core.schedule import Forward, Stage, shuffled
+from app_train.core.schedule import Forward, Rows, Stage, shuffled
 
 
 def blip_stage(
@@ -16,6 +18,8 @@ def blip_stage(
     seed: int,
     save_every: int,
     no_decay: frozenset[str] | set[str] | None = None,
+    order: Callable[[int], Rows] | None = None,
+    micro_batches: int = 1,
 ) -> Stage:
     """The stage.
 
@@ -28,6 +32,8 @@ def blip_stage(
         seed: of the order of the pictures.
         save_every: steps between two checkpoints.
         no_decay: parameters without weight decay; what the model names itself if None.
+        order: the pictures of an epoch; a permutation that depends on seed and epoch if None.
+        micro_batches: see `Stage`.
     """
     plain = model.no_decay_names() if no_decay is None else no_decay
 
@@ -39,8 +45,8 @@ def blip_stage(
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
 
     return Stage(
-        name, settings, num_items, forward, optimizer=optimizer, order=shuffled(num_items, seed), whole_batches=True,
-        after_step=getattr(model, "clamp_", None), save_every=save_every,
+        name, settings, num_items, forward, optimizer=optimizer, order=order or shuffled(num_items, seed),
+        whole_batches=True, after_step=getattr(model, "clamp_", None), save_every=save_every, micro_batches=micro_batches,
     )  # fmt: skip
 
 

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from app_data.read.pictures import random_box
 from app_train.recipes.lora.settings import AugmentConfig
-
-_TRIES = 10
-_ASPECT = 4 / 3  # widest and tallest cut
 
 
 def augmented(batch: Tensor, rows: Sequence[int], config: AugmentConfig, seed: int, step: int) -> Tensor:
@@ -30,7 +28,7 @@ def augmented(batch: Tensor, rows: Sequence[int], config: AugmentConfig, seed: i
 def _vary(picture: Tensor, config: AugmentConfig, draw: np.random.Generator) -> Tensor:
     height, width = picture.shape[1:]
     # All numbers are drawn whatever is used: one setting does not change what another one does.
-    mirrored, box = draw.random() < config.flip, _box(height, width, config.crop, draw)
+    mirrored, box = draw.random() < config.flip, random_box(height, width, config.crop, draw)
     factors = 1 + config.colour * draw.uniform(-1, 1, 3)
     if mirrored:
         picture = tv.horizontal_flip(picture)
@@ -42,15 +40,3 @@ def _vary(picture: Tensor, config: AugmentConfig, draw: np.random.Generator) -> 
         ):
             picture = change(picture, float(factor))
     return picture
-
-
-def _box(height: int, width: int, least: float, draw: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a cut of random area and aspect (Szegedy et al., 2015)."""
-    areas = draw.uniform(least, 1, _TRIES)
-    aspects = np.exp(draw.uniform(-np.log(_ASPECT), np.log(_ASPECT), _TRIES))
-    corner = draw.random(2)
-    for area, aspect in zip(areas, aspects, strict=True):
-        h, w = round(np.sqrt(area * height * width / aspect)), round(np.sqrt(area * height * width * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return round(corner[0] * (height - h)), round(corner[1] * (width - w)), h, w
-    return 0, 0, height, width
