@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from app_data.sets.captions import CaptionSet
 from app_data.weights.blip2 import caption_ids
 from app_data.weights.lite0_minilm import lite0_preprocess, to_uint8
-from app_eval.measure.captions import score_captions
+from app_eval.measure.captions import after_prompt, cider_d, score_captions
 from hier_losses import Taxonomy
 from hyper_blip import HyperBlip2ForPretraining, kendall, radius_report, recall_at_k, spearman
 from hyper_blip import retrieval_scores as pair_scores
@@ -201,24 +201,43 @@ def radii(
     return report
 
 
-def caption_scores(data: CaptionSet, captions: Sequence[str], rows: Sequence[int]) -> dict[str, float]:
-    """BLEU, ROUGE-L and CIDEr of captions of the pictures `rows`.
+def caption_scores(
+    data: CaptionSet,
+    captions: Sequence[str],
+    rows: Sequence[int],
+    *,
+    prompt: str,
+    controls: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """BLEU, ROUGE-L and CIDEr of what captions of the pictures `rows` say after the prompt, which every reference begins with.
 
-    Beside them "exact", the share that is one of the picture's captions; "distinct", different captions as a share of all; and
-    the control "cider_other", CIDEr of the same captions if each is that of the picture half a list away.
+    Args:
+        data: the pictures and their captions.
+        captions: one for each row, with or without the prompt.
+        rows: which pictures.
+        prompt: is given with a picture, so that it earns nothing.
+        controls: further captions of the same pictures, by name, such as those of other pictures.
+
+    Returns:
+        The scores; "exact", the share that is one of the picture's captions; "distinct", different captions as a share of all;
+        under "controls" the scores of these, and under "each" CIDEr of every picture, for intervals: "own" and the controls.
     """
-    references = {str(data.ids[i]): list(data.captions[i]) for i in rows}
-
-    def score(texts: Sequence[str]) -> dict[str, float]:
-        return score_captions(references, {str(data.ids[i]): t or "." for i, t in zip(rows, texts, strict=True)})
-
-    half = len(captions) // 2
-    exact = [text in data.captions[i] for i, text in zip(rows, captions, strict=True)]
+    keys = [str(data.ids[i]) for i in rows]
+    references = {key: [after_prompt(t, prompt) for t in data.captions[i]] for key, i in zip(keys, rows, strict=True)}
+    said = {"own": captions, **(controls or {})}
+    plain = {
+        name: dict(zip(keys, (after_prompt(t, prompt) or "." for t in texts), strict=True))
+        for name, texts in said.items()
+    }
+    scores = {name: score_captions(references, texts) for name, texts in plain.items()}
+    each = {name: [round(x, 4) for x in cider_d(references, texts).values()] for name, texts in plain.items()}
+    exact = [plain["own"][key] in references[key] for key in keys]
     return {
-        **score(captions),
+        **scores.pop("own"),
         "exact": float(np.mean(exact)),
-        "distinct": len(set(captions)) / len(captions),
-        "cider_other": score([*captions[half:], *captions[:half]])["cider"],
+        "distinct": len(set(plain["own"].values())) / len(captions),
+        "controls": scores,
+        "each": each,
     }
 
 

@@ -16,6 +16,7 @@ def blip_stage(
     seed: int,
     save_every: int,
     no_decay: frozenset[str] | set[str] | None = None,
+    tau_lr: float | None = None,
 ) -> Stage:
     """The stage.
 
@@ -28,14 +29,22 @@ def blip_stage(
         seed: of the order of the pictures.
         save_every: steps between two checkpoints.
         no_decay: parameters without weight decay; what the model names itself if None.
+        tau_lr: peak rate of the temperature; that of the settings if None. Adam moves log tau by about its rate in a step, so that at
+            the rate of the weights a short training leaves the temperature where it began.
     """
-    plain = model.no_decay_names() if no_decay is None else no_decay
+    plain = set(model.no_decay_names() if no_decay is None else no_decay)
 
     def optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        groups = [
-            {"params": [p for n, p in parameters.items() if n not in plain], "weight_decay": settings.weight_decay},
-            {"params": [p for n, p in parameters.items() if n in plain], "weight_decay": 0.0},
+        own = set() if tau_lr is None else {n for n in parameters if n.startswith("temperature.")}
+        groups: list[dict] = [
+            {
+                "params": [p for n, p in parameters.items() if n not in plain | own],
+                "weight_decay": settings.weight_decay,
+            },
+            {"params": [p for n, p in parameters.items() if n in plain - own], "weight_decay": 0.0},
         ]
+        if own:
+            groups.append({"params": [parameters[n] for n in sorted(own)], "weight_decay": 0.0, "lr": tau_lr})
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
 
     return Stage(
