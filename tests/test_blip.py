@@ -290,9 +290,26 @@ def test_controls_of_captions_and_of_retrieval():
         def __len__(self):
             return len(self.captions)
 
-    same = Known(captions=train.captions[:3])
+    same = Known(captions=train.captions[:3], taxonomy=None)
     found = retrieval_controls(same, maps[1][:3], train, [maps[1], maps[1]])
-    assert found["neighbour"]["txt_r1"] == found["ridge"]["txt_r1"] == 100
+    assert [found[name]["itc"]["txt_r1"] for name in ("neighbour", "ridge")] == [100, 100]
+
+
+def test_the_matching_head_is_judged_by_pairs():
+    from app_eval.measure.retrieval import matching_share
+
+    rng = np.random.default_rng(0)
+    scores = np.where(rng.random((8, 12)) < 0.4, -np.inf, rng.integers(0, 4, (8, 12)))
+    owner = rng.integers(0, 8, 12)
+    shares = []
+    for row, own in zip(scores, owner[None] == np.arange(8)[:, None], strict=True):
+        best = row[own].max(initial=-np.inf)
+        wrong = row[~own & np.isfinite(row)]
+        if np.isfinite(best) and len(wrong):
+            shares.append(np.mean([1.0 if best > x else 0.5 if best == x else 0.0 for x in wrong]))
+    assert 2 < len(shares) < 8
+    assert matching_share(torch.from_numpy(scores), torch.from_numpy(owner)) == pytest.approx(np.mean(shares))
+    assert math.isnan(matching_share(torch.full((2, 2), -torch.inf), torch.arange(2)))
 
 
 def test_a_training_may_not_be_tested_on_its_own_artist(tmp_path, capsys):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from app_data.sets.captions import CaptionSet
 from app_eval.measure.captions import after_prompt, ptb_like_tokenize
+from app_eval.measure.retrieval import levels
 from hyper_blip import recall_at_k
 
 __all__ = ["caption_controls", "mean_patches", "neighbour_scores", "retrieval_controls", "ridge_scores"]
@@ -99,7 +100,7 @@ def ridge_scores(
 
 def retrieval_controls(
     test: CaptionSet, maps: Tensor, train: CaptionSet, views: Sequence[Tensor]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, dict]]:
     """Recall of both controls where each test picture has its first caption, as a BLIP-2 is asked.
 
     Args:
@@ -107,13 +108,20 @@ def retrieval_controls(
         maps: their feature maps.
         train: the training pictures.
         views: their feature maps, one tensor for each view; the nearest picture is looked for in all of them.
+
+    Returns:
+        For "neighbour" and "ridge" the recalls under "itc", as `retrieval` names them, and "levels" where there is a taxonomy.
     """
     texts = [captions[0] for captions in test.captions]
     known, captions = torch.cat([mean_patches(view) for view in views]), [*train.captions] * len(views)
     own = list(range(len(test)))
     asked = (mean_patches(maps), known, captions, texts)
-    found = {"neighbour": neighbour_scores(*asked), "ridge": ridge_scores(*asked)}
-    return {name: recall_at_k(scores, own, [[i] for i in own]) for name, scores in found.items()}
+    scores = {"neighbour": neighbour_scores(*asked), "ridge": ridge_scores(*asked)}
+    found: dict[str, dict[str, dict]] = {n: {"itc": recall_at_k(x, own, [[i] for i in own])} for n, x in scores.items()}
+    if test.taxonomy is not None:
+        for name, x in scores.items():
+            found[name]["levels"] = levels(x, test.targets, np.asarray(own), test.taxonomy)
+    return found
 
 
 def caption_controls(

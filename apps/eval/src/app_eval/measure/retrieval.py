@@ -61,7 +61,7 @@ def retrieval(
     Returns:
         Numbers for JSON. `hits` says of each picture whether its first answer was right, `max_softmax` is a control of the radius;
         `cosine` is recall by the cosine of the same features where another similarity was trained, `commonest_answer` the share of
-        pictures whose first answer is the one text that most of them have.
+        pictures whose first answer is the one text that most of them have; `matching` see `matching_share`.
     """
     chosen = [captions[:1] if first_only else captions for captions in data.captions]
     texts = [caption for captions in chosen for caption in captions]
@@ -81,8 +81,12 @@ def retrieval(
     if k_test:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fewer texts than k_test in a trial
-            both = pair_scores(model, maps, ids, k_test)
-        found["itm"] = recall_at_k(both.image_to_text, owner.tolist(), own, scores_t2i=both.text_to_image)
+            i2t, t2i = pair_scores(model, maps, ids, k_test, "itm")
+        share = matching_share(i2t, torch.from_numpy(owner))
+        found["matching"] = None if np.isnan(share) else share
+        if model.config.hyperbolic.eval_similarity == "cosine":  # as LAVIS re-ranks
+            i2t, t2i = i2t + itc, t2i + itc
+        found["itm"] = recall_at_k(i2t, owner.tolist(), own, scores_t2i=t2i)
     if data.taxonomy is not None:
         found["levels"] = levels(itc, data.targets, owner, data.taxonomy)
     right = torch.zeros(len(data), len(texts), dtype=torch.bool)
@@ -91,6 +95,28 @@ def retrieval(
     tau = model.temperature().item()
     found["max_softmax"] = (itc / tau).softmax(1).amax(1).tolist()
     return found
+
+
+def matching_share(scores: Tensor, owner: Tensor) -> float:
+    """How often the matching head puts a picture's own text above a wrong candidate: the area under its ROC curve.
+
+    Args:
+        scores: matching logits `(pictures texts)`, -inf where a text is no candidate.
+        owner: the picture of each text.
+
+    Returns:
+        The mean over pictures with an own and a wrong candidate, ties counting half; 0.5 is chance, NaN if there is no such picture.
+
+    >>> inf = torch.inf
+    >>> matching_share(torch.tensor([[2.0, 1.0, 3.0], [4.0, -inf, 0.0]]), torch.arange(3))
+    0.5
+    """
+    own = owner[None, :] == torch.arange(len(scores))[:, None]
+    best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    wrong = scores.isfinite() & ~own
+    above = ((best > scores).double() + 0.5 * (best == scores).double()) * wrong
+    kept = (best[:, 0] > -torch.inf) & wrong.any(1)
+    return (above.sum(1) / wrong.sum(1))[kept].mean().item()
 
 
 def answers(found: Mapping[str, Any]) -> dict[str, float]:
@@ -246,6 +272,7 @@ __all__ = [
     "caption_scores",
     "feature_maps",
     "image_radius",
+    "matching_share",
     "radii",
     "retrieval",
     "text_radius",

@@ -72,7 +72,7 @@ class Features:
         """Feature maps of all views of the training pictures."""
         return [self.maps("train", model, number) for number in range(self.config.views)]
 
-    def controls(self) -> dict[str, dict[str, float]]:
+    def controls(self) -> dict[str, dict[str, dict]]:
         """Recall without a BLIP-2 from the same features; all rows have computed these by now."""
         views = [found for (name, _), found in self._found.items() if name == "train"]
         return retrieval_controls(self.test, self._found["test", 0], self.train, views) if views else {}

@@ -134,7 +134,7 @@ class _Row:
             return known
         begun = time.monotonic()
         first = self._first()
-        second = self._second(first) if self.config.stage2.epochs else None
+        second = self._second(first) if self.config.stage2.epochs and self.name in self.config.captioned else None
         if not self.run.main:
             return {}
         first.to(self.run.device)
@@ -192,7 +192,7 @@ class _Row:
             return
         test, maps = self.features.test, self.features.maps("test", model).float()
         found = retrieval(model, test, maps, first_only=True, k_test=0, max_tokens=self.config.max_tokens)
-        write_json(path, {"itc": found["itc"], **({"cosine": found["cosine"]} if "cosine" in found else {})})
+        write_json(path, {name: found[name] for name in ("itc", "levels", "cosine") if name in found})
         model.train()
 
     def _second(self, first: HyperBlip2ForPretraining) -> HyperBlip2ForConditionalGeneration:
@@ -260,7 +260,9 @@ class _Row:
         test, maps = self.features.test, self.features.maps("test", first).float()
         ranks = retrieval(first, test, maps, first_only=True, **settings)
         run.check()
-        scores = {"radius": radii(first, test, maps, ranks, max_tokens=config.max_tokens)}
+        scores: dict[str, Any] = {}
+        if config.radius:
+            scores["radius"] = radii(first, test, maps, ranks, max_tokens=config.max_tokens)
         del ranks["hits"], ranks["max_softmax"]
         scores["retrieval"] = ranks
         if (self.folder / "start.json").exists():

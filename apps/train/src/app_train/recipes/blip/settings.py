@@ -83,6 +83,8 @@ class BlipMiniConfig(RunConfig):
     stage1: FirstStage = FirstStage()
     match: MatchStage = MatchStage()
     stage2: SecondStage = SecondStage()
+    captioned: tuple[RowName, ...] = tuple(ROWS)
+    """Rows that go on to stage 2, if it has epochs; an epoch of it costs more than all of stage 1."""
     num_queries: int = Field(4, ge=1)
     num_layers: int = Field(2, ge=1, le=6)
     """How many of MiniLM's layers the Q-Former takes: the first and the last ones."""
@@ -98,6 +100,8 @@ class BlipMiniConfig(RunConfig):
     """Tokens of a caption."""
     k_test: int = Field(16, ge=1)
     """Candidates that the matching head scores."""
+    radius: bool = True
+    """Report what the radius follows; it takes the features of cropped and blurred pictures."""
     num_captions: int = Field(100, ge=0)
     """Test pictures that are captioned."""
     coco_mini: Path | None = None
