@@ -34,9 +34,11 @@ CONTROLS = {
 }
 GUESS = "guessing"
 SPOKEN = {
-    "euclidean": "Euclidean BLIP-2 finds the text", "cosine": "the paper's hyperbolic cosine", "lorentz_plain": "the Lorentz distance alone",
+    "euclidean": "Euclidean BLIP-2 finds the text",
+    "cosine": "the paper's hyperbolic cosine",
+    "lorentz_plain": "the Lorentz distance alone",
     "lorentz": "the Lorentz distance with RQS and RTP",
-}  # fmt: skip
+}
 ARTIST = "twemoji"
 LATER = {"size": 128, "width": 256, "text": "qformer", "pool": 1, "views": 1}
 # Diagnostics of stage 1, by their name in the records.
@@ -61,7 +63,7 @@ TABLES = (
      [*((f"{what} in the first {k}", f"retrieval/answers/{name}_r{k}") for what, name in KINDS for k in (1, 5, 10)),
       ("subgroup of the first text", "retrieval/levels/subgroup/txt_r1"), ("group of the first text", GROUP),
       ("first text, contrastive alone", TEXT), ("first picture, contrastive alone", PICTURE)]),
-    ("The matching head", "retrieval",
+    ("The matching head", "start",
      "How often it puts the own text above a wrong candidate, among the candidates that the contrastive similarity finds (0.5 is chance); "
      "first answers by the contrastive similarity at the least-squares start, after training and after re-ranking.",
      [("own text above a wrong one", "retrieval/matching"), ("first text, start", "start/itc/txt_r1"), ("trained", TEXT),
