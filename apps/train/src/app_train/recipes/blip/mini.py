@@ -72,7 +72,7 @@ def run(config: BlipMiniConfig) -> dict:
     """
     if config.test_artist in config.artists:
         raise RunError(f"test_artist {config.test_artist!r} must not be one of artists {config.artists}")
-    grows = ("seeds", "rows", "coco_mini", "num_captions")
+    grows = ("seeds", "rows", "captioned", "coco_mini", "num_captions")
     with Run("blip-mini", config, grows, mixed_precision=config.mixed_precision, unused_parameters=True) as run:
         train, test = (
             limited(load_emoji_captions(artists, size=config.size, cache_dir=config.cache_dir), config.limit)
@@ -130,11 +130,12 @@ class _Row:
         """The content of its `result.json`, which is read back if it is finished; empty on all processes but the first."""
         facts = self.run.facts(self.name, self.seed, settings=ROWS[self.name])
         known = finished(self.folder, facts)
-        if known is not None:
+        captioned = self.config.stage2.epochs > 0 and self.name in self.config.captioned
+        if known is not None and (not captioned or (self.folder / "stage2").exists()):
             return known
         begun = time.monotonic()
         first = self._first()
-        second = self._second(first) if self.config.stage2.epochs and self.name in self.config.captioned else None
+        second = self._second(first) if captioned else None
         if not self.run.main:
             return {}
         first.to(self.run.device)
