@@ -131,7 +131,8 @@ class _Row:
         facts = self.run.facts(self.name, self.seed, settings=ROWS[self.name])
         known = finished(self.folder, facts)
         captioned = self.config.stage2.epochs > 0 and self.name in self.config.captioned
-        if known is not None and (not captioned or (self.folder / "stage2").exists()):
+        told = (self.folder / "stage2").exists() and ("captions" in (known or {}) or not self.config.num_captions)
+        if known is not None and (told or not captioned):
             return known
         begun = time.monotonic()
         first = self._first()
