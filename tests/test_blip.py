@@ -98,6 +98,30 @@ def test_run_is_complete(finished, capsys):
 
 
 @pytest.mark.slow
+def test_matching_comes_last_and_captions_later(assets, tmp_path):
+    """Stage 1 is contrastive alone where matching has epochs of its own; a row that is captioned later keeps its stage 1."""
+    more = ["--losses", "itc", "itm", "--match.epochs", "1", "--match.batch-size", "4", "--start", "linear", "--text", "minilm"]
+    more += ["--pool", "2", "--views", "2", "--width", "32", "--no-radius", "--temperature.distance", "0.3", "--temperature.lr", "0.05"]
+    row = tmp_path / "run" / "seed-0" / "lorentz"
+    assert train(tmp_path / "run", *more, "--captioned") == 0
+    lines = [json.loads(line) for line in (row / "train-1" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"].rpartition(": ")[2] for line in lines] == ["stage 1"] * 6 + ["matching"] * 2
+    assert [line["loss/itm"] > 0 for line in lines] == [False] * 6 + [True] * 2
+    assert all(line["loss/lm"] == 0 for line in lines)
+    assert abs(math.log(lines[-1]["tau"] / 0.3)) > 0.02  # at 1e-4 it could not move by more than 0.0008
+    first = json.loads((row / "result.json").read_text())
+    assert "captions" not in first
+    assert "radius" not in first
+    weights = (row / "stage1" / "model.safetensors").read_bytes()
+    assert train(tmp_path / "run", *more) == 0
+    later = json.loads((row / "result.json").read_text())
+    assert later["captions"]["n"] == 2
+    assert later["retrieval"] == first["retrieval"]
+    assert later["start"] == first["start"]
+    assert (row / "stage1" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 7])
 def test_stopped_and_resumed_is_bit_identical(finished, tmp_path, step):
     """Stopped in the middle of stage 1 (between two checkpoints) and of stage 2."""
