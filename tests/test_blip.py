@@ -100,8 +100,32 @@ def test_run_is_complete(finished, capsys):
 @pytest.mark.slow
 def test_matching_comes_last_and_captions_later(assets, tmp_path):
     """Stage 1 is contrastive alone where matching has epochs of its own; a row that is captioned later keeps its stage 1."""
-    more = ["--losses", "itc", "itm", "--match.epochs", "1", "--match.batch-size", "4", "--start", "linear", "--text", "minilm"]
-    more += ["--pool", "2", "--views", "2", "--width", "32", "--no-radius", "--temperature.distance", "0.3", "--temperature.lr", "0.05"]
+    more = [
+        "--losses",
+        "itc",
+        "itm",
+        "--match.epochs",
+        "1",
+        "--match.batch-size",
+        "4",
+        "--start",
+        "linear",
+        "--text",
+        "minilm",
+    ]
+    more += [
+        "--pool",
+        "2",
+        "--views",
+        "2",
+        "--width",
+        "32",
+        "--no-radius",
+        "--temperature.distance",
+        "0.3",
+        "--temperature.lr",
+        "0.05",
+    ]
     row = tmp_path / "run" / "seed-0" / "lorentz"
     assert train(tmp_path / "run", *more, "--captioned") == 0
     lines = [json.loads(line) for line in (row / "train-1" / "metrics.jsonl").read_text().splitlines()]
@@ -407,6 +431,10 @@ def test_temperature_by_similarity_and_at_its_own_rate():
         assert [g["weight_decay"] for g in groups] == [0.05] + [0.0] * (len(rates) - 1)
         assert sorted(p.numel() for g in groups for p in g["params"]) == [1, 2, 4]
     assert groups[-1]["params"] == [parameters["temperature.weight"]]
+    # An epoch of fewer pictures takes others each time.
+    some = blip_stage(model, "x", FirstStage(batch_size=2), 40, lambda *_: None, 0, 1, no_decay=plain, pictures=4)
+    assert (some.per_epoch, [len(some.order(epoch)) for epoch in (0, 1)]) == (2, [4, 4])
+    assert len({*some.order(0), *some.order(1), *some.order(2)}) > 6
 
 
 def test_recipes_cross_the_settings_of_the_lorentz_row_only():

@@ -235,7 +235,7 @@ def _title(study: Mapping) -> str:
         losses = "contrastive loss first, matching last"
     tested = f"; tested on {config['test_artist']}" if config.get("test_artist", ARTIST) != ARTIST else ""
     start = START[config.get("start", "fresh")]
-    return f"{losses}{', then captions' if config['stage2']['epochs'] else ''}; {start}{tested}"
+    return f"{losses}{', then captions' if config['stage2']['epochs'] and config.get('captioned', True) else ''}; {start}{tested}"
 
 
 def _command(study: Mapping, rows: Sequence[str] = ()) -> str:
@@ -251,11 +251,17 @@ def _command(study: Mapping, rows: Sequence[str] = ()) -> str:
     words |= {key: config[key] for key in ("num_layers", "num_queries", "max_tokens", "num_captions", "k_test")}
     # Settings that runs before them do not have, where they are not the defaults.
     words |= {key: config[key] for key, default in LATER.items() if config.get(key, default) != default}
+    if (pictures := config["stage2"].get("pictures")) is not None:
+        words["stage2.pictures"] = pictures
     words |= {f"temperature.{k}": v for k, v in config.get("temperature", {}).items() if v not in (None, 0.07)}
+    if "captioned" in config and set(config["captioned"]) != set(ROWS):
+        words["captioned"] = " ".join(config["captioned"])
+    if config.get("radius") is False:
+        words["no-radius"] = ""
     if config.get("test_artist", ARTIST) != ARTIST:
         words |= {"artists": " ".join(config["artists"]), "test_artist": config["test_artist"]}
     words |= {"coco_mini": "FILE"} if "coco_mini" in next(iter(result["runs"][0].values())) else {}
-    return "hier train blip-mini " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in words.items())
+    return "hier train blip-mini " + " ".join(f"--{k.replace('_', '-')} {v}".strip() for k, v in words.items())
 
 
 def _setting(config: Mapping) -> Section:
@@ -327,7 +333,7 @@ def _over_pictures(seeds: Sequence[Mapping], place: str) -> Interval | None:
     if not place.startswith("captions/controls/") or not all(control in each for each in kept):
         return None
     pairs = [[(np.array(each[name]), np.ones(len(each[name]))) for each in kept] for name in ("own", control)]
-    return paired_difference(*pairs, resamples(len(kept[0]["own"])))
+    return paired_difference(pairs[0], pairs[1], resamples(len(kept[0]["own"])))
 
 
 def _warnings(runs: Sequence[Mapping]) -> list[str]:

@@ -238,8 +238,16 @@ class _Row:
         run, config, label = self.run, self.config, f"{self.name}, seed {self.seed}: "
         made = [
             blip_stage(
-                model, label + name, settings, num, forward, self.seed, config.save_every, tau_lr=config.temperature.lr
-            )
+                model,
+                label + name,
+                settings,
+                num,
+                forward,
+                self.seed,
+                config.save_every,
+                tau_lr=config.temperature.lr,
+                pictures=config.stage2.pictures if name == "stage 2" else None,
+            )  # fmt: skip
             for name, settings in stages.items()
             if settings.epochs or name != "matching"
         ]

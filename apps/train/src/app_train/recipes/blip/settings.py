@@ -56,6 +56,8 @@ class SecondStage(StageConfig):
     lr: float = Field(2e-4, gt=0)
     batch_size: int = Field(8, ge=1)
     weight_decay: float = Field(0.05, ge=0)
+    pictures: int | None = Field(None, ge=1)
+    """Pictures of an epoch, by chance; all if not given."""
 
 
 class BlipMiniConfig(RunConfig):

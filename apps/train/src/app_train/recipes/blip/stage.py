@@ -17,6 +17,7 @@ def blip_stage(
     save_every: int,
     no_decay: frozenset[str] | set[str] | None = None,
     tau_lr: float | None = None,
+    pictures: int | None = None,
 ) -> Stage:
     """The stage.
 
@@ -31,7 +32,10 @@ def blip_stage(
         no_decay: parameters without weight decay; what the model names itself if None.
         tau_lr: peak rate of the temperature; that of the settings if None. Adam moves log tau by about its rate in a step, so that at
             the rate of the weights a short training leaves the temperature where it began.
+        pictures: of an epoch; all if None.
     """
+    everything = shuffled(num_items, seed)
+    num = num_items if pictures is None else min(pictures, num_items)
     plain = set(model.no_decay_names() if no_decay is None else no_decay)
 
     def optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -48,7 +52,7 @@ def blip_stage(
         return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
 
     return Stage(
-        name, settings, num_items, forward, optimizer=optimizer, order=shuffled(num_items, seed), whole_batches=True,
+        name, settings, num, forward, optimizer=optimizer, order=lambda epoch: everything(epoch)[:num], whole_batches=True,
         after_step=getattr(model, "clamp_", None), save_every=save_every,
     )  # fmt: skip
 
