@@ -247,7 +247,7 @@ class _Row:
                 config.save_every,
                 tau_lr=config.temperature.lr,
                 pictures=config.stage2.pictures if name == "stage 2" else None,
-            )  # fmt: skip
+            )
             for name, settings in stages.items()
             if settings.epochs or name != "matching"
         ]
