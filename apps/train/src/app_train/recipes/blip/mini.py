@@ -6,8 +6,8 @@
     hier search runs/blip-mini/seed-0/lorentz "a red car" --images DIR
     hier page blip runs/blip-mini docs/results/hyper-blip.md
 
-The defaults are those of the results page: seven minutes a row and seed on one core. A larger one: --num-layers 6
---num-queries 16 --stage1.epochs 10 --stage2.epochs 3 (some hours).
+The defaults are those of the results page's study of one epoch: seven minutes a row and seed on one core. The page names the command
+of its longer study. A larger model: --num-layers 6 --num-queries 16 --stage1.epochs 10 --stage2.epochs 3 (some hours).
 
 Frozen EfficientNet-Lite0, a Q-Former that starts from MiniLM, frozen SmolLM2-135M. Random query selection and random text
 pruning are crossed for the Lorentz row only: `lorentz` has both, `lorentz_max` no selection, `lorentz_whole` no pruning,
