@@ -83,6 +83,9 @@ def test_run_is_complete(finished, capsys):
     assert set(result["retrieval"]["levels"]) == {"group", "subgroup", "leaf"}
     assert len(result["radius"]["crop"]["mean_radius"]) == 5
     assert result["captions"]["n"] == 2
+    assert set(result["captions"]["controls"]) == {"other", "constant", "neighbour"}
+    assert 0 <= result["start"]["itc"]["txt_r1"] <= 100
+    assert set(json.loads((finished / "result.json").read_text())["controls"]) == {"neighbour", "ridge"}
     lines = [json.loads(line) for line in (row / "train-1" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for name in ("query_entropy", "query_cosine", "clipped_image", "radius_text_mean", "c", "tau"):
@@ -92,6 +95,54 @@ def test_run_is_complete(finished, capsys):
     # The same command reads the results.
     assert train(finished) == 0
     assert "group TR@1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_matching_comes_last_and_captions_later(assets, tmp_path):
+    """Stage 1 is contrastive alone where matching has epochs of its own; a row that is captioned later keeps its stage 1."""
+    more = [
+        "--losses",
+        "itc",
+        "itm",
+        "--match.epochs",
+        "1",
+        "--match.batch-size",
+        "4",
+        "--start",
+        "linear",
+        "--text",
+        "minilm",
+    ]
+    more += [
+        "--pool",
+        "2",
+        "--views",
+        "2",
+        "--width",
+        "32",
+        "--no-radius",
+        "--temperature.distance",
+        "0.3",
+        "--temperature.lr",
+        "0.05",
+    ]
+    row = tmp_path / "run" / "seed-0" / "lorentz"
+    assert train(tmp_path / "run", *more, "--captioned") == 0
+    lines = [json.loads(line) for line in (row / "train-1" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"].rpartition(": ")[2] for line in lines] == ["stage 1"] * 6 + ["matching"] * 2
+    assert [line["loss/itm"] > 0 for line in lines] == [False] * 6 + [True] * 2
+    assert all(line["loss/lm"] == 0 for line in lines)
+    assert abs(math.log(lines[-1]["tau"] / 0.3)) > 0.02  # at 1e-4 it could not move by more than 0.0008
+    first = json.loads((row / "result.json").read_text())
+    assert "captions" not in first
+    assert "radius" not in first
+    weights = (row / "stage1" / "model.safetensors").read_bytes()
+    assert train(tmp_path / "run", *more) == 0
+    later = json.loads((row / "result.json").read_text())
+    assert later["captions"]["n"] == 2
+    assert later["retrieval"] == first["retrieval"]
+    assert later["start"] == first["start"]
+    assert (row / "stage1" / "model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.slow
@@ -216,22 +267,174 @@ def test_kept_layers():
             kept_layers(wrong, 6)
 
 
-def test_exact_and_distinct_captions():
+def test_captions_are_scored_without_the_prompt():
+    """BLEU-4 of .63 for one's own caption, .61 for another picture's and .63 for a constant: that was the prompt."""
     from types import SimpleNamespace
 
+    from app_eval.measure.captions import score_captions
     from app_eval.measure.retrieval import caption_scores
 
-    data = SimpleNamespace(ids=(7, 8, 9), captions=(("a cat", "a tom"), ("a dog",), ("a car",)))
-    found = caption_scores(data, ["a tom", "a dog", "a dog"], [0, 1, 2])
+    prompt = "a picture of"
+    data = SimpleNamespace(
+        ids=(7, 8, 9),
+        captions=tuple(tuple(f"{prompt} {t}" for t in own) for own in (("a cat", "a tom"), ("a dog",), ("a car",))),
+    )
+    said = [f"{prompt} {t}" for t in ("a tom", "a dog", "a dog")]
+    constant = [f"{prompt} a thing"] * 3
+    found = caption_scores(data, said, [0, 1, 2], prompt=prompt, controls={"constant": constant})
     assert found["exact"] == pytest.approx(2 / 3)
     assert found["distinct"] == pytest.approx(2 / 3)
-    assert caption_scores(data, ["a cat"] * 2, [1, 2])["distinct"] == 0.5
-    # Captions that fit score for their own picture, not for another.
-    names = [f"a {a} {b}" for a in ("red", "blue", "old", "new") for b in ("house", "horse", "wheel")]
-    data = SimpleNamespace(ids=tuple(range(12)), captions=tuple((name,) for name in names))
-    found = caption_scores(data, names, range(12))
-    assert found["exact"] == 1
-    assert found["cider"] > 4 * found["cider_other"] > 0
+    references = {0: ["a cat", "a tom"], 1: ["a dog"], 2: ["a car"]}
+    expected = score_captions(references, {0: "a tom", 1: "a dog", 2: "a dog"})
+    assert {name: found[name] for name in expected} == expected
+    # Whether or not the caption comes with the prompt, and nothing is left of a caption that is the prompt alone.
+    bare = caption_scores(data, ["a tom", "a dog", "a dog"], [0, 1, 2], prompt=prompt)
+    assert {name: bare[name] for name in expected} == expected
+    assert caption_scores(data, [prompt] * 3, [0, 1, 2], prompt=prompt)["bleu_1"] == 0
+    # What the prompt alone earned: a constant has three words of four right with it, one of two without it.
+    whole = score_captions({i: list(data.captions[i]) for i in range(3)}, dict(enumerate(constant)))
+    assert whole["bleu_4"] > 0.5
+    assert found["controls"]["constant"]["bleu_2"] < 1e-3
+    assert found["controls"]["constant"]["cider"] == 0
+    assert np.mean(found["each"]["own"]) == pytest.approx(found["cider"], abs=1e-4)
+    assert found["each"]["constant"] == [0, 0, 0]
+
+
+def test_controls_of_captions_and_of_retrieval():
+    from types import SimpleNamespace
+
+    from app_eval.measure.controls import caption_controls, neighbour_scores, retrieval_controls, ridge_scores
+
+    rng = np.random.default_rng(0)
+    known = rng.normal(size=(6, 5)) + 3
+    captions = (("a big cat",), ("a dog", "a hound"), ("a big car",), ("a big cat",), ("a tree",), ("a pen",))
+    texts = ["a big cat", "a hound", "a pen", "a sofa"]
+    asked = rng.normal(size=(4, 5)) + 3
+    mean = known.mean(0)
+    cosine = np.array(
+        [[(a - mean) @ (k - mean) / np.linalg.norm(a - mean) / np.linalg.norm(k - mean) for k in known] for a in asked]
+    )
+    holders = [[0, 3], [1], [5], []]
+    nearest = np.stack([cosine[:, h].max(1) if h else np.full(4, -np.inf) for h in holders], 1)
+    tensors = [torch.from_numpy(x) for x in (asked, known)]
+    np.testing.assert_allclose(neighbour_scores(*tensors, captions, texts).numpy(), nearest, atol=1e-12)
+    member = np.array([[text in own for text in texts] for own in captions], float)
+    centred = known - mean
+    gram = centred.T @ centred
+    weight = np.linalg.solve(gram + 0.5 * np.trace(gram) / 5 * np.eye(5), centred.T @ (member - member.mean(0)))
+    expected = (asked - mean) @ weight + member.mean(0)
+    expected[:, 3] = -np.inf
+    np.testing.assert_allclose(ridge_scores(*tensors, captions, texts, 0.5).numpy(), expected, atol=1e-12)
+
+    maps = [x[:, :, None, None].float().expand(-1, -1, 2, 2) for x in tensors]
+    train = SimpleNamespace(captions=tuple(tuple(f"a picture of {t}" for t in own) for own in captions))
+    said = [f"a picture of {t}" for t in ("one", "two", "three", "four")]
+    found = caption_controls(train, maps[1], maps[0], said, "a picture of")
+    assert found["other"] == [said[2], said[3], said[0], said[1]]
+    assert found["constant"] == ["a picture of a big cat"] * 4  # "a" six times, "big" three times, "cat" twice
+    assert found["neighbour"] == [train.captions[row][0] for row in cosine.argmax(1)]
+
+    class Known(SimpleNamespace):
+        def __len__(self):
+            return len(self.captions)
+
+    same = Known(captions=train.captions[:3], taxonomy=None)
+    found = retrieval_controls(same, maps[1][:3], train, [maps[1], maps[1]])
+    assert [found[name]["itc"]["txt_r1"] for name in ("neighbour", "ridge")] == [100, 100]
+
+
+def test_the_matching_head_is_judged_by_pairs():
+    from app_eval.measure.retrieval import matching_share
+
+    rng = np.random.default_rng(0)
+    scores = np.where(rng.random((8, 12)) < 0.4, -np.inf, rng.integers(0, 4, (8, 12)))
+    owner = rng.integers(0, 8, 12)
+    shares = []
+    for row, own in zip(scores, owner[None] == np.arange(8)[:, None], strict=True):
+        best = row[own].max(initial=-np.inf)
+        wrong = row[~own & np.isfinite(row)]
+        if np.isfinite(best) and len(wrong):
+            shares.append(np.mean([1.0 if best > x else 0.5 if best == x else 0.0 for x in wrong]))
+    assert 2 < len(shares) < 8
+    assert matching_share(torch.from_numpy(scores), torch.from_numpy(owner)) == pytest.approx(np.mean(shares))
+    assert math.isnan(matching_share(torch.full((2, 2), -torch.inf), torch.arange(2)))
+
+
+def test_a_training_may_not_be_tested_on_its_own_artist(tmp_path, capsys):
+    assert train(tmp_path / "run", "--test-artist", "openmoji") == 2
+    assert "must not be one of artists" in capsys.readouterr().err
+
+
+def test_captions_are_read_by_minilm_once(assets, monkeypatch):
+    from app_data.store.errors import DataError
+    from app_data.weights import blip2
+    from app_data.weights.lite0_minilm import MiniLM
+    from hyper_blip.vision import load_module
+
+    texts = ["a picture of a cat", "a dog", "a picture of a cat"]
+    ids, mask = blip2.caption_ids(texts, 9)
+    reader = load_module(blip2.TEXT)
+    with torch.no_grad():
+        expected = MiniLM()(texts)
+    torch.testing.assert_close(reader(ids, mask), expected, rtol=0, atol=1e-6)
+    monkeypatch.setattr(MiniLM, "read", None)  # from here on nothing is read anew
+    torch.testing.assert_close(reader(ids[:, :8], mask[:, :8]), expected, rtol=0, atol=1e-6)
+    assert reader(ids[:1], mask[:1]).shape == (1, 384)
+    for wrong in ("pip-text:bert", "pip-vision:lite0-map-3x3"):
+        with pytest.raises(DataError, match="unknown"):
+            load_module(wrong)
+
+
+def test_pooled_feature_maps(assets):
+    from app_data.weights.blip2 import VISION
+    from hyper_blip.vision import load_module
+
+    pixels = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, pooled = (load_module(name).eval()(pixels) for name in (VISION, f"{VISION}-2x2"))
+    assert (whole.shape, pooled.shape) == ((1, 16, 1280), (1, 4, 1280))
+    squares = whole.view(2, 2, 2, 2, 1280).mean((1, 3)).view(1, 4, 1280)  # rows and columns of each square
+    torch.testing.assert_close(pooled, squares)
+
+
+def test_views_are_chosen_by_seed_epoch_and_picture():
+    from app_train.recipes.blip.features import CROP, view, views_of
+
+    rows = np.arange(300)
+    first = views_of(rows, 3, 0, 0)
+    assert views_of(rows[::-1], 3, 0, 0) == first[::-1]
+    assert {views_of(rows, 3, 0, 1) == first, views_of(rows, 3, 1, 0) == first} == {False}
+    assert min(np.bincount(first)) > 70
+    pixels = torch.arange(32 * 32 * 3, dtype=torch.uint8).view(1, 3, 32, 32) % 251
+    assert torch.equal(view(pixels, 0), pixels)
+    assert torch.equal(view(pixels, 1)[..., 0], pixels[..., -1])
+    assert view(pixels, 2).shape == pixels.shape
+    assert not torch.equal(view(pixels, 2), pixels)
+    assert 0 < CROP < 1
+
+
+def test_temperature_by_similarity_and_at_its_own_rate():
+    from app_train.recipes.blip.mini import hyperbolic
+    from app_train.recipes.blip.settings import FirstStage, Temperatures
+    from app_train.recipes.blip.stage import blip_stage
+
+    tau = Temperatures(cosine=0.05, distance=0.2, lr=0.01)
+    found = {row: hyperbolic(row, temperature=tau).temperature for row in ("euclidean", "cosine", "lorentz", "mix")}
+    assert found == {"euclidean": 0.05, "cosine": 0.05, "lorentz": 0.2, "mix": 0.2}
+    model = torch.nn.ModuleDict({"temperature": torch.nn.Linear(1, 1, bias=False), "rest": torch.nn.Linear(2, 2)})
+    parameters = dict(model.named_parameters())
+    plain = {"temperature.weight", "rest.bias"}
+    for rate, rates in ((None, [1e-4, 1e-4]), (0.01, [1e-4, 1e-4, 0.01])):
+        stage = blip_stage(model, "x", FirstStage(), 4, lambda *_: None, 0, 1, no_decay=plain, tau_lr=rate)
+        groups = stage.optimizer(parameters).param_groups
+        assert [g["lr"] for g in groups] == rates
+        assert [g["weight_decay"] for g in groups] == [0.05] + [0.0] * (len(rates) - 1)
+        assert sorted(p.numel() for g in groups for p in g["params"]) == [1, 2, 4]
+    assert groups[-1]["params"] == [parameters["temperature.weight"]]
+    # An epoch of fewer pictures takes others each time.
+    some = blip_stage(model, "x", FirstStage(batch_size=2), 40, lambda *_: None, 0, 1, no_decay=plain, pictures=4)
+    assert (some.per_epoch, [len(some.order(epoch)) for epoch in (0, 1)]) == (2, [4, 4])
+    assert len({*some.order(0), *some.order(1), *some.order(2)}) > 6
 
 
 def test_recipes_cross_the_settings_of_the_lorentz_row_only():

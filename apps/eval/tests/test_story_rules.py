@@ -154,8 +154,58 @@ def test_captions_of_blip_are_judged_by_those_of_other_pictures():
     claim = "captions of Euclidean against captions of other pictures, CIDEr"
     cases = [([(0.5, 0.1), (0.6, 0.1), (0.5, 0.2)], "better"), ([(0.2, 0.2), (0.1, 0.2), (0.3, 0.1)], "undecided")]
     for cells, word in [*cases, ([(0.5, None)] * 3, "not run")]:
-        runs = [{"euclidean": blip_row(captions={"cider": a, "cider_other": b})} for a, b in cells]
+        runs = [{"euclidean": blip_row(captions={"cider": a, "controls": {"other": {"cider": b}}})} for a, b in cells]
         assert words(*runs)[0][claim] == word
+    # Where CIDEr was kept picture by picture, the interval over pictures must exclude 0 as well.
+    controls = {"other": {"cider": 0.1}}
+    for own, word in (([0.5] * 8, "better"), ([4.0] + [0.0] * 7, "undecided")):
+        each = {"own": own, "other": [0.1] * 8}
+        runs = [
+            {"euclidean": blip_row(captions={"cider": 0.5 + d, "controls": controls, "each": each})}
+            for d in (0, 0.1, 0.2)
+        ]
+        assert words(*runs)[0][claim] == word
+
+
+def test_captions_that_were_scored_with_the_prompt_are_not_shown(tmp_path):
+    old, new = {"captions": {"bleu_4": 0.6}}, {"captions": {"bleu_4": 0.1, "controls": {}}}
+    study = {"settings": {}, "result": {"runs": [{"euclidean": old, "lorentz": new}]}}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"studies": [study]}))
+    (found,) = blip.collect([path])[""]["studies"]
+    assert found["result"]["runs"] == [{"euclidean": {}, "lorentz": new}]
+
+
+def test_controls_of_blip_stand_in_the_first_table():
+    config = {
+        "losses": ["itc"],
+        "artists": ["a"],
+        **dict.fromkeys(("num_layers", "num_queries", "max_tokens", "num_captions", "k_test"), 1),
+    }
+    config |= {name: {"epochs": 1, "batch_size": 2, "lr": 0.1} for name in ("stage1", "stage2", "match")}
+    config |= {"start": "linear", "views": 3, "temperature": {"cosine": 0.15, "distance": 0.07, "lr": None}}
+    start = {"itc": {"txt_r1": 5.0, "img_r1": 6.0}, "levels": {"group": {"txt_r1": 7.0}}}
+    runs = [{"euclidean": blip_row(20.0 + d, start=start), "lorentz_plain": blip_row(10.0)} for d in (0.0, 0.5)]
+    controls = {"ridge": {"itc": {"txt_r1": 30.0, "img_r1": 31.0}, "levels": {"group": {"txt_r1": 60.0}}}}
+    result = {"n": 100, "seeds": 2, "runs": runs, "controls": controls}
+    page = blip.tell({"": {"studies": [{"settings": {"config": config}, "result": result}]}})
+    told = {row.title: row.values for row in page.table.rows}
+    assert list(told)[:2] == [blip.ROWS["euclidean"], blip.ROWS["lorentz_plain"]]
+    assert told[blip.CONTROLS["ridge"]] == (30.0, 31.0, 60.0)
+    assert page.control == blip.CONTROLS["ridge"]
+    assert [value.value for value in told[blip.CONTROLS["start"]]] == [5.0, 6.0, 7.0]
+    assert "ridge regression on the same features for 30.0 %" in page.outcome
+    assert "--match.epochs 1" in page.commands[0]
+    assert "--views 3" in page.commands[0]
+    assert "--temperature.cosine 0.15" in page.commands[0]
+    assert "temperature.distance" not in page.commands[0]
+    claims = {
+        c.text: c.seeds.value for s in page.body for p in s.parts if isinstance(p, Claims) for c in p.claims if c.seeds
+    }
+    assert claims["Euclidean against ridge regression on the same features, first text right, %"] == pytest.approx(
+        -9.75
+    )
+    assert claims["Euclidean against its least-squares start, first text right, %"] == pytest.approx(15.25)
 
 
 def test_what_warns_on_the_page_of_blip():

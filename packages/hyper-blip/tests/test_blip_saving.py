@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -77,6 +78,56 @@ def test_vision_module_by_locator(batch, tmp_path):
     model.freeze_vision(False)
     model.save_pretrained(tmp_path / "trained")
     assert any("vision_model.module.conv" in n for n in load_file(tmp_path / "trained" / "model.safetensors"))
+
+
+class Means(torch.nn.Module):
+    """A frozen text encoder of somebody else: the mean of its own word vectors."""
+
+    def __init__(self, width):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            self.table = torch.nn.Embedding(100, width)
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, ids, mask):
+        kept = mask[..., None].float()
+        return self.drop((self.table(ids) * kept).sum(1) / kept.sum(1))
+
+
+@pytest.mark.parametrize("weights", [{"lm": 1.0}, {"entail": 1.0}])
+def test_text_encoder_by_locator(batch, config, tmp_path, weights):
+    """The contrastive loss reads the encoder's states; the language and the matching loss still read the Q-Former."""
+    register_locator("means", lambda name: Means(int(name)))
+    settings = HyperbolicConfig.distance(loss_weights=weights, rqs_prob=0.0, rtp_prob=1.0, seed=3)
+    torch.manual_seed(0)
+    plain = HyperBlip2ForPretraining(config(settings)).train()
+    model = HyperBlip2ForPretraining(config(settings, text_locator="means:32")).train()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert not model.text_encoder.drop.training
+    pixels, ids, mask = batch()
+    out, other = model(pixels, ids, mask, step=2), plain(pixels, ids, mask, step=2)
+    seen = model.text_pruning.prune_ids(ids, mask, (1, 2), 2, 0, pad_id=0, starts_word=None)
+    table = model.text_encoder.table.weight.detach().double().numpy()
+    means = [table[i[m.bool()].numpy()].mean(0) for i, m in zip(*seen, strict=True)]
+    z = np.stack(means) @ model.blip2.text_projection.weight.detach().double().numpy().T
+    z += model.blip2.text_projection.bias.detach().numpy()
+    np.testing.assert_allclose(out.text_features.detach().numpy(), z * 16**-0.5, atol=1e-5)
+    torch.testing.assert_close(out.loss_lm, other.loss_lm)
+    assert not torch.allclose(out.loss_itc, other.loss_itc)
+    if "entail" in weights:
+        assert not torch.allclose(out.loss_entail, other.loss_entail)
+    out.loss.backward()
+    assert model.text_encoder.table.weight.grad is None
+    model.eval().save_pretrained(tmp_path)
+    assert not any(n.startswith("text_encoder") for n in load_file(tmp_path / "model.safetensors"))
+    again, info = HyperBlip2ForPretraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert info == ((), ())
+    assert torch.equal(again.encode_text(ids, mask).point, model.encode_text(ids, mask).point)
+    assert model.encode_text(ids[:1], mask[:1]).point.shape == (1, 16)
+    wrong = HyperBlip2ForPretraining(config(settings, text_locator="means:31"))
+    with pytest.raises(ValueError, match=r"must return states of shape \(4, 32\), got \(4, 31\)"):
+        wrong.encode_text(ids, mask)
 
 
 def test_vision_module_given(batch, tmp_path):

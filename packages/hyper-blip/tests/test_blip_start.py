@@ -31,6 +31,14 @@ def test_components_are_damped_whitening():
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-9)
 
 
+def test_a_lower_floor_damps_less():
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 3)) * [9, 1, 0.3])
+    low, high = (apply_map(whitened_components(x, 3, floor), x).square().mean(0) for floor in (1e-9, 0.5))
+    torch.testing.assert_close(low / low[0], torch.ones(3, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert (high / high[0]).tolist() == sorted((high / high[0]).tolist(), reverse=True)
+    assert high[2] / high[0] < 0.02
+
+
 def test_components_beyond_the_width_are_zero():
     x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     affine = whitened_components(x, 5)
@@ -84,6 +92,23 @@ def test_ties_pictures_to_captions(stage1, batch, similarity, manifold):
     assert float(image.radius.detach().mean()) == pytest.approx(scale, rel=1e-3)
 
 
+def test_a_linear_start_silences_the_feed_forward_nets(stage1, batch):
+    """What a query holds after a layer is what its attention gave: the feed-forward net adds nothing until it is trained."""
+    model, (pixels, ids, mask) = stage1(HyperbolicConfig.euclidean()), batch(20)
+    model.eval().start_from_pairs(pixels, ids, mask, linear=True)
+    layers, seen = model.blip2.qformer.encoder.layer, []
+    for layer in layers:
+        layer.output_query.LayerNorm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+        layer.intermediate_query.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    assert recall(model, pixels, ids, mask) > 80
+    assert len(seen) == 2 * len(layers)
+    for before, after in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(before, after)
+    model.train()(pixels, ids, mask).loss.backward()
+    assert all(layer.output_query.dense.weight.grad.abs().max() > 0 for layer in layers)
+    assert all(layer.output.dense.weight.abs().max() > 0 for layer in layers)  # those of the text stay
+
+
 def test_components_are_those_of_training(stage1, batch):
     """Dropout is part of what the text projection whitens: texts have radius 1 in training, not some multiple of it."""
     pixels, ids, mask = batch(40)
@@ -128,6 +153,8 @@ def test_bad_input(stage1, batch):
         model.start_from_pairs(pixels[:1].expand(4, -1, -1, -1), ids, mask)
     with pytest.raises(ValueError, match="input_ids must hold at least two different rows, got 0"):
         model.start_from_pairs(pixels[:0], ids[:0], mask[:0])
+    with pytest.raises(ValueError, match="floor must be finite and > 0, got 0"):
+        model.start_from_pairs(pixels, ids, mask, floor=0.0)
     with pytest.raises(ValueError, match="dropout_passes must be finite and > 0, got 0"):
         model.start_from_pairs(pixels, ids, mask, dropout_passes=0)
     model.train()

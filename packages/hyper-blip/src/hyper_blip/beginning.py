@@ -19,7 +19,7 @@ from hyper_blip.files import HUB, finished
 from hyper_blip.qformer import (
     joint_states,
 )
-from hyper_blip.start import Affine, apply_map, check_varied, ridge_map, set_linear, whitened_components
+from hyper_blip.start import FLOOR, Affine, apply_map, check_varied, ridge_map, set_linear, whitened_components
 from hyper_blip.weights import LoadingInfo, bert_state, load_into
 
 
@@ -137,6 +137,8 @@ class Stage1Start(Stage1Encoders):
         *,
         value_ridge: float = 1.0,
         ridge: float = 0.1,
+        floor: float = FLOOR,
+        linear: bool = False,
         dropout_passes: int = 4,
         batch_size: int = 128,
     ) -> "Stage1Start":
@@ -154,6 +156,8 @@ class Stage1Start(Stage1Encoders):
             attention_mask: 1 at tokens.
             value_ridge: penalty of the first regression in units of the mean variance of its inputs, > 0.
             ridge: penalty of the second, > 0.
+            floor: share of the largest deviation below which a component of the captions is damped, > 0.
+            linear: start the queries' feed-forward nets at 0. They pass on what attention found, where those of the text would mix it.
             dropout_passes: how often each caption is read with dropout (seed torch for the same start twice).
             batch_size: pictures encoded at once.
 
@@ -165,7 +169,7 @@ class Stage1Start(Stage1Encoders):
         """
         self._check_text(input_ids, attention_mask)
         counts = {"dropout_passes": dropout_passes, "batch_size": batch_size}
-        for name, value in {"value_ridge": value_ridge, "ridge": ridge, **counts}.items():
+        for name, value in {"value_ridge": value_ridge, "ridge": ridge, "floor": floor, **counts}.items():
             check_positive(name, value)
         if len(pixel_values) != len(input_ids):
             raise ValueError(
@@ -175,7 +179,12 @@ class Stage1Start(Stage1Encoders):
         mode = self.training
         self.eval()
         try:
-            self._tie(pixel_values.split(batch_size), input_ids, attention_mask, value_ridge, ridge, dropout_passes)
+            if linear:
+                for layer in self.blip2.qformer.encoder.layer:
+                    for parameter in layer.output_query.dense.parameters():
+                        parameter.zero_()
+            pictures = pixel_values.split(batch_size)
+            self._tie(pictures, input_ids, attention_mask, value_ridge, ridge, floor, dropout_passes)
         finally:
             self.train(mode)
         return self
@@ -187,6 +196,7 @@ class Stage1Start(Stage1Encoders):
         attention_mask: Tensor,
         value_ridge: float,
         ridge: float,
+        floor: float,
         dropout_passes: int,
     ) -> None:
         """`start_from_pairs` in evaluation mode; the vision encoder runs twice, so that its features need not be kept."""
@@ -198,7 +208,7 @@ class Stage1Start(Stage1Encoders):
         patches = check_varied("pixel_values", patches).double()
 
         width = qformer.config.hidden_size
-        value = ridge_map(patches, apply_map(whitened_components(words, width), words), value_ridge)
+        value = ridge_map(patches, apply_map(whitened_components(words, width, floor), words), value_ridge)
         for layer in qformer.encoder.layer:
             if layer.has_cross_attention:
                 set_linear(layer.crossattention.attention.value, value)
@@ -206,7 +216,7 @@ class Stage1Start(Stage1Encoders):
         qformer.train()
         read = torch.cat([self._class_states(*texts) for _ in range(dropout_passes)]).double()
         qformer.eval()
-        text = whitened_components(read, self.blip2.text_projection.out_features)
+        text = whitened_components(read, self.blip2.text_projection.out_features, floor)
         set_linear(self.blip2.text_projection, text)
         features = (self.vision_features(part.to(device)) for part in pictures)
         queries = torch.cat([joint_states(self.blip2, image)[0] for image in features]).double()

@@ -184,6 +184,8 @@ class HyperBlip2Config(PreTrainedConfig):
         blip2: the `transformers.Blip2Config`, or its content; the default one if None.
         hyperbolic: the hyperbolic settings, or their content; the defaults if None.
         vision_locator: source of the vision encoder, "<prefix>:<name>"; "" builds the encoder of `blip2.vision_config`.
+        text_locator: source of a frozen text encoder `(input_ids, attention_mask) -> (B, width)` that reads the captions of the contrastive
+            loss; "" takes the state of [CLS] in the Q-Former.
         language_locator: source of the language model of stage 2; "" builds that of `blip2.text_config`.
         cls_token_id: first token of every caption.
         sep_token_id: last token of every caption.
@@ -207,6 +209,7 @@ class HyperBlip2Config(PreTrainedConfig):
         hyperbolic: HyperbolicConfig | Mapping[str, Any] | None = None,
         *,
         vision_locator: str = "",
+        text_locator: str = "",
         language_locator: str = "",
         cls_token_id: int = 101,
         sep_token_id: int = 102,
@@ -219,7 +222,7 @@ class HyperBlip2Config(PreTrainedConfig):
     ) -> None:
         self.blip2 = blip2 if isinstance(blip2, Blip2Config) else Blip2Config(**(blip2 or {}))
         self.hyperbolic = hyperbolic if isinstance(hyperbolic, HyperbolicConfig) else _hyperbolic(hyperbolic or {})
-        self.vision_locator, self.language_locator = vision_locator, language_locator
+        self.vision_locator, self.text_locator, self.language_locator = vision_locator, text_locator, language_locator
         for name, value in (("cls", cls_token_id), ("sep", sep_token_id), ("dec", dec_token_id)):
             if value < 0:
                 raise ValueError(f"{name}_token_id must be >= 0, got {value}")

@@ -28,6 +28,7 @@ from hyper_blip.qformer import (
 )
 from hyper_blip.sampling import Priority, RandomQuerySelection, RandomTextPruning
 from hyper_blip.similarity import aggregate_queries, pairwise_similarity, query_midpoint
+from hyper_blip.vision import load_module
 from hyper_blip.weights import borrowed
 
 
@@ -64,6 +65,7 @@ class Stage1Encoders(HyperBlip2Model):
         super().__init__(config, blip2, vision)
         hyper = config.hyperbolic
         self.text_projector = self._projector()
+        self.text_encoder = load_module(config.text_locator).requires_grad_(False) if config.text_locator else None
         self.temperature = Temperature(hyper.temperature)
         self.lm_head = LMHead(qformer.hidden_size, qformer.vocab_size, qformer.hidden_act, qformer.layer_norm_eps)
         self.query_selection = RandomQuerySelection(hyper.rqs_prob, hyper.rqs_mode, hyper.seed)
@@ -75,6 +77,13 @@ class Stage1Encoders(HyperBlip2Model):
         self.at_step: tuple[int | None, float | None] = (None, None)
         self.post_init()
 
+    def train(self, mode: bool = True) -> "Stage1Encoders":
+        """Set the mode, but leave frozen encoders in evaluation mode: their statistics and dropout are not ours."""
+        super().train(mode)
+        if getattr(self, "text_encoder", None) is not None:  # not there yet while the model is built
+            self.text_encoder.eval()
+        return self
+
     def encode_image(self, pixel_values: Float[Tensor, "batch channels height width"]) -> HyperbolicFeatures:
         """Features of all queries of each picture, parts `(B, Q, ...)`."""
         return self.project_queries(joint_states(self.blip2, self.vision_features(pixel_values))[0])
@@ -85,16 +94,25 @@ class Stage1Encoders(HyperBlip2Model):
         """Features of each caption, parts `(B, ...)`."""
         input_ids, attention_mask = self._plain_text(input_ids, attention_mask)
         self._check_text(input_ids, attention_mask)
-        return self._project_text(
-            joint_states(self.blip2, None, [Segment(input_ids, attention_mask, BIDIRECTIONAL)], queries=False)[0]
-        )
+        return self._project_text(self._text_states(input_ids, attention_mask))
 
     def project_queries(self, states: Float[Tensor, "batch queries width"]) -> HyperbolicFeatures:
         """Query states to hyperbolic space."""
         return self._lift(self.image_projector, self.blip2.vision_projection, states, "pixel_values")
 
+    def _text_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the contrastive loss knows of each caption `(n width)`: of the text encoder, or the state of [CLS]."""
+        if self.text_encoder is not None:
+            found = self.text_encoder(input_ids, attention_mask)
+            expected = (len(input_ids), self.blip2.text_projection.in_features)
+            if found.shape != expected:
+                raise ValueError(f"the text encoder must return states of shape {expected}, got {tuple(found.shape)}")
+            return found
+        segment = Segment(input_ids, attention_mask, BIDIRECTIONAL)
+        return joint_states(self.blip2, None, [segment], queries=False)[0][:, 0]
+
     def _project_text(self, states: Tensor) -> HyperbolicFeatures:
-        return self._lift(self.text_projector, self.blip2.text_projection, states[:, 0], "input_ids")
+        return self._lift(self.text_projector, self.blip2.text_projection, states, "input_ids")
 
     def similarity(
         self,
@@ -136,9 +154,8 @@ class Stage1Encoders(HyperBlip2Model):
         return self.blip2.itm_head(queries).mean(1).float()
 
     def _class_states(self, ids: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-        """States of [CLS] of captions `(n width)`, read part by part."""
-        segments = (Segment(*part, BIDIRECTIONAL) for part in zip(ids, masks, strict=True))
-        return torch.cat([joint_states(self.blip2, None, [s], queries=False)[0][:, 0] for s in segments])
+        """`_text_states` of captions, read part by part."""
+        return torch.cat([self._text_states(*part) for part in zip(ids, masks, strict=True)])
 
     def _plain_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The captions without the Q image tokens that a `Blip2Processor` with `num_query_tokens` puts before them."""

@@ -40,7 +40,10 @@ class SavedModel(PreTrainedModel):
     def _left_out(self) -> tuple[str, ...]:
         """Prefixes of parameters that a locator brings."""
         located = (("blip2.vision_model.module.", self.config.vision_locator),)
-        located += (("blip2.language_model.", self.config.language_locator),)
+        located += (
+            ("blip2.language_model.", self.config.language_locator),
+            ("text_encoder.", self.config.text_locator),
+        )
         return tuple(prefix for prefix, locator in located if locator)
 
     def save_pretrained(  # type: ignore[override]

@@ -198,11 +198,13 @@ class HyperBlip2ForPretraining(Stage1Start):
     ) -> tuple[Tensor | None, ...]:
         """States of the queries, of the language text, of the contrastive text and of the whole captions."""
         hyper = self.config.hyperbolic
-        segments = {"itc": Segment(*texts["itc"], BIDIRECTIONAL)}
+        own = self.text_encoder is None
+        segments = {"itc": Segment(*texts["itc"], BIDIRECTIONAL)} if own else {}
         if hyper.loss_weights["lm"]:
             ids, mask = texts["lm"]
             segments["lm"] = Segment(decoder_ids(ids, self.config.dec_token_id), mask, CAUSAL)
-        if hyper.loss_weights["entail"] and self._prunes and "itc" in hyper.rtp_targets:
+        pruned = bool(hyper.loss_weights["entail"]) and self._prunes and "itc" in hyper.rtp_targets
+        if pruned and own:
             segments["full"] = Segment(*texts["full"], BIDIRECTIONAL)
         if hyper.fused:
             queries, *rest = joint_states(self.blip2, image, list(segments.values()))
@@ -215,7 +217,11 @@ class HyperBlip2ForPretraining(Stage1Start):
                 for s in segments.values()
             ]
         found = dict(zip(segments, rest, strict=True))
-        return queries, found.get("lm"), found["itc"], found.get("full")
+        if own:
+            full = found["full"][:, 0] if pruned else None
+            return queries, found.get("lm"), found["itc"][:, 0], full
+        full = self._text_states(*texts["full"]) if pruned else None
+        return queries, found.get("lm"), self._text_states(*texts["itc"]), full
 
     def _itm_loss(
         self,

@@ -36,19 +36,20 @@ def apply_map(affine: Affine, x: Float[Tensor, "rows width"]) -> Float[Tensor, "
     return x @ affine.weight.mT + affine.bias
 
 
-def whitened_components(x: Float[Tensor, "rows width"], dim: int) -> Affine:
+def whitened_components(x: Float[Tensor, "rows width"], dim: int, floor: float = FLOOR) -> Affine:
     """The map onto the leading principal components, each divided by its deviation plus a floor; mean norm sqrt(dim).
 
     Args:
         x: in double precision, not all rows equal.
         dim: number of components; those beyond the width are 0.
+        floor: in units of the largest deviation.
     """
     mean = x.mean(0)
     centred = x - mean
     variance, axes = torch.linalg.eigh(centred.mT @ centred / len(x))
     deviation = variance.clamp_min(0).sqrt().flip(0)[:dim]
     weight = x.new_zeros(dim, x.shape[1])
-    weight[: len(deviation)] = axes.flip(1)[:, :dim].mT / (deviation + FLOOR * deviation[0])[:, None]
+    weight[: len(deviation)] = axes.flip(1)[:, :dim].mT / (deviation + floor * deviation[0])[:, None]
     return _of_norm(Affine(weight, -weight @ mean), x)
 
 

@@ -1,6 +1,7 @@
 """The parts of a small BLIP-2 whose weights are on the Python package index, under hyper-blip's locators.
 
-"pip-vision:lite0-map" is the last feature map of EfficientNet-Lite0 (Tan and Le, 2019), "pip-lm:smollm2" is
+"pip-vision:lite0-map" is the last feature map of EfficientNet-Lite0 (Tan and Le, 2019), "pip-vision:lite0-map-2x2" the means of its
+squares of four, "pip-text:minilm" all-MiniLM-L6-v2 as a frozen reader of captions, "pip-lm:smollm2" is
 SmolLM2-135M-Instruct (Ben Allal et al., 2025); the Q-Former starts from all-MiniLM-L6-v2 (Wang et al., 2020), as BLIP-2's from
 BERT.
 """
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoTokenizer, BertConfig, Blip2Processor, Blip2QFormerConfig, BlipImageProcessor
 
 from app_data.store.assets import asset_path
 from app_data.store.errors import DataError
-from app_data.weights.lite0_minilm import lite0
+from app_data.weights.lite0_minilm import MiniLM, lite0
 from app_data.weights.smollm2 import load_smollm2, smollm2_folder
 from hyper_blip import (
     HyperBlip2Config,
@@ -34,8 +36,10 @@ __all__ = [
     "IMAGE_TOKEN",
     "LANGUAGE",
     "PROMPT",
+    "TEXT",
     "VISION",
     "Lite0Map",
+    "SentenceStates",
     "caption_ids",
     "kept_layers",
     "language_tokenizer",
@@ -45,7 +49,7 @@ __all__ = [
     "text_tokenizer",
 ]
 
-VISION, LANGUAGE = "pip-vision:lite0-map", "pip-lm:smollm2"
+VISION, LANGUAGE, TEXT = "pip-vision:lite0-map", "pip-lm:smollm2", "pip-text:minilm"
 _WIDTH = 1280
 # A control token of SmolLM2 that no text holds marks the places of the queries.
 IMAGE_TOKEN = "<file_sep>"
@@ -57,15 +61,19 @@ class Lite0Map(nn.Module):
     """EfficientNet-Lite0's last feature map as tokens: one for each 32 x 32 pixels.
 
     Feature maps that were computed before pass through, so that a frozen encoder runs once for each picture.
+
+    Args:
+        pool: side of the squares of the map whose mean becomes one token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: int = 1) -> None:
         super().__init__()
-        self.trunk = lite0(0)
+        self.trunk, self.pool = lite0(0), pool
 
     def feature_map(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1280 rows columns"]:
         """The feature map of preprocessed pictures (see `lite0_preprocess`)."""
-        return self.trunk.forward_features(pixels)
+        found = self.trunk.forward_features(pixels)
+        return found if self.pool == 1 else F.avg_pool2d(found, self.pool)
 
     def forward(self, pixels: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch patches 1280"]:
         """Tokens of pictures (3 channels) or of their feature maps (1,280 channels)."""
@@ -73,10 +81,44 @@ class Lite0Map(nn.Module):
         return found.flatten(2).mT.contiguous()
 
 
+class SentenceStates(nn.Module):
+    """all-MiniLM-L6-v2 as a frozen reader of captions: the mean of its token states, scaled to unit length.
+
+    It keeps what it has read, so that it runs once for each caption and each pruned form of one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = MiniLM()
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids: Int[Tensor, "texts tokens"], attention_mask: Int[Tensor, "texts tokens"]
+    ) -> Float[Tensor, "texts 384"]:
+        """States of captions given as token ids."""
+        kept = attention_mask.bool().cpu()
+        rows = [tuple(row[mask].tolist()) for row, mask in zip(input_ids.cpu(), kept, strict=True)]
+        new = sorted({row for row in rows if row not in self._known}, key=lambda row: (len(row), row))
+        for start in range(0, len(new), 256):
+            part = new[start : start + 256]
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], batch_first=True)
+            mask = torch.tensor([[int(i < len(row)) for i in range(ids.shape[1])] for row in part])
+            states = self.reader.read(ids.to(input_ids.device), mask.to(input_ids.device))
+            self._known.update(zip(part, states.cpu(), strict=True))
+        return torch.stack([self._known[row] for row in rows]).to(input_ids.device)
+
+
 def _vision(name: str) -> nn.Module:
-    if name != "lite0-map":
-        raise DataError(f"unknown vision encoder 'pip-vision:{name}': use {VISION}")
-    return Lite0Map()
+    if name not in ("lite0-map", "lite0-map-2x2"):
+        raise DataError(f"unknown vision encoder 'pip-vision:{name}': use {VISION} or {VISION}-2x2")
+    return Lite0Map(2 if name.endswith("2x2") else 1)
+
+
+def _text(name: str) -> nn.Module:
+    if name != "minilm":
+        raise DataError(f"unknown text encoder 'pip-text:{name}': use {TEXT}")
+    return SentenceStates()
 
 
 def _language(name: str) -> nn.Module:
@@ -87,6 +129,7 @@ def _language(name: str) -> nn.Module:
 
 register_locator("pip-vision", _vision)
 register_locator("pip-lm", _language)
+register_locator("pip-text", _text)
 
 
 def _minilm_folder() -> Path:
@@ -120,13 +163,24 @@ def mini_processor(tokenizer: Any, size: int) -> Blip2Processor:
     return Blip2Processor(BlipImageProcessor(size={"height": size, "width": size}, **scaling), deepcopy(tokenizer))
 
 
-def mini_config(hyperbolic: HyperbolicConfig, num_queries: int = 16, num_layers: int = 6) -> HyperBlip2Config:
+def mini_config(
+    hyperbolic: HyperbolicConfig,
+    num_queries: int = 16,
+    num_layers: int = 6,
+    *,
+    width: int = 256,
+    pool: int = 1,
+    text_locator: str = "",
+) -> HyperBlip2Config:
     """The configuration of the small model.
 
     Args:
         hyperbolic: its hyperbolic settings.
         num_queries: Q.
         num_layers: how many of MiniLM's six layers the Q-Former takes, see `kept_layers`.
+        width: dimension of the features of both sides.
+        pool: side of the squares of the feature map whose mean is one token, 1 or 2.
+        text_locator: who reads the captions for the contrastive loss, `TEXT` or "" for the Q-Former.
     """
     bert = BertConfig.from_pretrained(_minilm_folder(), local_files_only=True)
     qformer = Blip2QFormerConfig(
@@ -137,12 +191,13 @@ def mini_config(hyperbolic: HyperbolicConfig, num_queries: int = 16, num_layers:
         intermediate_size=bert.intermediate_size,
         max_position_embeddings=64,
     )
-    blip2 = external_vision_config(_WIDTH, qformer, num_query_tokens=num_queries, image_text_hidden_size=256)
+    blip2 = external_vision_config(_WIDTH, qformer, num_query_tokens=num_queries, image_text_hidden_size=width)
     tokenizer = text_tokenizer()
     return HyperBlip2Config(
         blip2,
         hyperbolic,
-        vision_locator=VISION,
+        vision_locator=VISION if pool == 1 else f"{VISION}-{pool}x{pool}",
+        text_locator=text_locator,
         cls_token_id=tokenizer.cls_token_id,
         sep_token_id=tokenizer.sep_token_id,
         dec_token_id=bert.vocab_size,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -192,12 +192,18 @@ class MiniLM(nn.Module):
         for start in range(0, len(order), batch_size):
             batch = self.tokenize([texts[i] for i in order[start : start + batch_size]])
             batch = {name: value.to(device) for name, value in batch.items()}
-            states = self.bert(**batch).last_hidden_state
-            mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
-            parts.append((states * mask).sum(1) / mask.sum(1))
+            parts.append(self.read(**batch))
         inverse = torch.empty(len(order), dtype=torch.int64)
         inverse[torch.tensor(order)] = torch.arange(len(order))
-        return nn.functional.normalize(torch.cat(parts)[inverse.to(device)], dim=-1)
+        return torch.cat(parts)[inverse.to(device)]
+
+    def read(
+        self, input_ids: Int[Tensor, "texts tokens"], attention_mask: Int[Tensor, "texts tokens"]
+    ) -> Float[Tensor, "texts 384"]:
+        """Embed texts given as token ids, in one pass."""
+        states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        return nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 def imagenet_class_names() -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 __all__ = [
+    "after_prompt",
     "bleu",
     "bleu_counts",
     "bleu_of",
@@ -88,6 +89,27 @@ def ptb_like_tokenize(text: str) -> list[str]:
         elif token not in _PUNCTUATION:
             tokens.append(_BRACKETS.get(token, token))
     return tokens
+
+
+def after_prompt(text: str, prompt: str) -> str:
+    """What a caption says beyond the prompt that was given with the picture.
+
+    A caption that repeats its prompt is paid for words that it did not find: among captions that all begin with "a picture of",
+    one of another picture has a BLEU-4 of 0.6.
+
+    Args:
+        text: a caption.
+        prompt: what it may begin with.
+
+    Returns:
+        The rest; the whole of a caption that begins otherwise.
+
+    >>> after_prompt("a picture of a cat", "a picture of")
+    'a cat'
+    """
+    begun = prompt.strip()
+    whole = text.strip() + " "
+    return whole.removeprefix(begun + " ").strip() if begun else text.strip()
 
 
 def bleu(references: References, hypotheses: Hypotheses, max_n: int = 4) -> tuple[float, ...]:

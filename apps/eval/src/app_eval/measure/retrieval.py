@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from app_data.sets.captions import CaptionSet
 from app_data.weights.blip2 import caption_ids
 from app_data.weights.lite0_minilm import lite0_preprocess, to_uint8
-from app_eval.measure.captions import score_captions
+from app_eval.measure.captions import after_prompt, cider_d, score_captions
 from hier_losses import Taxonomy
 from hyper_blip import HyperBlip2ForPretraining, kendall, radius_report, recall_at_k, spearman
 from hyper_blip import retrieval_scores as pair_scores
@@ -61,7 +61,7 @@ def retrieval(
     Returns:
         Numbers for JSON. `hits` says of each picture whether its first answer was right, `max_softmax` is a control of the radius;
         `cosine` is recall by the cosine of the same features where another similarity was trained, `commonest_answer` the share of
-        pictures whose first answer is the one text that most of them have.
+        pictures whose first answer is the one text that most of them have; `matching` see `matching_share`.
     """
     chosen = [captions[:1] if first_only else captions for captions in data.captions]
     texts = [caption for captions in chosen for caption in captions]
@@ -81,8 +81,12 @@ def retrieval(
     if k_test:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fewer texts than k_test in a trial
-            both = pair_scores(model, maps, ids, k_test)
-        found["itm"] = recall_at_k(both.image_to_text, owner.tolist(), own, scores_t2i=both.text_to_image)
+            i2t, t2i = pair_scores(model, maps, ids, k_test, "itm")
+        share = matching_share(i2t, torch.from_numpy(owner))
+        found["matching"] = None if np.isnan(share) else share
+        if model.config.hyperbolic.eval_similarity == "cosine":  # as LAVIS re-ranks
+            i2t, t2i = i2t + itc, t2i + itc
+        found["itm"] = recall_at_k(i2t, owner.tolist(), own, scores_t2i=t2i)
     if data.taxonomy is not None:
         found["levels"] = levels(itc, data.targets, owner, data.taxonomy)
     right = torch.zeros(len(data), len(texts), dtype=torch.bool)
@@ -91,6 +95,28 @@ def retrieval(
     tau = model.temperature().item()
     found["max_softmax"] = (itc / tau).softmax(1).amax(1).tolist()
     return found
+
+
+def matching_share(scores: Tensor, owner: Tensor) -> float:
+    """How often the matching head puts a picture's own text above a wrong candidate: the area under its ROC curve.
+
+    Args:
+        scores: matching logits `(pictures texts)`, -inf where a text is no candidate.
+        owner: the picture of each text.
+
+    Returns:
+        The mean over pictures with an own and a wrong candidate, ties counting half; 0.5 is chance, NaN if there is no such picture.
+
+    >>> inf = torch.inf
+    >>> matching_share(torch.tensor([[2.0, 1.0, 3.0], [4.0, -inf, 0.0]]), torch.arange(3))
+    0.5
+    """
+    own = owner[None, :] == torch.arange(len(scores))[:, None]
+    best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    wrong = scores.isfinite() & ~own
+    above = ((best > scores).double() + 0.5 * (best == scores).double()) * wrong
+    kept = (best[:, 0] > -torch.inf) & wrong.any(1)
+    return (above.sum(1) / wrong.sum(1))[kept].mean().item()
 
 
 def answers(found: Mapping[str, Any]) -> dict[str, float]:
@@ -201,24 +227,43 @@ def radii(
     return report
 
 
-def caption_scores(data: CaptionSet, captions: Sequence[str], rows: Sequence[int]) -> dict[str, float]:
-    """BLEU, ROUGE-L and CIDEr of captions of the pictures `rows`.
+def caption_scores(
+    data: CaptionSet,
+    captions: Sequence[str],
+    rows: Sequence[int],
+    *,
+    prompt: str,
+    controls: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """BLEU, ROUGE-L and CIDEr of what captions of the pictures `rows` say after the prompt, which every reference begins with.
 
-    Beside them "exact", the share that is one of the picture's captions; "distinct", different captions as a share of all; and
-    the control "cider_other", CIDEr of the same captions if each is that of the picture half a list away.
+    Args:
+        data: the pictures and their captions.
+        captions: one for each row, with or without the prompt.
+        rows: which pictures.
+        prompt: is given with a picture, so that it earns nothing.
+        controls: further captions of the same pictures, by name, such as those of other pictures.
+
+    Returns:
+        The scores; "exact", the share that is one of the picture's captions; "distinct", different captions as a share of all;
+        under "controls" the scores of these, and under "each" CIDEr of every picture, for intervals: "own" and the controls.
     """
-    references = {str(data.ids[i]): list(data.captions[i]) for i in rows}
-
-    def score(texts: Sequence[str]) -> dict[str, float]:
-        return score_captions(references, {str(data.ids[i]): t or "." for i, t in zip(rows, texts, strict=True)})
-
-    half = len(captions) // 2
-    exact = [text in data.captions[i] for i, text in zip(rows, captions, strict=True)]
+    keys = [str(data.ids[i]) for i in rows]
+    references = {key: [after_prompt(t, prompt) for t in data.captions[i]] for key, i in zip(keys, rows, strict=True)}
+    said = {"own": captions, **(controls or {})}
+    plain = {
+        name: dict(zip(keys, (after_prompt(t, prompt) or "." for t in texts), strict=True))
+        for name, texts in said.items()
+    }
+    scores = {name: score_captions(references, texts) for name, texts in plain.items()}
+    each = {name: [round(x, 4) for x in cider_d(references, texts).values()] for name, texts in plain.items()}
+    exact = [plain["own"][key] in references[key] for key in keys]
     return {
-        **score(captions),
+        **scores.pop("own"),
         "exact": float(np.mean(exact)),
-        "distinct": len(set(captions)) / len(captions),
-        "cider_other": score([*captions[half:], *captions[:half]])["cider"],
+        "distinct": len(set(plain["own"].values())) / len(captions),
+        "controls": scores,
+        "each": each,
     }
 
 
@@ -227,6 +272,7 @@ __all__ = [
     "caption_scores",
     "feature_maps",
     "image_radius",
+    "matching_share",
     "radii",
     "retrieval",
     "text_radius",

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from app_train.core.config import RunConfig, StageConfig
+from app_train.core.config import Frozen, RunConfig, StageConfig
 
 LossName = Literal["itc", "itm", "lm"]
 RowName = Literal["euclidean", "cosine", "lorentz", "poincare", "mix", "lorentz_max", "lorentz_whole", "lorentz_plain"]
@@ -31,6 +31,24 @@ class FirstStage(StageConfig):
     weight_decay: float = Field(0.05, ge=0)
 
 
+class MatchStage(StageConfig):
+    """All losses after the contrastive one; without epochs, stage 1 has all of them from its first step."""
+
+    epochs: int = Field(0, ge=0)
+    lr: float = Field(1e-4, gt=0)
+    batch_size: int = Field(32, ge=1)
+    weight_decay: float = Field(0.05, ge=0)
+
+
+class Temperatures(Frozen):
+    """The temperature of the contrastive loss: distances and cosines differ in scale, so each may start elsewhere."""
+
+    cosine: float = Field(0.07, gt=0.01, lt=0.5)
+    distance: float = Field(0.07, gt=0.01, lt=0.5)
+    lr: float | None = Field(None, gt=0)
+    """Its own peak rate; that of the stage if not given."""
+
+
 class SecondStage(StageConfig):
     """The queries as a prefix of the language model."""
 
@@ -38,6 +56,8 @@ class SecondStage(StageConfig):
     lr: float = Field(2e-4, gt=0)
     batch_size: int = Field(8, ge=1)
     weight_decay: float = Field(0.05, ge=0)
+    pictures: int | None = Field(None, ge=1)
+    """Pictures of an epoch, by chance; all if not given."""
 
 
 class BlipMiniConfig(RunConfig):
@@ -50,24 +70,40 @@ class BlipMiniConfig(RunConfig):
     """Rows to train."""
     artists: tuple[str, ...] = ("openmoji", "noto-300", "noto-700")
     """Artists to train on."""
+    test_artist: str = "twemoji"
+    """Artist to test on. To choose settings, take an artist out of those to train on and name it here."""
     size: int = Field(128, ge=32)
     """Height and width of the pictures in pixels."""
     limit: int | None = Field(None, ge=2)
     """Use the pictures of this many leaves only, spread over the taxonomy (for trials)."""
     losses: tuple[LossName, ...] = ("itc", "itm", "lm")
     """Losses of stage 1; without "itm" nothing is re-ranked, and the contrastive loss alone is four times cheaper."""
-    start: Literal["pairs", "fresh"] = "pairs"
-    """Start of both stages: "pairs" ties queries to captions, then to the language model's words, by least squares; "fresh"
-    leaves that to the losses."""
+    start: Literal["pairs", "linear", "fresh"] = "pairs"
+    """Start of both stages: "pairs" ties queries to captions, then to the language model's words, by least squares; "linear"
+    does so with silent feed-forward nets, and damps the captions' components less; "fresh" leaves that to the losses."""
+    temperature: Temperatures = Temperatures()
     stage1: FirstStage = FirstStage()
+    match: MatchStage = MatchStage()
     stage2: SecondStage = SecondStage()
+    captioned: tuple[RowName, ...] = tuple(ROWS)
+    """Rows that go on to stage 2, if it has epochs; an epoch of it costs more than all of stage 1."""
     num_queries: int = Field(4, ge=1)
     num_layers: int = Field(2, ge=1, le=6)
     """How many of MiniLM's layers the Q-Former takes: the first and the last ones."""
+    width: int = Field(256, ge=8)
+    """Dimension of the features of pictures and texts."""
+    text: Literal["qformer", "minilm"] = "qformer"
+    """Who reads captions for the contrastive loss: the Q-Former, or MiniLM as it is, whose mean states are kept."""
+    pool: Literal[1, 2] = 1
+    """Side of the squares of the picture's feature map whose mean is one token."""
+    views: int = Field(1, ge=1, le=3)
+    """Views of every training picture, one by chance in each epoch: as it is, mirrored, cropped."""
     max_tokens: int = Field(10, ge=4, le=64)
     """Tokens of a caption."""
     k_test: int = Field(16, ge=1)
     """Candidates that the matching head scores."""
+    radius: bool = True
+    """Report what the radius follows; it takes the features of cropped and blurred pictures."""
     num_captions: int = Field(100, ge=0)
     """Test pictures that are captioned."""
     coco_mini: Path | None = None
