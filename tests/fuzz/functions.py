@@ -61,7 +61,7 @@ def fuzz(function: Callable, count: int, seed: int = 0) -> Found | None:
                 if not str(error).strip():
                     found.wrong.setdefault(type(error).__name__, f"call {number}: an error without a message")
                 found.refused += 1
-            except (NotImplementedError, ImportError):
+            except (NotImplementedError, ImportError, OSError):  # what reads files says which
                 found.refused += 1
             except Exception as error:
                 kind = f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"

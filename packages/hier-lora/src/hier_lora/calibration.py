@@ -30,8 +30,11 @@ def fit_temperatures(logits: Float[Tensor, "batch nodes"], target: Tensor, tax: 
         One temperature a level, top first, in [0.01, 100]; 1 where no picture has a label.
 
     Raises:
-        ValueError: if there is no picture, or logits and target differ in number.
+        ValueError: if there is no picture, logits and target differ in number, or target holds no node ids.
     """
+    if logits.ndim != 2 or logits.shape[1] != tax.num_nodes:
+        raise ValueError(f"logits must have a shape (batch, {tax.num_nodes}), got {tuple(logits.shape)}")
+    _check_ids("target", target, tax.num_nodes)
     if len(logits) == 0 or len(logits) != len(target):
         raise ValueError(
             f"logits and target must hold the same number of pictures, at least 1, got {len(logits)} and {len(target)}"
@@ -47,6 +50,13 @@ def fit_temperatures(logits: Float[Tensor, "batch nodes"], target: Tensor, tax: 
         column = torch.searchsorted(classes, paths[known, level])
         found.append(fit_temperature(scores, column))
     return torch.tensor(found)
+
+
+def _check_ids(name: str, ids: Tensor, num: int) -> None:
+    if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must hold one integer for each picture, got {ids.dtype} of shape {tuple(ids.shape)}")
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num):
+        raise ValueError(f"{name} must lie in [0, {num}), got {int(ids.min())}..{int(ids.max())}")
 
 
 def guarded(temperatures: Float[Tensor, " levels"]) -> Float[Tensor, " levels"] | None:
@@ -70,7 +80,15 @@ def fit_temperature(scores: Float[Tensor, "batch classes"], column: Tensor) -> f
 
     Returns:
         A number in [0.01, 100]; 1 where no picture counts.
+
+    Raises:
+        ValueError: if scores are no matrix, or column does not hold one class for each row.
     """
+    if scores.ndim != 2 or column.shape != scores.shape[:1]:
+        raise ValueError(
+            f"scores (batch, classes) and column (batch,) must agree, got {tuple(scores.shape)} and {tuple(column.shape)}"
+        )
+    _check_ids("column", column, scores.shape[1])
     scores = scores.detach().double()
     possible = scores.gather(1, column[:, None]).squeeze(1) > -torch.inf
     # The lowest number has no mass either, and times 0 it is 0.

@@ -77,10 +77,15 @@ def sample_nodes(target: Int[Tensor, " batch"], tax: Taxonomy, num_negatives: in
     Returns:
         Ascending node ids and their weights.
 
+    Raises:
+        ValueError: a target that holds no integers.
+
     >>> tax = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b", "z"), ("b", "w")])
     >>> sample_nodes(torch.tensor([2]), tax, 0).nodes.tolist()
     [0, 1, 2, 3]
     """
+    if target.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"target must hold integer node ids, got {target.dtype}")
     path = tax.paths[target]
     groups = torch.unique(tax.parent[path[path >= 0]] + 1)
     kept = torch.isin(tax.parent + 1, groups)

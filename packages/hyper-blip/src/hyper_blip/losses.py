@@ -127,6 +127,17 @@ def _exact_pairs(
     )
 
 
+def _check_labels(labels: Tensor, num: int) -> None:
+    """ValueError unless the labels are integers that name classes, or `IGNORED`; on a GPU the values are the kernel's to check."""
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        return
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= num))]
+    if wrong.numel():
+        raise ValueError(f"labels must lie in [0, {num}) or be {IGNORED}, got {int(wrong[0])}")
+
+
 def image_text_matching_loss(
     logits: Float[Tensor, "rows 2"], labels: Int[Tensor, " rows"], weights: Float[Tensor, " rows"] | None = None
 ) -> Float[Tensor, ""]:
@@ -141,7 +152,17 @@ def image_text_matching_loss(
 
     Returns:
         The weighted mean, at least 0.
+
+    Raises:
+        ValueError: shapes that do not agree, or labels that are not 0 or 1.
     """
+    if logits.ndim != 2 or logits.shape[1] != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits (rows, 2) and labels (rows,) must agree, got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    if weights is not None and weights.shape != labels.shape:
+        raise ValueError(f"weights must have shape {tuple(labels.shape)}, got {tuple(weights.shape)}")
+    _check_labels(labels, 2)
     if weights is None:
         return F.cross_entropy(logits.float(), labels)
     return (weights * F.cross_entropy(logits.float(), labels, reduction="none")).sum() / weights.sum()
@@ -161,7 +182,18 @@ def text_generation_loss(
 
     Returns:
         The mean over counted tokens.
+
+    Raises:
+        ValueError: shapes that do not agree, or labels outside the vocabulary, or a smoothing outside [0, 1].
     """
+    if logits.ndim != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"logits (batch, tokens, vocabulary) and labels (batch, tokens) must agree, got {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    _check_labels(labels, logits.shape[2])
     flat = logits[:, :-1].float().flatten(0, 1)
     return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, label_smoothing=label_smoothing)
 
@@ -185,7 +217,12 @@ def entailment_loss(
 
     Returns:
         In [0, pi]; 0 if every point lies in its cone.
+
+    Raises:
+        ValueError: an unknown manifold, or shapes that do not broadcast.
     """
+    if manifold not in DEPTH:
+        raise ValueError(f"manifold must be one of {tuple(DEPTH)}, got {manifold!r}")
     with torch.autocast(apex.device.type, enabled=False):
         a, b = (lorentz.exp_map0(DEPTH[manifold] * v, c=c) for v in (apex, point))
         return cones.entailment_loss(a, b, c=c, min_radius=min_radius)

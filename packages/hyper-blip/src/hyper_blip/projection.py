@@ -133,6 +133,8 @@ class HyperbolicProjector(nn.Module):
 
 def lift(u: Tensor, c: Tensor | float, manifold: str, max_radius: float | None) -> HyperbolicFeatures:
     """Clip tangent vectors `(*batch dim)` and map them to the manifold; see `HyperbolicProjector`."""
+    if manifold not in DEPTH:
+        raise ValueError(f"manifold must be one of {tuple(DEPTH)}, got {manifold!r}")
     depth = DEPTH[manifold]
     if max_radius is None:
         v, clipped = u, torch.zeros(u.shape[:-1], dtype=torch.bool, device=u.device)
@@ -163,9 +165,19 @@ def ball_radius(radius: Float[Tensor, "*batch"], c: Tensor | float = 1.0) -> Flo
     Returns:
         Norms `(*batch)` in [0, 1/sqrt(c)].
 
+    Raises:
+        ValueError: c does not broadcast with radius.
+
     >>> ball_radius(torch.tensor(1.0, dtype=torch.float64))
     tensor(0.4621, dtype=torch.float64)
     """
+    if isinstance(c, Tensor):
+        try:
+            torch.broadcast_shapes(c.shape, radius.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"c must broadcast with radius, got shapes {tuple(c.shape)} and {tuple(radius.shape)}"
+            ) from None
     k = c**0.5
     return (0.5 * k * radius).tanh() / k
 

@@ -43,7 +43,13 @@ def whitened_components(x: Float[Tensor, "rows width"], dim: int, floor: float =
         x: in double precision, not all rows equal.
         dim: number of components; those beyond the width are 0.
         floor: in units of the largest deviation.
+
+    Raises:
+        ValueError: x is no matrix with different rows, or dim < 1.
     """
+    if x.ndim != 2 or dim < 1:
+        raise ValueError(f"x must be a matrix and dim at least 1, got shape {tuple(x.shape)} and {dim}")
+    check_varied("x", x)
     mean = x.mean(0)
     centred = x - mean
     variance, axes = torch.linalg.eigh(centred.mT @ centred / len(x))
@@ -60,7 +66,16 @@ def ridge_map(x: Float[Tensor, "rows width"], targets: Float[Tensor, "rows dim"]
         x: in double precision, not all rows equal.
         targets: what x should be mapped to.
         ridge: penalty in units of the mean variance of x.
+
+    Raises:
+        ValueError: no two matrices of so many rows and one dtype, or rows of x that are all equal.
     """
+    if x.ndim != 2 or targets.ndim != 2 or len(x) != len(targets) or x.dtype != targets.dtype:
+        raise ValueError(
+            f"x and targets must be matrices of as many rows and one dtype, got {x.dtype} {tuple(x.shape)} and {targets.dtype} "
+            f"{tuple(targets.shape)}"
+        )
+    check_varied("x", x)
     mean, aim = x.mean(0), targets.mean(0)
     centred = x - mean
     gram = centred.mT @ centred
@@ -82,12 +97,21 @@ def mean_words(
         Means in double precision; the plain mean of a row whose words are all in every row.
 
     Raises:
-        ValueError: a row without a token.
+        ValueError: a row without a token, or a token that table does not hold.
     """
+    if labels.ndim != 2 or labels.dtype != torch.int64 or table.ndim != 2:
+        raise ValueError(
+            f"labels must be int64 (rows, tokens) and table (vocabulary, width), got {labels.dtype} {tuple(labels.shape)} and "
+            f"{tuple(table.shape)}"
+        )
     kept = labels != IGNORED
     empty = (~kept.any(1)).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(f"labels must hold a token in every row, got none in {empty[:6]}")
+    if len(labels) and (int(labels[kept].min()) < 0 or int(labels[kept].max()) >= len(table)):
+        raise ValueError(
+            f"labels must lie in [0, {len(table)}), got {int(labels[kept].min())}..{int(labels[kept].max())}"
+        )
     row = kept.nonzero()[:, 0]
     used, word = torch.unique(labels[kept], return_inverse=True)
     # A word counts once in a row, however often it stands there.

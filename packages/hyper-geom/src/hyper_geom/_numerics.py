@@ -121,6 +121,14 @@ def _broadcast(shapes: list[torch.Size]) -> torch.Size | None:
         return None
 
 
+def check_numbers(name: str, value: Any, *shapes: torch.Size) -> None:
+    """ValueError if a tensor of numbers does not broadcast with these leading dimensions."""
+    if isinstance(value, Tensor) and _broadcast([value.shape, *shapes]) is None:
+        raise ValueError(
+            f"{name} must broadcast with {', '.join(str(tuple(shape)) for shape in shapes)}, got shape {tuple(value.shape)}"
+        )
+
+
 def broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
     """Whether a tensor of this shape can be expanded to the target's."""
     return _broadcast([shape, target]) == target

@@ -213,6 +213,8 @@ def to_svg(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-1.03 -1.03 2.06 2.06" width="{size}" height="{size}">',
         '<circle cx="0" cy="0" r="1" fill="#ffffff" stroke="#555555" stroke-width="0.006"/>',
     ]
+    if edges is not None and (edges.ndim != 2 or edges.shape[1] != 2 or edges.is_floating_point()):
+        raise ValueError(f"edges must be integer pairs (e 2), got {edges.dtype} {tuple(edges.shape)}")
     if edges is not None and len(edges):
         t = torch.linspace(0, 1, 17, dtype=torch.float64)
         a, b = points[edges[:, 0]].unsqueeze(1), points[edges[:, 1]].unsqueeze(1)

@@ -52,14 +52,19 @@ class TreeFit(NamedTuple):
     cone_recall: float
 
 
-def _parents(edges: Tensor, num: int) -> list[int]:
-    """Each node's parent, -1 at the root."""
+def _check_edges(edges: Tensor, num: int) -> None:
+    """ValueError unless these are pairs of so many nodes."""
     if edges.ndim != 2 or edges.shape[1] != 2 or edges.dtype != torch.int64:
         raise ValueError(
             f"edges must be an int64 tensor (e 2) of (parent, child), got {edges.dtype} {tuple(edges.shape)}"
         )
     if edges.numel() and (int(edges.min()) < 0 or int(edges.max()) >= num):
         raise ValueError(f"edges must name nodes in 0..{num - 1}, got {int(edges.min())}..{int(edges.max())}")
+
+
+def _parents(edges: Tensor, num: int) -> list[int]:
+    """Each node's parent, -1 at the root."""
+    _check_edges(edges, num)
     parent = [-1] * num
     for a, b in edges.tolist():
         if parent[b] != -1:
@@ -233,7 +238,19 @@ def distortion(distances: Float[Tensor, "n n"], target: Float[Tensor, "n n"]) ->
 
     Returns:
         The mean, >= 0, and the worst case, >= 1.
+
+    Raises:
+        ValueError: shapes that differ or are no square of at least two nodes.
     """
+    if (
+        distances.ndim != 2
+        or distances.shape != distances.mT.shape
+        or distances.shape != target.shape
+        or len(target) < 2
+    ):
+        raise ValueError(
+            f"distances and target must share a shape (n, n), n >= 2, got {tuple(distances.shape)} and {tuple(target.shape)}"
+        )
     rows, columns = torch.triu_indices(len(target), len(target), offset=1)
     ratio = distances.double()[rows, columns] / target.double()[rows, columns]
     scale = ratio.sum() / ratio.square().sum().clamp(min=1e-300)
@@ -250,10 +267,16 @@ def reconstruction_map(distances: Float[Tensor, "n n"], edges: Tensor) -> float:
     Returns:
         In (0, 1]; 1 where every neighbour is nearer than every other node.
 
+    Raises:
+        ValueError: distances that are no square, or edges that are no pairs of its nodes.
+
     >>> reconstruction_map(torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 2.0], [1.0, 2.0, 0.0]]), torch.tensor([[0, 1], [0, 2]]))
     1.0
     """
+    if distances.ndim != 2 or distances.shape != distances.mT.shape:
+        raise ValueError(f"distances must have a shape (n, n), got {tuple(distances.shape)}")
     num = len(distances)
+    _check_edges(edges, num)
     neighbour = torch.zeros(num, num, dtype=torch.bool, device=distances.device)
     neighbour[edges[:, 0], edges[:, 1]] = neighbour[edges[:, 1], edges[:, 0]] = True
     away = distances.clone().fill_diagonal_(torch.inf)
@@ -263,11 +286,13 @@ def reconstruction_map(distances: Float[Tensor, "n n"], edges: Tensor) -> float:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two vectors, ties at their mean rank.
+    """Spearman's rank correlation of two vectors, ties at their mean rank; ValueError if they differ in length.
 
     >>> round(rank_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.1, 0.2, 0.3])), 6)
     1.0
     """
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"a and b must be vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}")
 
     def ranks(x: Tensor) -> Tensor:
         _, inverse, counts = x.double().unique(return_inverse=True, return_counts=True)
@@ -308,7 +333,12 @@ def cone_scores(
 
     Returns:
         Precision (NaN where no cone holds another point) and recall.
+
+    Raises:
+        ValueError: points that are no matrix, or edges that make no tree of them.
     """
+    if points.ndim != 2:
+        raise ValueError(f"points must have a shape (n, dim), got {tuple(points.shape)}")
     held = is_entailed(
         points.unsqueeze(1), points, c=c, model=model, min_radius=min_radius, aperture_scale=aperture_scale
     )

@@ -253,13 +253,33 @@ def augment_qk(
         q', k', v', of width d + z rounded up to a multiple of 8.
 
     Raises:
-        ValueError: there are more queries than keys and no query_segments.
+        ValueError: there are more queries than keys and no query_segments, or shapes that do not agree, or (on the CPU) a segment
+            that the table does not have.
     """
+    num = table.shape[-1]
+    batched = (
+        table.ndim == 4 and table.shape[0] == len(q) and table.shape[1] in (1, q.shape[1]) and table.shape[2] == num
+    )
+    if not batched or segments.shape != (len(k), k.shape[2]) or len(k) != len(q):
+        raise ValueError(
+            f"table (b, h or 1, z, z) and segments (b, s) must fit q and k, got {tuple(table.shape)} and {tuple(segments.shape)} for "
+            f"{tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if q.shape[1] % max(1, k.shape[1]) or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"q, k and v must share heads and keys, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    for name, found in (("segments", segments), ("query_segments", query_segments)):
+        if found is None or found.device.type != "cpu" or torch.compiler.is_compiling() or not found.numel():
+            continue
+        if int(found.min()) < 0 or int(found.max()) >= num:
+            raise ValueError(f"{name} must lie in [0, {num}), got {int(found.min())}..{int(found.max())}")
     if query_segments is None:
         if q.shape[2] > k.shape[2]:
             raise ValueError(f"query_segments must be given for {q.shape[2]} queries and {k.shape[2]} keys, got None")
         query_segments = segments[:, k.shape[2] - q.shape[2] :]
-    num = table.shape[-1]
+    if query_segments.shape != (len(q), q.shape[2]):
+        raise ValueError(f"query_segments must have shape {(len(q), q.shape[2])}, got {tuple(query_segments.shape)}")
     pad = -(q.shape[-1] + num) % 8
     batch = torch.arange(len(q), device=q.device).unsqueeze(-1)
     extra_q = table[batch, :, query_segments].permute(0, 2, 1, 3).expand(*q.shape[:3], num) / scaling

@@ -23,6 +23,21 @@ def check_positive(name: str, value: float | Tensor) -> None:
     raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
+def check_single(name: str, value: float | Tensor) -> None:
+    """Raise ValueError unless a tensor has one element."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+
+
+def check_joint(**values: float | Tensor) -> None:
+    """Raise ValueError unless all tensors broadcast."""
+    shapes = [tuple(value.shape) for value in values.values() if isinstance(value, Tensor)]
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(f"{', '.join(values)} must broadcast, got shapes {', '.join(map(str, shapes))}") from None
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> str:
     """Return a value that is one of the choices; else ValueError."""
     choices = tuple(choices)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCut, node_classification_loss, sample_cut, treecut_loss
 from hyper_geom import cones, lorentz
-from mat_align._checks import check_choice, check_positive
+from mat_align._checks import check_choice, check_positive, check_single
 from mat_align.head import PathFeatures
 from mat_align.intermediate._chord import common_dtype
 from mat_align.model import FeatureMATModel, MATModel, MATOutput, gather
@@ -99,6 +99,7 @@ def entailment_terms(
         ("min_radius", min_radius),
     ):  # fmt: skip
         check_positive(name, value)
+        check_single(name, value)
     if img.ndim != 3 or img.shape != txt.shape or img.shape[1] == 0:
         raise ValueError(
             f"img and txt must share a shape (B, H >= 1, d), got {tuple(img.shape)} and {tuple(txt.shape)}"

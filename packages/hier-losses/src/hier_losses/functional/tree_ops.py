@@ -141,6 +141,8 @@ def conditional_log_softmax(logits: Float[Tensor, "*batch nodes"], tax: Tree) ->
     Raises:
         ValueError: the last dimension is not N.
     """
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating, got {logits.dtype}")
     tax = tax.to(logits.device)
     return upcast(logits) - group_logsumexp(logits, tax).index_select(-1, tax.parent + 1)
 
@@ -182,6 +184,7 @@ def lca_depth(a: Int[Tensor, "*#batch"], b: Int[Tensor, "*#batch"], tax: Tree) -
         Integers in [0, D]; 0 where only the virtual root is common.
     """
     tax = tax.to(a.device)
+    _check_nodes(a, b)
     return path_lca_depth(tax.paths[a], tax.paths[b])
 
 
@@ -197,6 +200,7 @@ def path_lca_depth(a: Int[Tensor, "*#batch levels"], b: Int[Tensor, "*#batch lev
     Returns:
         Integers in [0, D].
     """
+    _check_joint(a, b)
     return ((a == b) & (a >= 0)).long().cumprod(-1).sum(-1)
 
 
@@ -216,6 +220,20 @@ def lca_height(a: Int[Tensor, "*#batch"], b: Int[Tensor, "*#batch"], tax: Tree) 
     node = tax.paths[a.expand(depth.shape)].gather(-1, (depth - 1).clamp(min=0)[..., None]).squeeze(-1)
     height = torch.where(depth > 0, tax.height[node], tax.root_height)
     return torch.where(a == b, 0, height)
+
+
+def _check_joint(a: Tensor, b: Tensor) -> None:
+    try:
+        torch.broadcast_shapes(a.shape, b.shape)
+    except RuntimeError:
+        raise ValueError(f"a and b must broadcast, got shapes {tuple(a.shape)} and {tuple(b.shape)}") from None
+
+
+def _check_nodes(a: Tensor, b: Tensor) -> None:
+    for name, nodes in (("a", a), ("b", b)):
+        if nodes.is_floating_point() or nodes.dtype == torch.bool:
+            raise ValueError(f"{name} must hold integer node ids, got {nodes.dtype}")
+    _check_joint(a, b)
 
 
 def _check(values: Tensor, tax: Tree) -> Tensor:

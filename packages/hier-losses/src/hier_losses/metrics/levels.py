@@ -195,7 +195,8 @@ def _bins(
         nodes = extended_level(tax, level + 1)
         known = truth[:, level] >= 0
         confidence, best = logits[known].index_select(1, nodes).double().softmax(1).max(1)
-        cell = (confidence * num_bins).long().clamp(max=num_bins - 1)
+        # NaN where a logit is infinite: it spoils the number, not the place.
+        cell = (confidence.nan_to_num(0.0) * num_bins).long().clamp(max=num_bins - 1)
         zero = torch.zeros(num_bins, dtype=torch.float64, device=logits.device)
         right = nodes[best] == truth[known, level]
         found["confidence"].append(zero.index_add(0, cell, confidence))

@@ -255,6 +255,7 @@ def geodesic(
     Returns:
         Points `(*batch dim)`; the speed |gamma'| is d(x, y).
     """
+    nm.check_numbers("t", t, x.shape[:-1], y.shape[:-1])
     from_x, from_y = geodesic_weights(x, y, t, c)
     return from_x.unsqueeze(-1) * x + from_y.unsqueeze(-1) * y
 

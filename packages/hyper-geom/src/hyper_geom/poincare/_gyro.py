@@ -78,6 +78,7 @@ def mobius_scalar_mul(
     Returns:
         Ball points `(*batch dim)` at |t| times the distance from the origin.
     """
+    nm.check_numbers("t", t, p.shape[:-1])
     p = nm.into_ball(p, c)
     size = c * nm.sq_norm(p)
     unit_speed = nm.atanhc(size)

@@ -224,6 +224,7 @@ def geodesic(
     Returns:
         Ball points `(*batch dim)`; the speed |gamma'| is d(x, y).
     """
+    nm.check_numbers("t", t, x.shape[:-1], y.shape[:-1])
     x, y = from_ball(x, c), from_ball(y, c)
     from_x, from_y = geodesic_weights(x, y, t, c)
     return to_ball(from_x.unsqueeze(-1) * x + from_y.unsqueeze(-1) * y, c)

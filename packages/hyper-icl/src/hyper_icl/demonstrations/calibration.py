@@ -90,8 +90,10 @@ def hierarchy_bias(
     else:
         h = -delta / tau if kernel == "neg" else (-delta / tau).exp()
     present = torch.ones_like(h, dtype=torch.bool) if present is None else present
-    if present.shape != h.shape or not present.any(-1).all():
-        raise ValueError(f"present must be {tuple(h.shape)} with at least one True a query, got {tuple(present.shape)}")
+    if present.dtype != torch.bool or present.shape != h.shape or not present.any(-1).all():
+        raise ValueError(
+            f"present must be bool {tuple(h.shape)} with at least one True a query, got {present.dtype} {tuple(present.shape)}"
+        )
     if center:
         count = present.sum(-1, keepdim=True)
         h = h - (h.masked_fill(~present, -torch.inf).logsumexp(-1, keepdim=True) - count.log())

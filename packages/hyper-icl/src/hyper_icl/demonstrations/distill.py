@@ -96,7 +96,15 @@ def tilt(log_mass: Float[Tensor, "b h r z"], bias: Float[Tensor, " b *hk"]) -> F
 
     Returns:
         Log-masses.
+
+    Raises:
+        ValueError: a bias that is not (b, z - 2) or (b, h, z - 2).
     """
+    batch, heads, _, num = log_mass.shape
+    if bias.shape not in ((batch, num - 2), (batch, heads, num - 2), (batch, 1, num - 2)):
+        raise ValueError(
+            f"bias must have shape ({batch}, {num - 2}) or ({batch}, {heads}, {num - 2}), got {tuple(bias.shape)}"
+        )
     bias = bias.unsqueeze(1) if bias.ndim == 2 else bias
     return (log_mass + F.pad(bias, (1, 1)).unsqueeze(2)).log_softmax(-1)
 

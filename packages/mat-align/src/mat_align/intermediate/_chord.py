@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mat_align._checks import check_choice, check_positive
+from mat_align._checks import check_choice, check_joint, check_positive, check_single
 
 METHODS = ("chord", "arithmetic", "harmonic", "geometric", "released")
 # k^2 cosh y = 1 + y/k with sinh y = k^-3: from here on the stationary point between the curvatures is unique.
@@ -43,6 +43,7 @@ def chord_objective(c_mid: float | Tensor, c: float | Tensor, r: float | Tensor)
     """
     for name, value in (("c_mid", c_mid), ("c", c), ("r", r)):
         check_positive(name, value)
+    check_joint(c_mid=c_mid, c=c, r=r)
     a, s = _double(c).sqrt(), _double(c_mid).sqrt()
     return (-a + 2 * s * ((s - a) * _double(r)).cosh()) / (2 * a * s * s)
 
@@ -77,6 +78,7 @@ def search_radii(
     """
     for name, value in (("norm_img", norm_img), ("norm_txt", norm_txt), ("c_img", c_img), ("c_txt", c_txt)):
         check_positive(name, value)
+    check_joint(norm_img=norm_img, norm_txt=norm_txt, c_img=c_img, c_txt=c_txt)
     check_positive("kappa", kappa)
     if kappa < 1:
         raise ValueError(f"kappa must be at least 1, got {kappa}")
@@ -104,6 +106,7 @@ def released_radii(
     """
     for name, value in (("norm_img", norm_img), ("norm_txt", norm_txt), ("c_img", c_img), ("c_txt", c_txt)):
         check_positive(name, value)
+    check_joint(norm_img=norm_img, norm_txt=norm_txt, c_img=c_img, c_txt=c_txt)
     with torch.no_grad():
         rho = _double(norm_img) / _double(norm_txt)
         r_img = torch.maximum(1 / _double(c_img).sqrt(), rho / _double(c_txt).sqrt())
@@ -144,15 +147,17 @@ def intermediate_curvature(
     0.03631
     """
     check_choice("method", method, METHODS)
-    check_positive("c_img", c_img)
-    check_positive("c_txt", c_txt)
+    for name, value in (("c_img", c_img), ("c_txt", c_txt)):
+        check_positive(name, value)
+        check_single(name, value)
     dtype = common_dtype(c_img, c_txt)
     img, txt = _double(c_img).reshape(()), _double(c_txt).reshape(())
     if method in ("chord", "released"):
         if r_img is None or r_txt is None:
             raise ValueError(f"r_img and r_txt must be given for method={method!r}, got {r_img} and {r_txt}")
-        check_positive("r_img", r_img)
-        check_positive("r_txt", r_txt)
+        for name, value in (("r_img", r_img), ("r_txt", r_txt)):
+            check_positive(name, value)
+            check_single(name, value)
         radii = float(r_img), float(r_txt)
         if method == "chord":
             _check_radii(radii, min(img.item(), txt.item()))

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from mat_align._checks import check_choice, check_positive
+from mat_align._checks import check_choice, check_joint, check_positive, check_single
 from mat_align.intermediate._chord import common_dtype
 
 _DIRECTIONS = ("forward", "reverse", "jeffreys")
@@ -40,6 +40,7 @@ def kl_homothety(c: float | Tensor, c_mid: float | Tensor, dim: int) -> Tensor:
     _check_dim(dim)
     check_positive("c", c)
     check_positive("c_mid", c_mid)
+    check_joint(c=c, c_mid=c_mid)
     ratio = torch.as_tensor(c, dtype=torch.float64) / torch.as_tensor(c_mid, dtype=torch.float64)
     return dim / 2 * (ratio - 1 - ratio.log())
 
@@ -72,6 +73,7 @@ def kl_spatial(c: float | Tensor, c_mid: float | Tensor, dim: int, sigma: float,
     _check_dim(dim)
     for name, value in (("c", c), ("c_mid", c_mid), ("sigma", sigma)):
         check_positive(name, value)
+        check_single(name, value)
     if num_nodes < 1:
         raise ValueError(f"num_nodes must be at least 1, got {num_nodes}")
     c = torch.as_tensor(c, dtype=torch.float64).reshape(())
@@ -108,8 +110,9 @@ def exact_intermediate_curvature(
         ValueError: unknown direction, or what `kl_spatial` raises.
     """
     check_choice("direction", direction, _DIRECTIONS)
-    check_positive("c_img", c_img)
-    check_positive("c_txt", c_txt)
+    for name, value in (("c_img", c_img), ("c_txt", c_txt)):
+        check_positive(name, value)
+        check_single(name, value)
     dtype = common_dtype(c_img, c_txt)
     img = torch.as_tensor(c_img, dtype=torch.float64).reshape(())
     txt = torch.as_tensor(c_txt, dtype=torch.float64).reshape(())
