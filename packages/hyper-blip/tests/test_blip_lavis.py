@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Blip2QFormerConfig
+from torch import nn
+from torch.nn import functional as F
+from transformers import Blip2QFormerConfig, CLIPVisionConfig, CLIPVisionModel
 
 from hyper_blip import HyperBlip2Config, HyperBlip2ForPretraining, HyperbolicConfig, text_generation_loss
 from hyper_blip.qformer import BIDIRECTIONAL, CAUSAL, JOINT, Segment, image_keys, joint_states
@@ -127,3 +129,60 @@ def test_unsafe_and_unfit_files_are_refused(tmp_path, fixture_config, golden):
     torch.save({"model": {"query_tokens": torch.zeros(1, 9, 32)}}, tmp_path / "shape.pth")
     with pytest.raises(ValueError, match=r"query_tokens must have shape \(1, 8, 32\), got \(1, 9, 32\)"):
         HyperBlip2ForPretraining.from_lavis(tmp_path / "shape.pth", fixture_config, vision=torch.nn.Identity())
+
+
+class ViTL(nn.Module):
+    """A small CLIP encoder as its paper has it, under the names of LAVIS's ViT-L: the features before the last LayerNorm."""
+
+    def __init__(self, width=24, layers=2, heads=4, size=28, patch=14):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(width))
+        self.positional_embedding = nn.Parameter(torch.randn((size // patch) ** 2 + 1, width))
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.ln_pre, self.transformer = nn.LayerNorm(width), nn.Module()
+        blocks = []
+        for _ in range(layers):
+            block = nn.Module()
+            block.attn, block.mlp = nn.MultiheadAttention(width, heads, batch_first=True), nn.Module()
+            block.ln_1, block.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            block.mlp.c_fc, block.mlp.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            blocks.append(block)
+        self.transformer.resblocks = nn.ModuleList(blocks)
+
+    def forward(self, pixels):
+        patches = self.conv1(pixels).flatten(2).mT
+        first = self.class_embedding.expand(len(pixels), 1, -1)
+        x = self.ln_pre(torch.cat([first, patches], 1) + self.positional_embedding)
+        for block in self.transformer.resblocks:
+            y = block.ln_1(x)
+            x = x + block.attn(y, y, y, need_weights=False)[0]
+            y = block.mlp.c_fc(block.ln_2(x))
+            x = x + block.mlp.c_proj(y * torch.sigmoid(1.702 * y))
+        return x
+
+
+@torch.no_grad()
+def test_vit_l_of_lavis_gives_its_features(fixture_config, tmp_path):
+    torch.manual_seed(0)
+    theirs = ViTL().eval()
+    for parameter in theirs.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    norm = {"ln_vision.weight": torch.rand(24) + 0.5, "ln_vision.bias": torch.randn(24)}
+    names = {f"visual_encoder.{name}": value for name, value in theirs.state_dict().items()}
+    torch.save({"model": names | norm}, tmp_path / "vit_l.pth")
+    settings = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="initialised afresh"):
+        model, info = HyperBlip2ForPretraining.from_lavis(
+            tmp_path / "vit_l.pth", fixture_config, vision=CLIPVisionModel(settings), output_loading_info=True
+        )
+    assert info.unexpected == ()
+    # CLIP's own last LayerNorm is not used.
+    assert {n for n in info.missing if ".vision_model." in n} == {
+        "blip2.vision_model.module.post_layernorm.weight", "blip2.vision_model.module.post_layernorm.bias",
+    }  # fmt: skip
+    pixels = torch.randn(2, 3, 28, 28)
+    eps = model.blip2.vision_model.post_layernorm.eps
+    expected = F.layer_norm(theirs(pixels), (24,), norm["ln_vision.weight"], norm["ln_vision.bias"], eps)
+    torch.testing.assert_close(model.vision_features(pixels), expected, rtol=1e-4, atol=1e-5)

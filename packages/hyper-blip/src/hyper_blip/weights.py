@@ -40,6 +40,17 @@ _LAVIS = (
     (r"^visual_encoder\.blocks\.(\d+)\.attn\.", r"blip2.vision_model.encoder.layers.\1.self_attn."),
     (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"blip2.vision_model.encoder.layers.\1.mlp."),
 )
+# CLIP's ViT-L (Radford et al., 2021), as `transformers.CLIPVisionModel` names it behind `VisionAdapter`.
+_CLIP = (
+    (r"^visual_encoder\.class_embedding$", "embeddings.class_embedding"),
+    (r"^visual_encoder\.positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^visual_encoder\.conv1\.", "embeddings.patch_embedding."),
+    (r"^visual_encoder\.ln_pre\.", "pre_layrnorm."),
+    (r"^visual_encoder\.transformer\.resblocks\.(\d+)\.ln_(\d)\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"^visual_encoder\.transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"encoder.layers.\1.self_attn.out_proj."),
+    (r"^visual_encoder\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"encoder.layers.\1.mlp.fc1."),
+    (r"^visual_encoder\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"encoder.layers.\1.mlp.fc2."),
+)
 # The decoder is the word embeddings again; positions are a range.
 _LAVIS_DROPPED = re.compile(r"position_ids$|cls\.predictions\.decoder\.")
 
@@ -62,20 +73,38 @@ class LoadingInfo(NamedTuple):
 def lavis_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A LAVIS state dict under the names of this package.
 
-    The map of `visual_encoder` is not verified against a released checkpoint.
+    The maps of `visual_encoder`, ViT-g's and ViT-L's, are not verified against a released checkpoint.
     """
     state = dict(state)
+    clip = _clip_state(state)
     for name in [n for n in state if n.endswith(".attn.q_bias")]:
         stem = name.removesuffix("q_bias")
         query, value = state.pop(name), state.pop(f"{stem}v_bias")
         state[f"{stem}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
-    found = {}
+    found = {f"blip2.vision_model.module.{name}": value for name, value in clip.items()}
     for name, value in state.items():
         if _LAVIS_DROPPED.search(name):
             continue
         for pattern, new in _LAVIS:
             name = re.sub(pattern, new, name)
         found[name] = value.float().log().reshape(1) if name == "temperature.log_c" else value
+    return found
+
+
+def _clip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the ViT-L out of a state dict."""
+    found = {}
+    for name in [n for n in state if n.startswith("visual_encoder.")]:
+        joint = re.match(r"^visual_encoder\.transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", name)
+        if joint:
+            parts = zip(("q_proj", "k_proj", "v_proj"), state.pop(name).chunk(3), strict=True)
+            found |= {f"encoder.layers.{joint[1]}.self_attn.{part}.{joint[2]}": value for part, value in parts}
+            continue
+        for pattern, new in _CLIP:
+            renamed, hits = re.subn(pattern, new, name)
+            if hits:
+                found[renamed] = state.pop(name)
+                break
     return found
 
 
