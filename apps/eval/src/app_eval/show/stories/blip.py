@@ -164,6 +164,8 @@ def tell(content: Mapping[str, dict]) -> Page:
     studies = content[""]["studies"]
     first, config = studies[0]["result"], studies[0]["settings"]["config"]
     runs, num = first["runs"], first["n"]
+    # Claims of studies from another start stand beside their tables: the page stays short.
+    here = [study for study in studies if study["settings"]["config"].get("start") == config.get("start")]
     rows = [row for row in FIRST if row in runs[0]]
     known = {**first.get("controls", {}), **({"start": None} if runs[0].get("euclidean", {}).get("start") else {})}
     controls = [name for name in CONTROLS if name in known]
@@ -199,8 +201,10 @@ def tell(content: Mapping[str, dict]) -> Page:
             note=f"Means over {first['seeds']} seeds, by the contrastive similarity; brackets are 95 % intervals over seeds (Student's t).",
         ),
         control=CONTROLS[controls[0]] if controls else ROWS["euclidean"],
-        body=(_setting(config), *(_judged(study) for study in studies), _not_run(studies)),
-        tables=tuple(section for number, study in enumerate(studies) for section in _tables(study, number + 1)),
+        body=(_setting(config), *(_judged(study, study is studies[0]) for study in here), _not_run(studies)),
+        tables=tuple(
+            section for number, study in enumerate(studies) for section in _tables(study, number + 1, study not in here)
+        ),
         commands=(_command(studies[0]), "hier page blip RUN... docs/results/hyper-blip.md"),
         terms=TERMS,
         credits=(EMOJI_CREDIT,),
@@ -294,7 +298,8 @@ def _setting(config: Mapping) -> Section:
     return Section("What was held fixed", tuple(lines))
 
 
-def _judged(study: Mapping) -> Section:
+def _judged(study: Mapping, whole: bool = True) -> Section:
+    """The claims of a study; those that were not run in it only on demand."""
     result = study["result"]
     runs, guess = result["runs"], 100 / result["n"]
     known = {"controls": result.get("controls", {})}
@@ -315,7 +320,8 @@ def _judged(study: Mapping) -> Section:
             items = _over_pictures([seed[ours] for seed in runs], place)
             # A place that no seed has was not measured; one that some seed lacks is undefined.
             seeds = None if all(map(math.isnan, differences)) else over_seeds(differences)
-        claims.append(Claim(text, items, seeds, "lower" in text, digits=2))
+        if whole or seeds is not None:
+            claims.append(Claim(text, items, seeds, "lower" in text, digits=2))
     runs = result["runs"]
     plain = "euclidean" if "euclidean" in runs[0] else next(iter(runs[0]))
     premise = Claim(
@@ -368,6 +374,10 @@ def _not_run(studies: Sequence[Mapping]) -> Section:
     for study in studies:
         absent = [title for row, title in ROWS.items() if row not in study["result"]["runs"][0]]
         lines.append(f"{_title(study)}: {'; '.join(absent) or 'nothing of the planned rows'}")
+    if len(studies) > 1:
+        lines.append(
+            "what the first study compares and a later one does not list (studies from another start stand with all tables)"
+        )
     if studies[0]["settings"]["config"].get("start") == "linear":
         lines.append(
             "5,000 steps of 512 pairs, about 1.5 hours a row and seed on one core; LoRA or a trained last block of the vision encoder, "
@@ -376,7 +386,7 @@ def _not_run(studies: Sequence[Mapping]) -> Section:
     return Section("Not run", (tuple(lines),))
 
 
-def _tables(study: Mapping, number: int) -> list[Section]:
+def _tables(study: Mapping, number: int, claims: bool = False) -> list[Section]:
     runs, sections = study["result"]["runs"], []
     absent = [row for row in ROWS if row not in runs[0]]
     for title, needs, note, columns in TABLES:
@@ -402,4 +412,5 @@ def _tables(study: Mapping, number: int) -> list[Section]:
         sections.append(
             Table(tuple(Column(ROWS[row]) for row in samples), told, "What the first seed says", "reference")
         )
-    return [Section(f"Study {number}: {_title(study)}", tuple(sections), _command(study))]
+    judged = _judged(study, whole=False).parts if claims else ()
+    return [Section(f"Study {number}: {_title(study)}", (*judged, *sections), _command(study))]
