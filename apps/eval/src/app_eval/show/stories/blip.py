@@ -374,6 +374,11 @@ def _not_run(studies: Sequence[Mapping]) -> Section:
     for study in studies:
         absent = [title for row, title in ROWS.items() if row not in study["result"]["runs"][0]]
         lines.append(f"{_title(study)}: {'; '.join(absent) or 'nothing of the planned rows'}")
+        row = next(iter(study["result"]["runs"][0].values()))
+        if "samples" in row and "captions" not in row:
+            lines.append(
+                "captions in that study: they were scored with the given prompt, which those of any picture share"
+            )
     if len(studies) > 1:
         lines.append(
             "what the first study compares and a later one does not list (studies from another start stand with all tables)"
