@@ -77,9 +77,9 @@ TABLES = (
     ("Photographs of COCO, never seen in training", "coco_mini", "In percent.",
      [(f"{what} in the first {k}", f"coco_mini/answers/{name}_r{k}") for what, name in KINDS for k in (1, 5)]),
     ("Captions", "captions",
-     "Only what comes after the given prompt is scored. Half of the captions have two words then, so that BLEU-2 stands in the place of "
-     "BLEU-4. The same pictures get three other captions: what was said of another picture, one caption for all, and that of the nearest "
-     "training picture.",
+     "Only what comes after the given prompt is scored. Four in five references have fewer than four words then: BLEU-2 stands in "
+     "the place of BLEU-4. The same pictures get three other captions: what was said of another picture, one caption for all, and that of "
+     "the nearest training picture.",
      [("BLEU-2", "captions/bleu_2"), ("ROUGE-L", "captions/rouge_l"), ("CIDEr", "captions/cider"),
       *((f"{score}, {title}", f"captions/controls/{name}/{key}") for name, title in
         (("other", "other picture"), ("constant", "constant"), ("neighbour", "nearest picture"))
@@ -289,7 +289,8 @@ def _setting(config: Mapping) -> Section:
     if config.get("start") == "linear":
         tau = config["temperature"]
         lines.append(
-            "The settings of the first table were chosen with OpenMoji left out of training and asked for, never on Twemoji "
+            "Picture size, start, reader of the captions and temperatures of the first table were chosen with OpenMoji left out of "
+            "training and asked for, never on Twemoji; the rates were not tuned "
             "([how](../adr/0004-hyper-blip.md)). The temperature starts at "
             f"{tau['cosine']} for cosines and at {tau['distance']} for distances, with a rate of its own "
             f"({tau['lr'] or config['stage1']['lr']}; that of the weights is {config['stage1']['lr']}). In the other studies all "
