@@ -36,7 +36,7 @@ CONTROLS = {
     "tree": "logistic regression",
     "lora": "nearest training picture",
     "mat": "TreeLDA",
-    "blip": "Euclidean BLIP-2",
+    "blip": "ridge regression on the captions",
     "icl": "vote of the best selector",
 }
 NAMES = {story: sources[0].removesuffix(".json") for story, sources in SOURCES.items()}

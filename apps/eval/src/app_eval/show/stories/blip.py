@@ -77,9 +77,9 @@ TABLES = (
     ("Photographs of COCO, never seen in training", "coco_mini", "In percent.",
      [(f"{what} in the first {k}", f"coco_mini/answers/{name}_r{k}") for what, name in KINDS for k in (1, 5)]),
     ("Captions", "captions",
-     "Only what comes after the given prompt is scored. Half of the captions have two words then, so that BLEU-2 stands in the place of "
-     "BLEU-4. The same pictures get three other captions: what was said of another picture, one caption for all, and that of the nearest "
-     "training picture.",
+     "Only what comes after the given prompt is scored. Four in five references have fewer than four words then: BLEU-2 stands in "
+     "the place of BLEU-4. The same pictures get three other captions: what was said of another picture, one caption for all, and that of "
+     "the nearest training picture.",
      [("BLEU-2", "captions/bleu_2"), ("ROUGE-L", "captions/rouge_l"), ("CIDEr", "captions/cider"),
       *((f"{score}, {title}", f"captions/controls/{name}/{key}") for name, title in
         (("other", "other picture"), ("constant", "constant"), ("neighbour", "nearest picture"))
@@ -164,6 +164,8 @@ def tell(content: Mapping[str, dict]) -> Page:
     studies = content[""]["studies"]
     first, config = studies[0]["result"], studies[0]["settings"]["config"]
     runs, num = first["runs"], first["n"]
+    # Claims of studies from another start stand beside their tables: the page stays short.
+    here = [study for study in studies if study["settings"]["config"].get("start") == config.get("start")]
     rows = [row for row in FIRST if row in runs[0]]
     known = {**first.get("controls", {}), **({"start": None} if runs[0].get("euclidean", {}).get("start") else {})}
     controls = [name for name in CONTROLS if name in known]
@@ -199,8 +201,10 @@ def tell(content: Mapping[str, dict]) -> Page:
             note=f"Means over {first['seeds']} seeds, by the contrastive similarity; brackets are 95 % intervals over seeds (Student's t).",
         ),
         control=CONTROLS[controls[0]] if controls else ROWS["euclidean"],
-        body=(_setting(config), *(_judged(study) for study in studies), _not_run(studies)),
-        tables=tuple(section for number, study in enumerate(studies) for section in _tables(study, number + 1)),
+        body=(_setting(config), *(_judged(study, study is studies[0]) for study in here), _not_run(studies)),
+        tables=tuple(
+            section for number, study in enumerate(studies) for section in _tables(study, number + 1, study not in here)
+        ),
         commands=(_command(studies[0]), "hier page blip RUN... docs/results/hyper-blip.md"),
         terms=TERMS,
         credits=(EMOJI_CREDIT,),
@@ -285,7 +289,8 @@ def _setting(config: Mapping) -> Section:
     if config.get("start") == "linear":
         tau = config["temperature"]
         lines.append(
-            "The settings of the first table were chosen with OpenMoji left out of training and asked for, never on Twemoji "
+            "Picture size, start, reader of the captions and temperatures of the first table were chosen with OpenMoji left out of "
+            "training and asked for, never on Twemoji; the rates were not tuned "
             "([how](../adr/0004-hyper-blip.md)). The temperature starts at "
             f"{tau['cosine']} for cosines and at {tau['distance']} for distances, with a rate of its own "
             f"({tau['lr'] or config['stage1']['lr']}; that of the weights is {config['stage1']['lr']}). In the other studies all "
@@ -294,7 +299,8 @@ def _setting(config: Mapping) -> Section:
     return Section("What was held fixed", tuple(lines))
 
 
-def _judged(study: Mapping) -> Section:
+def _judged(study: Mapping, whole: bool = True) -> Section:
+    """The claims of a study; those that were not run in it only on demand."""
     result = study["result"]
     runs, guess = result["runs"], 100 / result["n"]
     known = {"controls": result.get("controls", {})}
@@ -315,7 +321,8 @@ def _judged(study: Mapping) -> Section:
             items = _over_pictures([seed[ours] for seed in runs], place)
             # A place that no seed has was not measured; one that some seed lacks is undefined.
             seeds = None if all(map(math.isnan, differences)) else over_seeds(differences)
-        claims.append(Claim(text, items, seeds, "lower" in text, digits=2))
+        if whole or seeds is not None:
+            claims.append(Claim(text, items, seeds, "lower" in text, digits=2))
     runs = result["runs"]
     plain = "euclidean" if "euclidean" in runs[0] else next(iter(runs[0]))
     premise = Claim(
@@ -368,6 +375,15 @@ def _not_run(studies: Sequence[Mapping]) -> Section:
     for study in studies:
         absent = [title for row, title in ROWS.items() if row not in study["result"]["runs"][0]]
         lines.append(f"{_title(study)}: {'; '.join(absent) or 'nothing of the planned rows'}")
+        row = next(iter(study["result"]["runs"][0].values()))
+        if "samples" in row and "captions" not in row:
+            lines.append(
+                "captions in that study: they were scored with the given prompt, which those of any picture share"
+            )
+    if len(studies) > 1:
+        lines.append(
+            "what the first study compares and a later one does not list (studies from another start stand with all tables)"
+        )
     if studies[0]["settings"]["config"].get("start") == "linear":
         lines.append(
             "5,000 steps of 512 pairs, about 1.5 hours a row and seed on one core; LoRA or a trained last block of the vision encoder, "
@@ -376,7 +392,7 @@ def _not_run(studies: Sequence[Mapping]) -> Section:
     return Section("Not run", (tuple(lines),))
 
 
-def _tables(study: Mapping, number: int) -> list[Section]:
+def _tables(study: Mapping, number: int, claims: bool = False) -> list[Section]:
     runs, sections = study["result"]["runs"], []
     absent = [row for row in ROWS if row not in runs[0]]
     for title, needs, note, columns in TABLES:
@@ -402,4 +418,5 @@ def _tables(study: Mapping, number: int) -> list[Section]:
         sections.append(
             Table(tuple(Column(ROWS[row]) for row in samples), told, "What the first seed says", "reference")
         )
-    return [Section(f"Study {number}: {_title(study)}", tuple(sections), _command(study))]
+    judged = _judged(study, whole=False).parts if claims else ()
+    return [Section(f"Study {number}: {_title(study)}", (*judged, *sections), _command(study))]
