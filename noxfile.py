@@ -141,6 +141,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Any argument for public functions and command lines, random trees against brute force: `nox -s fuzz -- --seed 7`."""
+    _install(session, "assets", "more-assets", "test", "peers")
+    session.run("python", "tests/fuzz", *session.posargs, env=TEST_ENV)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Run every Python block of the README files and the docs, follow every relative link, and build the site into site/."""
     _install(session, "assets", "more-assets", "test", "peers", "lint", "site")

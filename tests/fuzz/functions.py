@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 
@@ -30,11 +31,12 @@ def public_functions() -> dict[str, Callable]:
     found: dict[Callable, str] = {}
     for package in PACKAGES:
         top = importlib.import_module(package)
-        modules = [top] + [
-            importlib.import_module(f"{package}.{info.name}")
-            for info in pkgutil.iter_modules(top.__path__)
-            if not info.name.startswith("_")
-        ]
+        names = [f"{package}.{info.name}" for info in pkgutil.iter_modules(top.__path__) if info.name[0] != "_"]
+        modules = [top]
+        for name in names:
+            with warnings.catch_warnings(), suppress(ImportError):  # a bridge to a library that is not installed
+                warnings.simplefilter("ignore")
+                modules.append(importlib.import_module(name))
         for module in modules:
             for name in getattr(module, "__all__", ()):
                 value = getattr(module, name)
