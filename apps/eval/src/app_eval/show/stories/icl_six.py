@@ -7,7 +7,7 @@ from app_eval.show.page import Claim, Claims, Column, Row, Section, Table, tally
 
 __all__ = ["COMMAND", "short", "tables"]
 
-COMMAND = "hier eval icl runs/icl-mini --preset mini --out runs/icl-six"
+COMMAND = "hier eval icl runs/icl-mini --preset mini --seeds 2 --out runs/icl-six"
 _TITLE = "Six tasks in miniature"
 _COMPARED = (("against", "the baseline"), ("twin", "its Euclidean twin"))
 
