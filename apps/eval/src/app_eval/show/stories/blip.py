@@ -291,7 +291,7 @@ def _setting(config: Mapping) -> Section:
         lines.append(
             "Picture size, start, reader of the captions and temperatures of the first table were chosen with OpenMoji left out of "
             "training and asked for, never on Twemoji; the rates were not tuned "
-            "([how](../adr/0004-hyper-blip.md)). The temperature starts at "
+            "(docs/adr/0004-hyper-blip.md). The temperature starts at "
             f"{tau['cosine']} for cosines and at {tau['distance']} for distances, with a rate of its own "
             f"({tau['lr'] or config['stage1']['lr']}; that of the weights is {config['stage1']['lr']}). In the other studies all "
             "similarities share 0.07 and the rate of the weights, at which a short training cannot move it."
@@ -387,7 +387,7 @@ def _not_run(studies: Sequence[Mapping]) -> Section:
     if studies[0]["settings"]["config"].get("start") == "linear":
         lines.append(
             "5,000 steps of 512 pairs, about 1.5 hours a row and seed on one core; LoRA or a trained last block of the vision encoder, "
-            "which needs its activations in place of kept feature maps ([measured](../adr/0004-hyper-blip.md))"
+            "which needs its activations in place of kept feature maps (docs/adr/0004-hyper-blip.md)"
         )
     return Section("Not run", (tuple(lines),))
 
