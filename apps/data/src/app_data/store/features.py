@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from app_data.store.atomic import new_file
 from app_data.store.cache import default_cache_dir
 
-__all__ = ["cached_features", "weights_digest"]
+__all__ = ["cached_features", "tensor_digest", "weights_digest"]
 
 
 def cached_features(
@@ -47,7 +47,7 @@ def cached_features(
             ]
         )
     with new_file(path) as temporary:
-        save_file({"features": features}, temporary, {"sha256": _digest(features)})
+        save_file({"features": features}, temporary, {"sha256": tensor_digest(features)})
     if len(starts) > 1:
         for a, b in parts:
             _file(root, f"{key} {a}-{b}").unlink(missing_ok=True)
@@ -58,11 +58,12 @@ def weights_digest(model: nn.Module) -> str:
     """Sixteen hex digits that change with any weight of a model."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + _digest(value).encode())
+        digest.update(name.encode() + tensor_digest(value).encode())
     return digest.hexdigest()[:16]
 
 
-def _digest(value: Tensor) -> str:
+def tensor_digest(value: Tensor) -> str:
+    """The sha256 of a tensor's bytes, in hex."""
     whole = value.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(whole.numpy()).hexdigest()
 
@@ -71,7 +72,7 @@ def _read(path: Path) -> Tensor | None:
     try:
         with safe_open(path, framework="pt") as file:
             features = file.get_tensor("features")
-            return features if (file.metadata() or {}).get("sha256") == _digest(features) else None
+            return features if (file.metadata() or {}).get("sha256") == tensor_digest(features) else None
     except (OSError, SafetensorError):
         return None
 

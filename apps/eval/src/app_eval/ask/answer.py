@@ -108,6 +108,7 @@ def answers(config: Answer, train_lift: TrainLift) -> Iterator[dict[str, Any]]:
         method=config.method,
         seed=config.seed,
         cache_dir=config.cache_dir,
+        encoder=config.encoder,
     )
     for skipped in request.pool.skipped:
         print(f"skipped {skipped.path}: {skipped.reason}", file=sys.stderr)  # noqa: T201

@@ -1,24 +1,34 @@
 """A user's own pool of demonstrations: a folder of pictures, or JSON lines with image, question and answer."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app_data.read.pictures import load_picture
+from app_data.read.pictures import load_picture, open_picture
 from app_data.sets.demonstration_tasks import read_jsonl
-from app_data.store.cache import fingerprint
+from app_data.store.atomic import new_file
+from app_data.store.cache import default_cache_dir, fingerprint
 from app_data.store.errors import DataError, Skipped, UnreadablePicture
-from app_data.store.features import cached_features, weights_digest
-from app_data.weights.lite0_minilm import lite0_preprocess
+from app_data.store.features import cached_features, tensor_digest, weights_digest
+from app_data.weights.lite0_minilm import lite0, lite0_preprocess
+from hier_lora import load_dual_encoder
 from hyper_icl import AnchorBank, HyperbolicLift
 
-__all__ = ["DemoPool", "PoolItem", "TrainLift", "codes", "encode_pictures", "encode_pool", "fit_bank", "read_items"]
+__all__ = [
+    "DemoPool", "PictureEncoder", "PoolItem", "TrainLift", "codes", "encode_pictures", "encode_pool", "fit_bank", "kept_lift",
+    "picture_encoder", "read_items",
+]  # fmt: skip
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SIZE = 128
@@ -70,12 +80,74 @@ class DemoPool:
         )
 
 
-def encode_pool(items: Sequence[PoolItem], encoder: nn.Module, cache_dir: Path | None = None) -> DemoPool:
+@dataclass(frozen=True)
+class PictureEncoder:
+    """From picture files to features.
+
+    Attributes:
+        key: What the features depend on beside the files.
+        width: Of the features.
+        read: Opens a file; raises `UnreadablePicture`.
+        encode: From a list of what `read` gave to features (n, width).
+    """
+
+    key: str
+    width: int
+    read: Callable[[Path], Any]
+    encode: Callable[[list], Tensor]
+
+
+def picture_encoder(source: str | nn.Module | None = None) -> PictureEncoder:
+    """What turns pictures into features.
+
+    Args:
+        source: A locator of `hier_lora.load_dual_encoder` (`hf:` and `open_clip:` CLIP, SigLIP and others, `pip:`), whose picture
+            tower is used; or EfficientNet-Lite0 itself, which is loaded from its package if None.
+
+    Raises:
+        DataError: The locator is unknown, or its weights cannot be loaded.
+    """
+    if isinstance(source, str):
+        return _tower(source)
+    model = lite0(0) if source is None else source
+
+    def encode(batch: list) -> Tensor:
+        pixels = lite0_preprocess(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2))
+        return model(pixels.contiguous(memory_format=torch.channels_last))
+
+    return PictureEncoder(f"{SIZE} {weights_digest(model)}", _WIDTH, lambda path: load_picture(path, SIZE), encode)
+
+
+def _tower(locator: str) -> PictureEncoder:
+    try:
+        model: Any = load_dual_encoder(locator).eval()
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"--encoder {locator} cannot be loaded: {reason}") from error
+
+    def encode(batch: list) -> Tensor:
+        return model.encode_image(torch.stack(batch)).float()
+
+    def read(path: Path) -> Tensor:
+        return model.preprocess(open_picture(path))
+
+    def probe() -> int:
+        # Pictures of towers without a size of their own keep theirs, so that they cannot be stacked.
+        shapes = {tuple(model.preprocess(Image.new("RGB", size)).shape) for size in ((64, 64), (96, 64))}
+        if len(shapes) > 1:
+            raise DataError(f"--encoder {locator} gives pictures no size: leave --encoder out, or name another")
+        return encode([model.preprocess(Image.new("RGB", (64, 64)))]).shape[1]
+
+    with torch.no_grad():
+        return PictureEncoder(f"{locator} {weights_digest(model)}", probe(), read, encode)
+
+
+def encode_pool(items: Sequence[PoolItem], encoder: PictureEncoder, cache_dir: Path | None = None) -> DemoPool:
     """Encode the items whose pictures can be read; features are kept on disk until a file or the encoder changes.
 
     Args:
         items: What `read_items` found.
-        encoder: See `encode_pictures`.
+        encoder: See `picture_encoder`.
         cache_dir: Where features are kept; the user's cache folder if None.
 
     Raises:
@@ -87,11 +159,11 @@ def encode_pool(items: Sequence[PoolItem], encoder: nn.Module, cache_dir: Path |
         # A picture that cannot be read has a row too, of NaN, so that rows stay those of the paths.
         known, bad = encode_pictures(paths[first:end], encoder)
         lost = {s.path for s in bad}
-        rows = torch.full((end - first, _WIDTH), torch.nan)
+        rows = torch.full((end - first, encoder.width), torch.nan)
         rows[[str(path) not in lost for path in paths[first:end]]] = known
         return rows
 
-    key = f"ask-1 {SIZE} {weights_digest(encoder)} {fingerprint({'files': [_stamp(path) for path in paths]})}"
+    key = f"ask-1 {encoder.key} {fingerprint({'files': [_stamp(path) for path in paths]})}"
     features = cached_features(key, compute, len(paths), cache_dir)
     good = ~features.isnan().any(-1)
     features, lost = features[good], [path for path, fine in zip(paths, good.tolist(), strict=True) if not fine]
@@ -143,25 +215,24 @@ def read_items(source: str | Path) -> list[PoolItem]:
 
 
 @torch.no_grad()
-def encode_pictures(paths: Sequence[Path], encoder: nn.Module) -> tuple[Tensor, tuple[Skipped, ...]]:
-    """Pooled features of EfficientNet-Lite0 for the pictures that can be read, in their order, and the others with reasons."""
+def encode_pictures(paths: Sequence[Path], encoder: PictureEncoder) -> tuple[Tensor, tuple[Skipped, ...]]:
+    """Features of the pictures that can be read, in their order, and the others with reasons."""
     found, bad, batch = [], [], []
 
     def flush() -> None:
         if batch:
-            pixels = lite0_preprocess(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2))
-            found.append(encoder(pixels.contiguous(memory_format=torch.channels_last)))
+            found.append(encoder.encode(batch))
             batch.clear()
 
     for path in paths:
         try:
-            batch.append(load_picture(path, SIZE))
+            batch.append(encoder.read(path))
         except UnreadablePicture as error:
             bad.append(Skipped(str(path), str(error)))
         if len(batch) == _BATCH:
             flush()
     flush()
-    return torch.cat(found) if found else torch.empty(0, _WIDTH), tuple(bad)
+    return torch.cat(found) if found else torch.empty(0, encoder.width), tuple(bad)
 
 
 def fit_bank(
@@ -191,6 +262,42 @@ def fit_bank(
         return AnchorBank(tangent.clone(), lift.c, pool.groups), lift, mean, 1.0
     scale = 3.0 / max(float(centred.norm(dim=-1).max()), 1e-12)
     return AnchorBank(scale * centred, c, pool.groups), None, mean, scale
+
+
+def kept_lift(train: TrainLift, cache_dir: Path | None = None) -> TrainLift:
+    """The same, but a lift that was trained before on the same features, classes and options is read from disk.
+
+    Args:
+        train: Trains a lift.
+        cache_dir: Where lifts are kept; the user's cache folder if None.
+    """
+    root = cache_dir if cache_dir is not None else default_cache_dir()
+
+    def kept(features: Tensor, classes: Tensor, **options: Any) -> HyperbolicLift:
+        parts = {"features": tensor_digest(features), "classes": classes.tolist(), "options": options}
+        path = Path(root) / f"lift-{fingerprint(parts)}.safetensors"
+        found = _read_lift(path)
+        if found is None:
+            found = train(features, classes, **options)
+            sizes = {"in_dim": found.in_dim, "out_dim": found.out_dim, "c": found.c, "max_radius": found.max_radius}
+            digest = weights_digest(found)
+            with new_file(path) as temporary:
+                save_file(found.state_dict(), temporary, {"sizes": json.dumps(sizes), "digest": digest})
+        return found
+
+    return kept
+
+
+def _read_lift(path: Path) -> HyperbolicLift | None:
+    """A lift that was kept; None if there is none, or it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+            lift = HyperbolicLift(**json.loads(notes["sizes"]))
+            lift.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        return lift.eval() if weights_digest(lift) == notes["digest"] else None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+        return None
 
 
 def codes(answers: Sequence[str]) -> Tensor:

@@ -14,8 +14,18 @@ from torch.nn import functional as F
 
 from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
-from app_data.weights.lite0_minilm import MiniLM, lite0
-from app_eval.ask.pool import DemoPool, PoolItem, TrainLift, encode_pictures, encode_pool, fit_bank, read_items
+from app_data.weights.lite0_minilm import MiniLM
+from app_eval.ask.pool import (
+    DemoPool,
+    PoolItem,
+    TrainLift,
+    encode_pictures,
+    encode_pool,
+    fit_bank,
+    kept_lift,
+    picture_encoder,
+    read_items,
+)
 from app_eval.ask.settings import SELECTORS, Select
 from hyper_icl import (
     AnchorBank,
@@ -44,6 +54,7 @@ def select_demos(
     seed: int = 0,
     question: str = "",
     cache_dir: Path | None = None,
+    encoder: str | None = None,
 ) -> dict:
     """Choose k demonstrations for every query picture.
 
@@ -57,7 +68,8 @@ def select_demos(
         diversity: In [0, 1], for "hyperbolic"; see `HyperbolicDemoIndex.search`.
         seed: Seed of "random" and of the training of the lift.
         question: What is asked about every query, for "mmices".
-        cache_dir: Where features of the pool are kept; the user's cache folder if None.
+        cache_dir: Where features of the pool and the lift are kept; the user's cache folder if None.
+        encoder: Locator of the picture tower; see `picture_encoder`.
 
     Returns:
         What was chosen, ready for JSON: demonstrations stand in prompt order.
@@ -80,6 +92,7 @@ def select_demos(
         diversity=diversity,
         seed=seed,
         cache_dir=cache_dir,
+        encoder=encoder,
     )
     pool = request.pool
     if question:
@@ -124,6 +137,7 @@ def choose(
     diversity: float = 0.0,
     seed: int = 0,
     cache_dir: Path | None = None,
+    encoder: str | None = None,
 ) -> tuple["Request", DemoSelection, dict]:
     """The work of `select_demos`, for items that are already read and a question for each query.
 
@@ -137,9 +151,10 @@ def choose(
         raise DataError(f"method must be one of {', '.join(SELECTORS)}, got {method!r}")
     if k < 1:
         raise DataError(f"k must be at least 1, got {k}")
-    encoder = lite0(0)
-    pool = encode_pool(items, encoder, cache_dir)
-    features, bad = encode_pictures(queries, encoder)
+    tower = picture_encoder(encoder)
+    train_lift = kept_lift(train_lift, cache_dir)
+    pool = encode_pool(items, tower, cache_dir)
+    features, bad = encode_pictures(queries, tower)
     if bad:
         raise DataError(f"the query {bad[0].path} cannot be used: {bad[0].reason}")
     exclude = torch.tensor([pool.group_of(path) for path in queries])
@@ -263,6 +278,7 @@ def run(config: Select, train_lift: TrainLift) -> int:
         seed=config.seed,
         question=config.question,
         cache_dir=config.cache_dir,
+        encoder=config.encoder,
     )
     for skipped in chosen["skipped"]:
         print(f"skipped {skipped['path']}: {skipped['reason']}", file=sys.stderr)  # noqa: T201

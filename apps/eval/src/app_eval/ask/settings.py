@@ -137,8 +137,11 @@ class Select:
     """What is asked about the queries (method mmices)."""
     seed: int = 0
     """Of "random" and of the training of the lift."""
+    encoder: str | None = None
+    """What turns pictures into features: a locator such as hf:openai/clip-vit-base-patch32 or open_clip:ViT-B-32/openai; the
+    EfficientNet-Lite0 of the pip packages if not given."""
     cache_dir: Path | None = None
-    """Where features of the pool are kept; the user's cache folder if not given."""
+    """Where features of the pool and the lift are kept; the user's cache folder if not given."""
     out: Path | None = None
     """Write the result here as JSON; - prints JSON in place of the table."""
 
@@ -169,8 +172,11 @@ class Answer:
     """Of "random" and of the training of the lift."""
     outside: bool = False
     """Let the files name pictures elsewhere that a server would get."""
+    encoder: str | None = None
+    """What turns pictures into features: a locator such as hf:openai/clip-vit-base-patch32 or open_clip:ViT-B-32/openai; the
+    EfficientNet-Lite0 of the pip packages if not given."""
     cache_dir: Path | None = None
-    """Where features of the pool are kept; the user's cache folder if not given."""
+    """Where features of the pool and the lift are kept; the user's cache folder if not given."""
     out: Path | None = None
     """Write the lines here in place of standard output."""
 
