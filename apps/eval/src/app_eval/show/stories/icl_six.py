@@ -34,9 +34,9 @@ def short(content: Mapping) -> Section:
     first, ahead = groups[0], sum(_best(group, "vote") > _best(group, group["score"]) for group in groups)
     text = (
         f"{', '.join(group['title'] for group in groups)}: {first['num_queries']} questions each, {first['k']} demonstrations from "
-        f"{first['num_pool']}, {content['seeds']} seeds; answers are generated. Against {first['baseline']}: {counted['against']}. "
-        f"Hyperbolic against Euclidean: {counted['twin']}. In {ahead} of {len(groups)} tasks the best vote of demonstrations, without a "
-        "model, is ahead of every row of the model."
+        f"{first['num_pool']}, {content['seeds']} seeds; answers are generated, by a model that was trained again with the options "
+        f"below. Against {first['baseline']}: {counted['against']}. Hyperbolic against Euclidean: {counted['twin']}. In {ahead} of "
+        f"{len(groups)} tasks the best vote of demonstrations, without a model, is ahead of every row of the model."
     )
     return Section(_TITLE, (text,))
 
