@@ -175,11 +175,13 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build wheels and source archives of all packages into dist/, with the project's address in links and metadata."""
+    """Build wheels, source archives and bills of materials of all packages into dist/, with the project's address in links."""
+    _install(session)
     for name in session.posargs or PACKAGES:
         with tempfile.TemporaryDirectory() as folder:
             session.run("python", "release.py", "copy", name, folder)
             session.run(_uv(), "build", "--quiet", f"{folder}/{name}", "--out-dir", "dist", external=True)
+            session.run("python", "release.py", "bill", name, "dist")
 
 
 @nox.session(venv_backend="virtualenv")

@@ -1,6 +1,7 @@
 """Releases: copy a package for building, and give it its next version.
 
     python release.py copy NAME FOLDER      with the project's address in README and metadata; `nox -s build` calls it
+    python release.py bill NAME FOLDER      what its wheel stands on, in CycloneDX's JSON; `nox -s build` writes it beside the wheel
     python release.py bump NAME 0.2.0       version, and the changelog's "Unreleased" under that version and today's date
 
 The address is one setting, `address` under `[tool.project]` in the root pyproject.toml; while it is empty the copy is the
@@ -8,13 +9,18 @@ package as it is. On an index a README stands alone, so relative links become li
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
 import sys
 import tomllib
 from datetime import date
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
@@ -59,6 +65,57 @@ def prepare(name: str, out: Path, address: str) -> Path:
     return copy
 
 
+def bill(name: str) -> dict:
+    """A software bill of materials: the package and everything it needs, as installed here (the versions of `constraints.txt`).
+
+    Raises:
+        ValueError: no such package, or something that it needs is not installed.
+    """
+    project = ROOT / "packages" / name / "pyproject.toml"
+    if not project.exists():
+        raise ValueError(f"name must be a package of this repository, got {name!r}")
+    found: dict[str, dict] = {}
+    edges: dict[str, list[str]] = {}
+
+    def add(requirement: Requirement) -> str | None:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            return None
+        key = canonicalize_name(requirement.name)
+        if key not in found:
+            try:
+                one = distribution(key)
+            except PackageNotFoundError as error:
+                raise ValueError(f"{key}, which {name} needs, is not installed here") from error
+            said = one.metadata.get("License-Expression") or one.metadata.get("License") or ""
+            licence = said.strip().splitlines()[0][:60] if said.strip() else ""
+            reference = f"pkg:pypi/{key}@{one.version}"
+            found[key] = {
+                "type": "library",
+                "name": key,
+                "version": one.version,
+                "purl": reference,
+                "bom-ref": reference,
+            }
+            if licence and licence.upper() != "UNKNOWN":
+                found[key]["licenses"] = [{"license": {"name": licence}}]
+            edges[key] = []
+            edges[key] = [kept for text in one.requires or () if (kept := add(Requirement(text))) is not None]
+        return key
+
+    own = canonicalize_name(name)
+    add(Requirement(own))
+    main = found.pop(own)
+    parts = {**found, own: main}
+    graph = [
+        {"ref": parts[key]["bom-ref"], "dependsOn": sorted(parts[kept]["bom-ref"] for kept in kept_all)}
+        for key, kept_all in sorted(edges.items())
+    ]
+    return {
+        "bomFormat": "CycloneDX", "specVersion": "1.5", "version": 1, "metadata": {"component": main},
+        "components": [found[key] for key in sorted(found)], "dependencies": graph,
+    }  # fmt: skip
+
+
 def bump(name: str, version: str, day: date, root: Path = ROOT) -> None:
     """Give `packages/name` a version, in its module and its changelog.
 
@@ -95,6 +152,9 @@ def main() -> int:
     copy.add_argument("folder", type=Path, help="where the copy goes")
     setting = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["project"]["address"]
     copy.add_argument("--address", default=setting, help="in place of the setting")
+    parts = commands.add_parser("bill", help="what its wheel stands on")
+    parts.add_argument("name", help="a package of this repository")
+    parts.add_argument("folder", type=Path, help="where NAME-VERSION.cdx.json goes")
     new = commands.add_parser("bump", help="give a package its next version")
     new.add_argument("name", help="a package of this repository")
     new.add_argument("version", help="three numbers, such as 0.2.0")
@@ -102,6 +162,13 @@ def main() -> int:
     try:
         if args.command == "copy":
             sys.stdout.write(f"{prepare(args.name, args.folder, args.address)}\n")
+        elif args.command == "bill":
+            content = bill(args.name)
+            version = content["metadata"]["component"]["version"]
+            args.folder.mkdir(parents=True, exist_ok=True)
+            path = args.folder / f"{args.name.replace('-', '_')}-{version}.cdx.json"
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            sys.stdout.write(f"{path}\n")
         else:
             bump(args.name, args.version, date.today())
     except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """What an index shows of a package: links that work outside of the repository, addresses in the metadata."""
 
 import filecmp
+import json
 import re
 import subprocess
 import sys
@@ -46,6 +47,39 @@ def test_without_an_address_nothing_changes(tmp_path):
     copy, source = prepared("hier-losses", tmp_path, ""), ROOT / "packages" / "hier-losses"
     for name in ("README.md", "pyproject.toml"):
         assert (copy / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_the_bill_holds_everything_a_wheel_needs(name, tmp_path):
+    args = [sys.executable, str(ROOT / "release.py"), "bill", name, str(tmp_path)]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text(encoding="utf-8"))
+    main = content["metadata"]["component"]
+    assert (main["name"], path.name) == (name, f"{name.replace('-', '_')}-{main['version']}.cdx.json")
+    parts = {one["name"]: one for one in content["components"]}
+    declared = tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[<>=\[; ]", text)[0].lower().replace("_", "-") for text in declared}
+    assert names <= parts.keys()
+    assert "torch" in parts
+    pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), flags=re.M))
+    for other, version in pinned.items():
+        if other.lower() in parts:
+            assert parts[other.lower()]["version"].split("+")[0] == version.split("+")[0], other
+    references = {one["bom-ref"] for one in [*content["components"], main]}
+    assert {edge["ref"] for edge in content["dependencies"]} == references
+    assert all(set(edge["dependsOn"]) <= references for edge in content["dependencies"])
+
+
+def test_a_bill_of_no_package_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "release.py"), "bill", "losses", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (2, "error: name must be a package of this repository, got 'losses'\n")
 
 
 def test_the_next_version(tmp_path, monkeypatch):
