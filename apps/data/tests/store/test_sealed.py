@@ -37,6 +37,13 @@ def test_a_file_without_a_seal_is_read_unless_it_must_have_one(tmp_path):
         read_sealed(path)
 
 
+def test_the_format_of_a_later_version_is_named(tmp_path):
+    path = tmp_path / "result.json"
+    write_sealed(path, {"format": 2})
+    with pytest.raises(DataError, match=r"result.json has format 2, this version reads 1"):
+        read_sealed(path)
+
+
 def test_the_files_beside_are_sealed_but_not_what_passes(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(b"abc")

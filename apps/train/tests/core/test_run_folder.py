@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field
 
 from app_data.store.atomic import new_file, new_folder, remove_folder, write_json
+from app_data.store.errors import DataError
 from app_train.core.config import Frozen, RunConfig, StageConfig, config_hash, read_yaml
 from app_train.core.errors import RunError
 from app_train.core.run_folder import Run
@@ -164,6 +165,15 @@ def test_a_result_is_not_read_back_where_a_file_has_changed(tmp_path):
         finish()
     (tmp_path / "run" / "seed-0" / "scores.json").unlink()
     assert known() is None
+
+
+def test_a_result_of_a_later_version_is_left_alone(tmp_path):
+    with Run("test", config(tmp_path / "run"), ("seeds",)) as run:
+        run.claim("data-1")
+        run.finish({"format": 2})
+        run.seal()
+        with pytest.raises(DataError, match="result.json has format 2, this version reads 1"):
+            run.result()
 
 
 def test_a_folder_that_is_being_deleted_has_lost_its_name(tmp_path, monkeypatch):

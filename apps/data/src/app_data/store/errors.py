@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
-__all__ = ["DataError", "MissingAssetError", "Skipped", "TooManyBadFiles", "UnreadablePicture"]
+__all__ = ["DamagedFile", "DataError", "MissingAssetError", "Skipped", "TooManyBadFiles", "UnreadablePicture"]
 
 
 class DataError(ValueError):
     """The data on disk (or its description) cannot be used as it is; the message says what to change."""
+
+
+class DamagedFile(DataError):
+    """A file is not as it was written."""
 
 
 class UnreadablePicture(DataError):

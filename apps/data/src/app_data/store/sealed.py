@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app_data.store.atomic import new_folder, write_json
-from app_data.store.errors import DataError
+from app_data.store.errors import DamagedFile, DataError
 
 __all__ = [
     "file_digest",
@@ -24,6 +24,7 @@ __all__ = [
     "write_sealed",
 ]
 
+FORMAT = 1
 _SEAL, _OF_FOLDER = "seal", ".seal.json"
 # Of a run that is at work, or rewritten whenever it likes.
 _PASSING = (".", "checkpoint-", "tensorboard")
@@ -68,7 +69,8 @@ def read_sealed(path: Path, *, required: bool = False) -> dict:
     """The content of a JSON file, without its seal if it has one, or must have one.
 
     Raises:
-        DataError: It is damaged: no JSON object, or not what was sealed.
+        DamagedFile: It is no JSON object, or not what was sealed.
+        DataError: A later version wrote it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +79,11 @@ def read_sealed(path: Path, *, required: bool = False) -> dict:
     seal = content.pop(_SEAL, None) if isinstance(content, dict) else None
     sealed = isinstance(seal, dict) and seal.get("content") == text_digest(content)
     if not isinstance(content, dict) or (not sealed and (required or seal is not None)):
-        raise DataError(f"{path} is damaged; delete it and run the same command again")
+        raise DamagedFile(f"{path} is damaged; delete it and run the same command again")
+    if (found := content.get("format", FORMAT)) != FORMAT:
+        raise DataError(
+            f"{path} has format {found!r}, this version reads {FORMAT}: use the version that wrote it, or another folder"
+        )
     return content
 
 

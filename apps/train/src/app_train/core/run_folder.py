@@ -15,7 +15,7 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from app_data.store.atomic import remove_folder, remove_leftovers, write_json, write_text
-from app_data.store.errors import DataError
+from app_data.store.errors import DamagedFile
 from app_data.store.sealed import file_digest, new_sealed_folder, read_sealed, write_sealed
 from app_eval.measure.cells import RESULT, finished
 from app_train.core.checkpoint import PREFIX
@@ -182,8 +182,8 @@ class Run:
             sums.pop(RESOLVED, None)  # another command may write it anew, and `claim` has read it
             if any(file_digest(self.out / name) != known for name, known in sums.items()):
                 return None
-            result = json.loads((self.out / RESULT).read_text(encoding="utf-8"))
-        except (FileNotFoundError, DataError, KeyError):
+            result = read_sealed(self.out / RESULT)
+        except (FileNotFoundError, DamagedFile, KeyError):
             return None
         return result if result.get("asked") == self.asked else None
 
