@@ -14,6 +14,7 @@ from app_data.store.atomic import new_folder, write_json
 from app_data.store.errors import DamagedFile, DataError
 
 __all__ = [
+    "SEAL_FILE",
     "file_digest",
     "is_whole",
     "new_sealed_folder",
@@ -25,7 +26,8 @@ __all__ = [
 ]
 
 FORMAT = 1
-_SEAL, _OF_FOLDER = "seal", ".seal.json"
+SEAL_FILE = ".seal.json"  # of a folder
+_SEAL = "seal"
 # Of a run that is at work, or rewritten whenever it likes.
 _PASSING = (".", "checkpoint-", "tensorboard")
 
@@ -96,7 +98,7 @@ def seal_broken(path: Path) -> str:
 
 def seal_folder(path: Path, also: Sequence[Path] = ()) -> None:
     """Seal all files of a folder as they are now, but for checkpoints and logs, and further files that belong to it."""
-    write_sealed(path / _OF_FOLDER, {}, beside=True, also=also)
+    write_sealed(path / SEAL_FILE, {}, beside=True, also=also)
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def is_whole(path: Path) -> bool:
     Raises:
         DataError: A file of it is damaged or missing.
     """
-    seal = path / _OF_FOLDER
+    seal = path / SEAL_FILE
     if not seal.exists():
         return False
     read_sealed(seal)

@@ -16,7 +16,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from app_data.store.atomic import remove_folder, remove_leftovers, write_json, write_text
 from app_data.store.errors import DamagedFile
-from app_data.store.sealed import file_digest, new_sealed_folder, read_sealed, write_sealed
+from app_data.store.sealed import SEAL_FILE, file_digest, new_sealed_folder, read_sealed, write_sealed
 from app_eval.measure.cells import RESULT, finished
 from app_train.core.checkpoint import PREFIX
 from app_train.core.config import RESOLVED, RunConfig, config_hash, differences
@@ -207,6 +207,8 @@ class Run:
 
 
 def _left_out(path: Path) -> bool:
+    if path.name == SEAL_FILE:
+        return False
     return path.name == MANIFEST or any(part.startswith((".", "checkpoint-", "tensorboard")) for part in path.parts)
 
 
