@@ -435,7 +435,7 @@ def test_bad_input(patched, tmp_path, capsys, monkeypatch):
     target = str(tmp_path / "out.json")
     (tmp_path / "empty").mkdir()
     assert hier(["eval", "icl", str(tmp_path / "empty"), "--out", target]) == 2
-    assert "holds no trained icl-mini" in capsys.readouterr().err
+    assert "--data names no folder for vqav2" in capsys.readouterr().err
     assert hier(["eval", "icl", str(tmp_path / "empty"), "--out", target, "--queries", "1"]) == 2
     task = tasks(None)[0][0]
     for name in task.selectors():

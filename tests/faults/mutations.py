@@ -116,8 +116,8 @@ def _noticed(mutation: Mutation, copy: Path) -> tuple[bool, str]:
         mutation.family,
         "--kinds",
         mutation.kind,
-        "--jobs",
-        "1",
+        "--density",
+        "2",
     ]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": sources}, cwd=copy, capture_output=True, text=True, check=False

@@ -15,7 +15,7 @@ from app_train.cli import guarded, hier, main, parse
 from app_train.commands import COMMANDS
 from app_train.recipes import RECIPES
 
-_NEED_DATA = {"folder", "cub", "aircraft", "butterfly", "inaturalist", "chest"}
+_NEED_DATA = {"icl-adapter", "folder", "cub", "aircraft", "butterfly", "inaturalist", "chest"}
 _AT_ONCE = {"eval selection"}  # computes without any argument
 WORDS = (
     "",

@@ -48,6 +48,8 @@ _RECORD = ("epoch", "anchor", "ce", "held_out_anchor", "held_out_ce")
 
 def run(config: IclAdapterConfig) -> dict:
     """Run the recipe; returns the content of its `result.json`."""
+    if config.data is None:
+        raise DataError(f"--data is missing: name the folder of the task, which is to hold {TASKS[config.task].files}")
     if not config.data.is_dir():
         raise DataError(f"the folder {config.data} does not exist; it is to hold {TASKS[config.task].files}")
     with Run("icl-adapter", config, ("data",), processes=False) as run:

@@ -96,7 +96,7 @@ class IclAdapterConfig(RunConfig):
 
     model: str = "HuggingFaceM4/idefics2-8b-base"
     """An image-text model: a folder, a name on the hub, or a finished run of icl-mini."""
-    data: Path
+    data: Path | None = None
     """Folder of the task, in the layout of its release; its training part is used."""
     task: TaskName = "vqav2"
     out: Path = Path("runs/icl-adapter")
