@@ -3,6 +3,7 @@
 import json
 import os
 import tarfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,11 @@ def coco_captions():
             file = tar.extractfile(f"annotations/captions_{part}2017.json")
             captions += [row["caption"] for row in json.load(file)["annotations"]]
     return captions
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The script of hyper-icl's guide that writes a tiny model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[3] / "docs" / "hyper-icl")
+        return import_module("tiny_model")

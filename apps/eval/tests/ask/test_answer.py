@@ -5,7 +5,6 @@ import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from app_train.recipes.icl.lift import train_lift
 from hyper_icl import SegmentMap, hierarchy_bias, insert_demos
 
 pytestmark = pytest.mark.filterwarnings("default")
-DOCS = Path(__file__).parents[4] / "docs" / "hyper-icl"
 
 
 class Eye(nn.Module):
@@ -45,14 +43,6 @@ def eye(monkeypatch):
     made = Eye()
     monkeypatch.setattr("app_eval.ask.pool.lite0", lambda num_classes: made)
     return made
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    """The script of the guide."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(DOCS)
-        return import_module("tiny_model")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
@@ -33,16 +32,8 @@ from helpers import releases
 from hyper_icl import CalibrationPlan, SegmentMap, calibrate, hierarchy_bias, insert_demos, use_calibrated_attention
 
 pytestmark = pytest.mark.filterwarnings("default")
-DOCS = Path(__file__).parents[4] / "docs" / "hyper-icl"
 NAMES = tuple(releases.WALLS)
 TASKS = ("vqav2", "okvqa", "coco-caption", "caption-editing", "image-text-matching", "visual-reasoning")
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(DOCS)
-        return import_module("tiny_model")
 
 
 @pytest.fixture(scope="module")
