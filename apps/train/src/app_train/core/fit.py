@@ -186,7 +186,7 @@ class _Loop:
             if not bool(torch.isfinite(value).all()):
                 raise NonFiniteGradient(
                     f"the weight {name} is not finite after step {step.number} (stage {step.stage}, epoch {step.epoch}); the last "
-                    "checkpoint is intact: lower the learning rate, and the same command goes on from it"
+                    "checkpoint is intact: lower the learning rate"
                 )
 
     def checkpoint(self, number: int, records: str = "") -> Checkpoint:
