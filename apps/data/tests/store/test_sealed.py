@@ -61,6 +61,16 @@ def test_the_files_beside_are_sealed_but_not_what_passes(tmp_path):
     assert seal_broken(path) == "model/weights"
 
 
+def test_the_seal_of_a_folder_below_is_sealed_too(tmp_path):
+    with new_sealed_folder(tmp_path / "adapter") as target:
+        (target / "weights").write_bytes(b"abc")
+    path = tmp_path / "result.json"
+    write_sealed(path, {"a": 1}, beside=True)
+    seal = tmp_path / "adapter" / ".seal.json"
+    seal.write_text(seal.read_text().replace("1", "0"))
+    assert seal_broken(path) == "adapter/.seal.json"
+
+
 def test_a_sealed_folder_is_whole_or_says_what_is_not(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text("{}\n")

@@ -60,7 +60,8 @@ def write_sealed(path: Path, content: Mapping[str, object], *, beside: bool = Fa
     files = {}
     for file in sorted(folder.rglob("*")) if beside else ():
         place = file.relative_to(folder)
-        if file.is_file() and file != path and not any(part.startswith(_PASSING) for part in place.parts):
+        passing = any(part.startswith(_PASSING) for part in place.parts if part != SEAL_FILE)
+        if file.is_file() and file != path and not passing:
             files[place.as_posix()] = file_digest(file)
     files |= {Path(os.path.relpath(file, folder)).as_posix(): file_digest(file) for file in also}
     write_json(path, {**plain, _SEAL: {"content": text_digest(plain), "files": files}})
