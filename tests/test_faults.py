@@ -43,6 +43,7 @@ def test_every_mutation_has_its_place():
 def test_the_page_shows_what_is_stored():
     text = report.PAGE.read_text(encoding="utf-8")
     assert f"{report.BEGIN}\n{report.table()}{report.END}" in text
+    assert f"{report.RANKS_BEGIN}\n{report.table_together()}{report.RANKS_END}" in text
     stored = json.loads(report.STORED.read_text(encoding="utf-8"))
     assert stored["counts"].keys() <= matrix.KINDS.keys()
     for mutation in mutations.MUTATIONS:

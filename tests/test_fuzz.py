@@ -1,9 +1,12 @@
-"""A few arguments of every kind for public functions and command lines, and random trees; `nox -s fuzz` tries many."""
+"""A few arguments of every kind for public functions and command lines, damaged files, and random trees; `nox -s fuzz` tries many."""
+
+from random import Random
 
 import pytest
 
 from fuzz.commands import fuzz_commands
 from fuzz.functions import fuzz, public_functions
+from fuzz.readers import damage, fuzz_readers, readers
 from fuzz.trees import fuzz_tree
 
 FUNCTIONS = public_functions()
@@ -26,6 +29,23 @@ def test_random_trees_are_what_brute_force_says():
 
 def test_no_command_line_ends_in_a_traceback(tmp_path):
     assert fuzz_commands(60, 1, tmp_path) == []
+
+
+@pytest.mark.parametrize("name", readers())
+def test_a_damaged_file_gives_a_value_or_a_sentence(tmp_path, name):
+    _, wrong = fuzz_readers(6, 0, tmp_path, name)
+    assert not wrong
+
+
+def test_damage_changes_what_it_should(tmp_path):
+    """No fault is found where nothing is damaged."""
+    path, said = tmp_path / "x.json", set()
+    for number in range(60):
+        path.write_text('{"a": [1, {"b": 2}]}')
+        said.add(damage(path, Random(number)).split()[0])
+        if path.is_dir():
+            path.rmdir()
+    assert len(said) > 8
 
 
 def test_a_function_that_fails_otherwise_is_found():

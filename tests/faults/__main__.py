@@ -3,10 +3,12 @@
 python tests/faults                              all faults of all families; two processes at a time
 python tests/faults --families mat --kinds killed "disk full"
 python tests/faults --write             also write docs/reliability.json and the table of docs/reliability.md
+python tests/faults --together          one process against two, for each recipe; with --write into docs/reliability.md
 python tests/faults --mutate            break the safeguards one by one in a copy: each must be noticed
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
@@ -19,9 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from faults import children, families, matrix, mutations, report
+from faults import children, families, matrix, mutations, report, together
 
-# Seconds a command takes; the slow ones are tried at fewer moments.
+MODULES = ("torch", "app_train.cli", "accelerate", "transformers", "peft", "sklearn.linear_model")
+# How many moments of a recipe are tried: fewer of the slow ones.
 DENSITY = {"emoji": 0.25, "folder": 0.5, "blip-mini": 0.5}
 _KNOWN: dict[str, families.Family] = {}
 _TRIED: list[tuple[str, matrix.Fault]] = []
@@ -37,11 +40,16 @@ def main() -> int:
         "--write", action="store_true", help="write docs/reliability.json and the table of docs/reliability.md"
     )
     parser.add_argument(
+        "--together", nargs="*", metavar="RECIPE", help="run recipes in one process and in two, and compare"
+    )
+    parser.add_argument(
         "--mutate", nargs="?", const="", metavar="PART", help="break the safeguards, or those whose name has this part"
     )
     args = parser.parse_args()
     if args.mutate is not None:
         return int(bool(mutations.mutate(args.mutate)))
+    if args.together is not None:
+        return _together(args.together, args.write)
     if os.environ.get("FAULTS_MOUNTS") is None:
         _with_mounts()
     begun = time.monotonic()
@@ -57,11 +65,24 @@ def main() -> int:
     return int(bool(wrong))
 
 
+def _together(names: list[str], write: bool) -> int:
+    found = []
+    with tempfile.TemporaryDirectory(prefix="together-") as root:
+        families.settle(Path(root) / "settled")
+        children.warm(MODULES)
+        for name in names or together.NAMES:
+            found.append(together.compare(name, Path(root) / name))
+            print(json.dumps(found[-1]), flush=True)
+    if write:
+        report.write_together(found)
+    return int(any(one["says"] not in ("", "refused") for one in found))
+
+
 def attempt(args: argparse.Namespace, root: Path) -> list[dict]:
     """Try the chosen faults."""
     families.settle(root / "settled")
     context = multiprocessing.get_context("fork")
-    children.warm(["torch", "app_train.cli", "accelerate", "transformers", "peft", "sklearn.linear_model"])
+    children.warm(MODULES)
     with context.Pool(args.jobs) as pool:
         found = pool.starmap(families.prepare, [(name, root / name) for name in args.families], chunksize=1)
     children.warm(sorted({module for family in found for module in family.modules}))

@@ -13,6 +13,7 @@ from pathlib import Path
 from faults import children
 from faults.children import End, Inject
 from faults.families import Family, digests
+from faults.together import pair
 
 # Kind of fault -> what it does, for the table.
 KINDS = {
@@ -391,26 +392,10 @@ def _spoil_step(loop, what: str) -> None:
 # -- ranks ------------------------------------------------------------------------------------------------------------------------
 
 
-def _pair(family: Family, folder: Path, port: int, inject: dict[int, Inject]) -> list[End]:
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    pids = [
-        children.start(folder, family.command, inject.get(rank), {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    return [children.wait(pid, folder, rank) for rank, pid in enumerate(pids)]
-
-
 def _ranks(family: Family, folder: Path, asked: tuple[int, ...]) -> str:
-    import socket
-
-    def port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            return probe.getsockname()[1]
-
     whole = folder.with_name(f"{folder.name}-whole")
     shutil.copytree(folder / "work", whole / "work")
-    ends = _pair(family, whole, port(), {})
+    ends = pair(whole, family.command)
     if any(end.status for end in ends):
         return f"two undisturbed processes ended with {[end.status for end in ends]}: {ends[0].said[-300:]}"
     seen = []
@@ -421,10 +406,10 @@ def _ranks(family: Family, folder: Path, asked: tuple[int, ...]) -> str:
             if len(seen) == 20:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    ends = _pair(family, folder, port(), dict.fromkeys(asked, ask))
+    ends = pair(folder, family.command, [ask if rank in asked else None for rank in range(2)])
     if [end.status for end in ends] != [143, 143] or any("Traceback" in end.said for end in ends):
         return f"ended with {[end.status for end in ends]}: {[end.said[-200:] for end in ends]}"
-    ends = _pair(family, folder, port(), {})
+    ends = pair(folder, family.command)
     if any(end.status for end in ends):
         return f"going on ended with {[end.status for end in ends]}: {ends[0].said[-300:]}"
     a, b = digests(whole / "work" / "run"), digests(folder / "work" / "run")

@@ -1,7 +1,7 @@
-"""Public functions and command lines with any arguments, and random trees against brute force.
+"""Public functions and command lines with any arguments, damaged files, and random trees against brute force.
 
-python tests/fuzz                          300 calls of each function, 2,000 command lines, 10,000 trees
-python tests/fuzz --calls 50 --trees 100 --commands 20 --seed 7
+python tests/fuzz                          300 calls of each function, 2,000 command lines, 10,000 trees, 200 files of each form
+python tests/fuzz --calls 50 --trees 100 --commands 20 --files 5 --seed 7
 """
 
 import argparse
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fuzz.commands import fuzz_commands
 from fuzz.functions import fuzz, public_functions
+from fuzz.readers import fuzz_readers, readers
 from fuzz.trees import fuzz_tree
 
 
@@ -22,10 +23,11 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=300, help="of each function")
     parser.add_argument("--trees", type=int, default=10_000)
     parser.add_argument("--commands", type=int, default=2_000)
+    parser.add_argument("--files", type=int, default=200, help="damages of each form")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     wrong = _functions(args.calls, args.seed) + _trees(args.trees, args.seed) + _commands(args.commands, args.seed)
-    return int(bool(wrong))
+    return int(bool(wrong + _files(args.files, args.seed)))
 
 
 def _functions(calls: int, seed: int) -> int:
@@ -64,6 +66,20 @@ def _commands(count: int, seed: int) -> int:
     for said in wrong[:20]:
         print(said)
     print(f"{count} command lines, {len(wrong)} faults, {time.monotonic() - begun:.0f} s")
+    return len(wrong)
+
+
+def _files(count: int, seed: int) -> int:
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        values, wrong = fuzz_readers(count, seed, Path(folder))
+    for said in wrong[:20]:
+        print(said)
+    total = count * len(readers())
+    print(
+        f"{total} damaged files of {len(readers())} forms: {values} values, {total - values - len(wrong)} refused, {len(wrong)} faults, "
+        f"{time.monotonic() - begun:.0f} s"
+    )
     return len(wrong)
 
 

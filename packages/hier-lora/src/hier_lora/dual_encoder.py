@@ -3,12 +3,14 @@
 CLIP: Radford et al., 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from inspect import signature
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
@@ -93,6 +95,23 @@ def load_dual_encoder(locator: str, **options: object) -> nn.Module:
         signature(loader).bind(name, **options)
     except TypeError as error:
         raise ValueError(f"options must be what {prefix!r} takes, got {sorted(options)}: {error}") from error
-    model = loader(name, **options)
+    with one_sentence(locator):
+        model = loader(name, **options)
     model.locator = locator
     return model
+
+
+@contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Turn what other libraries raise where a file is damaged (`AttributeError`, `KeyError`, ...) into a `ValueError` that says where."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if type(error) is ValueError:
+            raise
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{what} cannot be read, a file of it seems damaged: {type(error).__name__}: {said}"
+        ) from error

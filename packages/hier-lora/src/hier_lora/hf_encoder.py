@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from hier_lora.dual_encoder import register_locator
+from hier_lora.dual_encoder import one_sentence, register_locator
 
 # Model types whose adapters a test puts back on the plain model. SigLIP2 checkpoints of a fixed size are of type "siglip".
 FAMILIES = (
@@ -87,7 +87,8 @@ class HFDualEncoder(nn.Module):
 
     def load_preprocessing(self, folder: Path) -> None:
         """Take the image processor and the tokenizer that were saved with an adapter."""
-        self.processor = type(self.processor).from_pretrained(folder, local_files_only=True)
+        with one_sentence(str(folder)):
+            self.processor = type(self.processor).from_pretrained(folder, local_files_only=True)
 
     def save_merged(self, folder: Path) -> None:
         """Write model and processor as `transformers` reads them; see `HierLoraCLIP.save_merged`."""
@@ -125,9 +126,12 @@ def load_hf(
     check_family(AutoConfig.from_pretrained(name, **source).model_type)
     chosen = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    encoder = HFDualEncoder(
-        AutoModel.from_pretrained(name, **source, **chosen), AutoProcessor.from_pretrained(name, **source)
-    ).eval()
+    model, loaded = AutoModel.from_pretrained(name, **source, **chosen, output_loading_info=True)
+    if lacking := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"model must bring all of its weights, {name} lacks {len(lacking)}, such as {lacking[0]}, which would be random numbers"
+        )
+    encoder = HFDualEncoder(model, AutoProcessor.from_pretrained(name, **source)).eval()
     # Where the weights lie and how they are packed belongs to a machine; what they are belongs to the adapter.
     encoder.options = source | ({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
     return encoder

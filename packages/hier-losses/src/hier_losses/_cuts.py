@@ -177,7 +177,7 @@ class TreeCuts(Sequence):
         Raises:
             ValueError: the file belongs to another taxonomy.
         """
-        content = load_json(Path(path).read_text(encoding="utf-8"))
+        content = load_json(Path(path).read_text(encoding="utf-8"), str(path))
         if content["taxonomy"] != fingerprint(tax):
             raise ValueError(
                 f"tax must be the taxonomy of the stored cuts ({content['num_nodes']} nodes, fingerprint "
@@ -201,7 +201,7 @@ class TreeCuts(Sequence):
             ValueError: a leaf that the taxonomy lacks, a text that fits no node above its leaves.
         """
         file = isinstance(source, str | os.PathLike)
-        content: Any = load_json(Path(str(source)).read_text(encoding="utf-8")) if file else source
+        content: Any = load_json(Path(str(source)).read_text(encoding="utf-8"), str(source)) if file else source
         texts, leaves = _resolve_nodes(content, tax)
         spans: dict[tuple[int, int], list[int]] = {}
         for node, span in enumerate(zip(tax.leaf_start.tolist(), tax.n_leaves.tolist(), strict=True)):
@@ -210,6 +210,11 @@ class TreeCuts(Sequence):
         cuts = []
         for number, cut in enumerate(content["treecuts"]):
             below: list[list[int]] = [[] for _ in cut["text"]]
+            wrong = [label for label in cut["leaf_to_label"] if label not in range(len(below))]
+            if wrong:
+                raise ValueError(
+                    f"treecuts[{number}]: leaf_to_label must lie in [0, {len(below)}), the places in text, got {wrong[0]!r}"
+                )
             for leaf, label in zip(leaves, cut["leaf_to_label"], strict=True):
                 below[label].append(start[leaf])
             nodes = []

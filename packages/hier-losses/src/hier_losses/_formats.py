@@ -145,13 +145,18 @@ def text_or_file(source: PathLike, opening: str) -> str:
     if isinstance(source, str) and (not source.strip() or "\n" in source):
         return source  # no file name; the parser says what is wrong
     # Bytes, because text mode would turn a carriage return inside a quoted name into a newline.
-    return Path(source).read_bytes().decode("utf-8-sig")
+    try:
+        return Path(source).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} must be UTF-8 text: {error}") from error
 
 
-def load_json(text: str) -> Any:
+def load_json(text: str, name: str = "the text") -> Any:
     """Return the content of JSON text; ValueError where it is none, or nested deeper than Python's reader goes."""
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from error
     except RecursionError:
         raise ValueError("the JSON is nested too deeply for Python's reader; a node list has no such limit") from None
 
@@ -160,7 +165,8 @@ def read_json(source: PathLike | Mapping | Sequence, root: str | None) -> Parts:
     """Read a node list, nested objects with children, or nested mappings, from a file or from parsed data."""
     data: Any = source
     if isinstance(source, str | os.PathLike):
-        data = load_json(text_or_file(source, "{["))
+        text = text_or_file(source, "{[")
+        data = load_json(text, "the text" if text is source else str(source))
     if isinstance(data, Mapping) and isinstance(data.get("nodes"), Sequence) and not isinstance(data["nodes"], str):
         data = data["nodes"]
     if isinstance(data, Sequence) and data and all(isinstance(n, Mapping) and "parent" in n for n in data):

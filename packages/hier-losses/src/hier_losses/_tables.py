@@ -4,7 +4,8 @@ import csv
 import io
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def read_text(path: PathLike, encoding: str | None, guesses: list[str]) -> tuple
         return data.decode("cp1252", errors="replace"), "cp1252"
 
 
+@contextmanager
+def readable_csv(name: str) -> Iterator[None]:
+    """Turn the error of the CSV reader, which is no `ValueError`, into one that names the file."""
+    try:
+        yield
+    except csv.Error as error:
+        raise ValueError(f"{name!r} cannot be read as a table: {error}") from error
+
+
 def read_table(
     path: PathLike, delimiter: str | None = None, encoding: str | None = None, header: bool | None = None
 ) -> Table:
@@ -58,15 +68,17 @@ def read_table(
     text, encoding = read_text(path, encoding, guesses)
     lines = text.splitlines()
     if delimiter is None:
-        delimiter = _delimiter(name, [line for line in lines[:200] if line.strip()])
+        with readable_csv(name):
+            delimiter = _delimiter(name, [line for line in lines[:200] if line.strip()])
         if delimiter != ",":
             guesses.append(f"delimiter {_DELIMITERS[delimiter]}, which stands equally often in the lines")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=delimiter != "\t")
     rows, line = [], 1
-    for row in reader:
-        if any(row):
-            rows.append((line, row))
-        line = reader.line_num + 1
+    with readable_csv(name):
+        for row in reader:
+            if any(row):
+                rows.append((line, row))
+            line = reader.line_num + 1
     if not rows:
         raise ValueError(f"{name!r} is empty, a header is needed")
     for number, row in rows:

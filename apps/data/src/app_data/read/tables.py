@@ -1,7 +1,6 @@
 """Reads the tables that may stand beside pictures: a taxonomy, and listings of files; what was guessed is said."""
 
 import csv
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -76,8 +75,6 @@ def read_taxonomy(path: str | Path) -> Classes:
         reading = hier_losses.read_taxonomy(path, order=order)
     except DataError:
         raise
-    except json.JSONDecodeError as error:
-        raise DataError(f"the taxonomy {path} is not valid JSON: line {error.lineno}: {error.msg}") from error
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise DataError(f"the taxonomy {path} is not a tree: {error}") from error
     said = "; ".join(f"{name} {value}" for name, value in reading.understood.items())

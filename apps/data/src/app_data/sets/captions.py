@@ -1,7 +1,7 @@
 """Pictures with captions: the set they are held in, and its reader for tables and webdataset archives."""
 
 import csv
-import json
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from app_data.read.splits import stratified_split
 from app_data.sets.papers import unpack
 from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped
+from app_data.store.text import parse_json, read_json, read_text
 from hier_losses import Taxonomy
 
 __all__ = [
@@ -215,20 +216,22 @@ def captioned_files(
 
 def _rows(source: Path) -> list[tuple[int, dict[str, Any]]]:
     """Rows of a table with their line numbers."""
-    try:
-        if source.suffix in (".csv", ".tsv"):
-            with source.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file, delimiter="\t" if source.suffix == ".tsv" else ",")
-                return [(reader.line_num, {(k or "").strip().lower(): v for k, v in row.items()}) for row in reader]
-        text = source.read_text(encoding="utf-8")
-        if source.suffix == ".jsonl":
-            return [(n, json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        if source.suffix == ".json":
-            return list(enumerate(json.loads(text), 1))
-    except (ValueError, csv.Error) as error:
-        raise DataError(
-            f"the captions {source} cannot be read as UTF-8 {source.suffix[1:].upper()}: {error}"
-        ) from error
+    if source.suffix in (".csv", ".tsv"):
+        try:
+            reader = csv.DictReader(
+                io.StringIO(read_text(source), newline=""), delimiter="\t" if source.suffix == ".tsv" else ","
+            )
+            return [(reader.line_num, {(k or "").strip().lower(): v for k, v in row.items()}) for row in reader]
+        except csv.Error as error:
+            raise DataError(f"the captions {source} cannot be read as {source.suffix[1:].upper()}: {error}") from error
+    if source.suffix == ".jsonl":
+        lines = [(n, line) for n, line in enumerate(read_text(source).splitlines(), 1) if line.strip()]
+        return [(n, parse_json(line, f"line {n} of {source}", "mend it")) for n, line in lines]
+    if source.suffix == ".json":
+        rows = read_json(source)
+        if not isinstance(rows, list):
+            raise DataError(f"the captions {source} must be a list of objects, got {rows!r:.80}")
+        return list(enumerate(rows, 1))
     raise DataError(f"the captions {source} must end in .csv, .tsv, .jsonl, .json or .tar")
 
 
@@ -248,6 +251,8 @@ def _collect(source: Path, rows: Sequence[tuple[int, dict[str, Any], Path]]) -> 
         if before is not None and before.part != part:
             raise DataError(f"{where} puts {path} into the split {part!r}, an earlier row into {before.part!r}")
         identity = row.get("id", path) if before is None else before.id
+        if not isinstance(identity, str | int):
+            raise DataError(f"{where} must have a text or a number as id, got {identity!r}")
         captions = texts if before is None else (*before.captions, *texts)
         found[path] = CaptionedFile(folder / path, path, captions, identity, part)
     return list(found.values())
@@ -275,11 +280,13 @@ def _from_archive(archive: Path, cache_dir: str | Path | None, prefix: str = "")
         row: dict[str, Any] = {}
         try:
             if ".json" in members:
-                row = json.loads(members[".json"].read_text(encoding="utf-8"))
+                row = read_json(members[".json"])
             if ".txt" in members:
-                row = {**row, "caption": members[".txt"].read_text(encoding="utf-8")}
-        except ValueError as error:
+                row = {**row, "caption": read_text(members[".txt"])}
+        except (DataError, TypeError) as error:
             raise DataError(f"the sample {key} of {archive} has no readable text: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"the sample {key} of {archive} must be an object, got {row!r}")
         picture = next((path for ending, path in members.items() if ending in pictures), None)
         if picture is None:
             raise DataError(f"the sample {key} of {archive} has no picture, only {', '.join(members)}")

@@ -11,6 +11,7 @@ from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet, load_picture
 from app_data.store.cache import cached_pictures, fingerprint
 from app_data.store.errors import DataError
+from app_data.store.text import read_text
 from hier_losses.builders import chest_xray14, read_findings
 
 __all__ = ["load_chest_xray14"]
@@ -48,7 +49,9 @@ def load_chest_xray14(root: str | Path, decoding: Decoding | None = None) -> dic
     tree = chest_xray14()
     try:
         images, findings = read_findings(root / LABELS)
-        listed = {part: (root / name).read_text(encoding="utf-8").split() for part, name in LISTS.items()}
+        listed = {
+            part: read_text(root / name, "give the folder of the release").split() for part, name in LISTS.items()
+        }
     except OSError as error:
         raise DataError(f"ChestX-ray14 needs the file {error.filename}: give the folder of the release") from error
     except ValueError as error:

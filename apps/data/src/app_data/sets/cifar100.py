@@ -4,7 +4,6 @@ Pictures: Krizhevsky, 2009. Tree and cuts: Wu, Ho, Vasconcelos, 2024, "ProTeCt" 
 """
 
 import hashlib
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from app_data.read.pictures import PictureSet
 from app_data.read.tables import read_taxonomy
 from app_data.sets.papers import unpack
 from app_data.store.errors import DataError
+from app_data.store.text import read_json
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts
 
@@ -67,7 +67,7 @@ def read_stored_tree(path: str | Path) -> StoredTree:
     path = Path(path)
     tax = read_taxonomy(path).taxonomy
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         cuts = TreeCuts.from_text_cuts(content, tax)
         by_id = {node["id"]: node for node in content["nodes"]}
     except (ValueError, KeyError, TypeError) as error:

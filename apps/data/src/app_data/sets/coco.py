@@ -3,7 +3,6 @@
 The Karpathy files (Karpathy and Fei-Fei, 2015) split COCO and Flickr30k. Nothing is downloaded.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,8 +14,9 @@ from app_data.read.splits import some
 from app_data.sets.captions import CaptionedFile, CaptionSet, caption_sets, captioned_files
 from app_data.sets.papers import unpack
 from app_data.store.errors import DataError
+from app_data.store.text import read_json
 
-__all__ = ["find_captions", "load_coco_captions", "load_coco_mini", "load_karpathy", "load_nocaps", "read_json"]
+__all__ = ["find_captions", "load_coco_captions", "load_coco_mini", "load_karpathy", "load_nocaps"]
 
 
 def load_karpathy(annotations: str | Path, root: str | Path, decoding: Decoding | None = None) -> dict[str, CaptionSet]:
@@ -117,8 +117,11 @@ def _lavis_files(annotations: Path, root: Path) -> list[CaptionedFile]:
         if part != own and not path.is_file():
             continue
         captions: dict[str, list[str]] = defaultdict(list)
-        for number, row in enumerate(read_json(path)):
+        rows = read_json(path)
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
             try:
+                # A path, so that what is no name is refused here.
+                Path(row["image"])
                 said = [row["caption"]] if isinstance(row["caption"], str) else row["caption"]
                 captions[row["image"]] += [" ".join(text.split()) for text in said]
             except (KeyError, TypeError, AttributeError) as error:
@@ -241,20 +244,6 @@ def _coco_files(annotations: str | Path, root: Path, instances: str | Path | Non
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{annotations} is not in COCO's form ({error}): give a file of captions") from error
-
-
-def read_json(path: str | Path) -> Any:
-    """The content of a released JSON file.
-
-    Raises:
-        DataError: The file is missing or is no JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"the file {path} does not exist: give a file of the release") from error
-    except ValueError as error:
-        raise DataError(f"the file {path} is not valid JSON ({error}): fetch it again") from error
 
 
 def _list(content: Any, name: str, path: str | Path) -> list[Any]:

@@ -5,7 +5,6 @@ Flickr30K-EE, Wang et al., "Explicit image caption editing", ECCV 2022), image-t
 NeurIPS 2023), and visual reasoning over two pictures (NLVR2, Suhr et al., ACL 2019).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +16,10 @@ from PIL import Image
 from app_data.read.labelled import Decoding, PictureFile, decode_files
 from app_data.read.splits import some
 from app_data.sets.captions import CaptionSet
-from app_data.sets.coco import read_json
 from app_data.sets.vqa import QuestionSet
 from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped
+from app_data.store.text import read_json, read_jsonl
 
 __all__ = [
     "IclTask",
@@ -28,7 +27,6 @@ __all__ = [
     "load_caption_editing",
     "load_image_text_matching",
     "load_nlvr2",
-    "read_jsonl",
     "vqa_task",
 ]
 
@@ -231,33 +229,6 @@ def load_nlvr2(
     return _task(name, "exact", some(items, num), root, decoding)
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; empty lines are passed over.
-
-    Raises:
-        DataError: The file is missing, a line is no JSON object, or there is none.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"the file {path} does not exist: give a file of JSON lines")
-    rows = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-            if not line.strip():
-                continue
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise DataError(f"line {number} of {path} must be a JSON object, got {line[:40]!r}")
-            rows.append(row)
-    except json.JSONDecodeError as error:
-        raise DataError(f"line {number} of {path} is not valid JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"the file {path} is not UTF-8 text: save it as UTF-8") from error
-    if not rows:
-        raise DataError(f"the file {path} holds no item")
-    return rows
-
-
 @dataclass(frozen=True)
 class _Item:
     files: tuple[str, ...]
@@ -276,6 +247,9 @@ def _fields(row: Any, keys: Sequence[str], number: int | str, path: str | Path) 
     missing = [key for key in keys if not isinstance(row, dict) or key not in row]
     if missing:
         raise DataError(f"item {number} of {path} lacks {', '.join(missing)}")
+    wrong = next((key for key in keys if not isinstance(row[key], str | int)), None)
+    if wrong is not None:
+        raise DataError(f"item {number} of {path} must have a text or a number as {wrong}, got {row[wrong]!r}")
     return [row[key] for key in keys]
 
 

@@ -18,6 +18,7 @@ from app_data.read.labelled import PARTS, Decoding, LabelledFile, picture_sets
 from app_data.read.pictures import PictureSet
 from app_data.store.cache import default_cache_dir, fingerprint
 from app_data.store.errors import DataError
+from app_data.store.text import read_text
 from hier_losses import builders
 from hier_losses.builders import DatasetTree
 
@@ -214,7 +215,8 @@ def unpack(archive: str | Path, cache_dir: str | Path | None = None) -> Path:
         temporary.rename(folder)
     except (tarfile.TarError, EOFError, OSError) as error:
         if not folder.is_dir():  # else another process was first
-            raise DataError(f"the archive {archive} cannot be unpacked ({error}): fetch it again") from error
+            said = " ".join(str(error).split())
+            raise DataError(f"the archive {archive} cannot be unpacked ({said}): fetch it again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -232,10 +234,8 @@ def _build(name: str, builder: Callable[..., DatasetTree], *args: Any) -> Datase
 def _lines(paths: Iterable[Path]) -> list[str]:
     found = []
     for path in paths:
-        try:
-            found += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except OSError as error:
-            raise DataError(f"the file {path} does not exist: give the folder of the unpacked release") from error
+        text = read_text(path, "give the folder of the unpacked release")
+        found += [line for line in text.splitlines() if line.strip()]
     return found
 
 

@@ -12,6 +12,7 @@ import re
 import tarfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,15 +23,17 @@ from PIL import Image
 
 from app_data.read.pictures import SUFFIXES, open_picture
 from app_data.sets.captions import row_captions
-from app_data.store.atomic import new_file, write_json
+from app_data.store.atomic import new_file
 from app_data.store.cache import default_cache_dir, fingerprint
 from app_data.store.errors import DataError, TooManyBadFiles, UnreadablePicture
 from app_data.store.progress import progress
+from app_data.store.sealed import read_sealed, write_sealed
 
 __all__ = ["Order", "Sample", "Shards", "Stream"]
 
 MOST_PICTURE, MOST_TEXT = 64 << 20, 1 << 20  # bytes; a header may claim any size
-_FORMAT = 1  # raise when the index changes
+_FORMAT = 2  # raise when the index changes
+_DIGEST = 32  # bytes of a sha256, before the index it belongs to
 _BLOCK = 1000  # positions over which the weights of several sets hold exactly
 _BAD_SHARE, _BAD_FILES, _TRIES = 0.01, 10, 20
 
@@ -85,18 +88,15 @@ class Shards:
     def _summary(self) -> dict[str, Any]:
         """How many samples each shard has, and a fingerprint of all: of thousands of shards not every index is read again."""
         kept = self._cache / f"{fingerprint({'shards': [self._stamp(path) for path in self.paths]})}.json"
-        try:
-            return json.loads(kept.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            pass
+        with suppress(OSError, DataError):  # a damaged one is made anew
+            return read_sealed(kept, required=True)
         counts, stamps = [], []
         for number, path in enumerate(progress(self.paths, "shards")):
             index = self._index(number)
             counts.append(len(index))
             stamps.append([path.name, path.stat().st_size, hashlib.sha256(index.tobytes()).hexdigest()])
         found = {"counts": counts, "fingerprint": fingerprint({"shards": stamps})}
-        write_json(kept, found)
-        return found
+        return write_sealed(kept, found)
 
     def __len__(self) -> int:
         """Number of pictures with a caption."""
@@ -104,15 +104,16 @@ class Shards:
 
     def _read_index(self, number: int) -> np.ndarray:
         path = self.paths[number]
-        kept = self._cache / f"{fingerprint({'shard': self._stamp(path)})}.npy"
+        kept = self._cache / f"{fingerprint({'shard': self._stamp(path)})}.index"
         if kept.exists():
-            try:
-                return np.load(kept)
-            except (OSError, ValueError, EOFError):
-                pass  # a damaged copy is made anew
+            content = kept.read_bytes()
+            if (
+                hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]
+            ):  # else a damaged copy, which is made anew
+                return np.frombuffer(content, np.int64, offset=_DIGEST).reshape(-1, 5)
         index = scan(path)
-        with new_file(kept) as temporary, temporary.open("wb") as file:
-            np.save(file, index)
+        with new_file(kept) as temporary:
+            temporary.write_bytes(hashlib.sha256(index.tobytes()).digest() + index.tobytes())
         return index
 
     def read(self, row: int) -> Sample:

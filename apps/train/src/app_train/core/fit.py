@@ -16,7 +16,7 @@ from app_train.core.checkpoint import Checkpoint, load_checkpoint, save_checkpoi
 from app_train.core.errors import Interrupted, NonFiniteGradient, RunError
 from app_train.core.interrupt import StopFlag
 from app_train.core.records import Records, read_records
-from app_train.core.schedule import Stage, Step, draw_of, steps, warm_cosine
+from app_train.core.schedule import Rows, Stage, Step, draw_of, steps, warm_cosine
 
 _KEPT = "kept."
 
@@ -158,7 +158,7 @@ class _Loop:
             part = len(rows) / len(mine)
             with self._synced(number == len(pieces) - 1):
                 with self._precision():
-                    loss, values = stage.forward(self.wrapped, step, rows)
+                    loss, values = self._forward(step, rows)
                 scaled = loss * (weight * part) if weight * part != 1 else loss
                 scaled.backward() if accelerator is None else accelerator.backward(scaled)
             for name, value in {"loss": loss, **values}.items():
@@ -179,6 +179,13 @@ class _Loop:
         found, status = self._together(sums, 0 if stop is None else stop.exit_status or 0)
         first = {"stage": step.stage, "epoch": step.epoch, "lr": self.peaks[0] * share}
         return {**first, "loss": found.pop("loss"), "grad_norm": float(norm), **found}, status
+
+    def _forward(self, step: Step, rows: Rows) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        try:
+            return self.stage.forward(self.wrapped, step, rows)
+        except ValueError:
+            self.check(step)  # a loss that refuses what spoilt weights gave it: they are what is wrong
+            raise
 
     def check(self, step: Step) -> None:
         """Refuse weights that are no numbers, before they are kept."""

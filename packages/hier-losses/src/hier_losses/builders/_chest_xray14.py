@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hier_losses._tables import readable_csv
 from hier_losses.builders._base import DatasetTree
 from hier_losses.taxonomy import Taxonomy
 
@@ -82,12 +83,14 @@ def read_findings(path: str | os.PathLike) -> tuple[list[str], Bool[Tensor, "ima
     """
     column = {name: number for number, name in enumerate(FINDINGS)}
     images, rows = [], []
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file, readable_csv(str(path)):
         reader = csv.DictReader(file)
         missing = {"Image Index", "Finding Labels"} - set(reader.fieldnames or ())
         if missing:
             raise ValueError(f"the table has no column {sorted(missing)[0]!r}")
         for entry in reader:
+            if None in (entry["Image Index"], entry["Finding Labels"]):
+                raise ValueError(f"line {reader.line_num} of the table lacks a cell")
             row = [False] * len(FINDINGS)
             for name in entry["Finding Labels"].split("|"):
                 if name == "No Finding":

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from hier_losses._tables import readable_csv
 from hier_losses.builders._base import DatasetTree, tree_of_labels
 from hier_losses.taxonomy import Taxonomy
 
@@ -42,7 +43,7 @@ def cub200(
             raise ValueError(f"classes_file must count its lines from 1, got {line!r} as line {len(classes) + 1}")
         classes.append(name)
     species = [_plain(name) for name in classes]
-    with open(hierarchy_file, newline="", encoding="utf-8-sig") as file:
+    with open(hierarchy_file, newline="", encoding="utf-8-sig") as file, readable_csv(str(hierarchy_file)):
         rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
     if not rows:
         raise ValueError("hierarchy_file is empty")
@@ -53,6 +54,9 @@ def cub200(
     if missing:
         raise ValueError(f"hierarchy_file must hold integers, or have the columns {list(levels)}; missing: {missing}")
     columns = [rows[0].index(level) for level in levels]
+    short = next((row for row in rows if len(row) < len(rows[0])), None)
+    if short is not None:
+        raise ValueError(f"hierarchy_file must have {len(rows[0])} cells in each row, got {short}")
     paths = {_plain(row[columns[-1]]): tuple(row[column] for column in columns[:-1]) for row in rows[1:]}
     unknown = [name for name in species if name not in paths] + [name for name in paths if name not in set(species)]
     if unknown:

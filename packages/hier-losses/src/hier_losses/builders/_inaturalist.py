@@ -25,7 +25,7 @@ def inaturalist(source: str | os.PathLike) -> DatasetTree:
     if os.path.isdir(source):
         names = _folders(source)
     else:
-        data = load_json(Path(source).read_text(encoding="utf-8"))
+        data = load_json(Path(source).read_text(encoding="utf-8"), str(source))
         categories = sorted(data["categories"], key=lambda entry: entry["id"])
         names = [
             entry.get("image_dir_name") or "_".join([f"{entry['id']:05d}", *(entry[level] for level in LEVELS)])
