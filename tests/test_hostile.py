@@ -3,8 +3,10 @@
 import io
 import json
 import shutil
+import subprocess
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,13 +178,17 @@ def test_pictures_with_huge_or_foreign_headers(tmp_path, name, content):
     assert time.process_time() - start < 2
 
 
+# If it became an element, it would change the title.
+EVIL_PICTURE = "<img src=x onerror=document.title='changed'>"
+
+
 def test_names_that_are_markup_stay_text(command, quick, tmp_path):
-    evil = ["<script>alert(1)</script>", "=cmd|' /C calc'!A0", "$\\frac{a}{b}$", "a'onload='x"]
+    evil = ["<script>alert(1)</script>", "=cmd|' /C calc'!A0", "$\\frac{a}{b}$", "a'onload='x", EVIL_PICTURE]
     for number, name in enumerate(evil):
         folder = tmp_path / "data" / name.replace("/", "\N{DIVISION SLASH}")
         folder.mkdir(parents=True)
         for i in range(10):
-            pixels = torch.randint(60 * number, 60 * number + 40, (16, 16, 3), dtype=torch.uint8).numpy()
+            pixels = torch.randint(50 * number, 50 * number + 40, (16, 16, 3), dtype=torch.uint8).numpy()
             Image.fromarray(pixels).save(folder / f"{i}.png")
     out, plain = tmp_path / "run", [word for word in quick if word != "--lora"]
     status, _, err = command("apps/train", "folder", "--data", str(tmp_path / "data"), "--out", str(out), *plain)
@@ -194,3 +200,30 @@ def test_names_that_are_markup_stay_text(command, quick, tmp_path):
         assert not any(
             cell.strip('"').startswith("=") for line in table.read_text().splitlines() for cell in line.split(",")
         )
+    _nothing_runs_in_a_browser(out / "report.html", tmp_path / "browser")
+
+
+def _nothing_runs_in_a_browser(page: Path, home: Path) -> None:
+    """Open a page in Chromium, where there is one: no name has become an element, and none has run."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        return
+    quiet = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+    )
+    done = subprocess.run(
+        [browser, *quiet, f"--user-data-dir={home}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert len(done.stdout) > 1000
+    assert "onerror=document" in done.stdout  # the name is there, as text
+    assert "<title>changed" not in done.stdout
+    assert '<img src="x"' not in done.stdout
+    assert "<script" not in done.stdout
