@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -51,6 +52,18 @@ def finished(assets, tmp_path_factory):
     out = tmp_path_factory.mktemp("blip") / "run"
     assert train(out) == 0
     return out
+
+
+@pytest.mark.slow
+def test_rows_of_an_earlier_start_keep_their_controls(finished, tmp_path):
+    """Killed after its last row, before the result of the run: then no row computes the features that the controls need."""
+    whole = json.loads((finished / "result.json").read_text())
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in ("result.json", "manifest.json"):
+        (run / name).unlink()
+    assert train(run) == 0
+    assert whole["controls"]
+    assert json.loads((run / "result.json").read_text()) == whole
 
 
 @pytest.mark.slow

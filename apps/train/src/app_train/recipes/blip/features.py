@@ -1,6 +1,6 @@
 """What `blip-mini` reads again and again: frozen features of a few views of each picture, and which caption a picture has when."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,10 +72,19 @@ class Features:
         """Feature maps of all views of the training pictures."""
         return [self.maps("train", model, number) for number in range(self.config.views)]
 
-    def controls(self) -> dict[str, dict[str, dict]]:
-        """Recall without a BLIP-2 from the same features; all rows have computed these by now."""
-        views = [found for (name, _), found in self._found.items() if name == "train"]
-        return retrieval_controls(self.test, self._found["test", 0], self.train, views) if views else {}
+    def controls(self, make: Callable[[], nn.Module]) -> dict[str, dict[str, dict]]:
+        """Recall without a BLIP-2 from the same features.
+
+        Args:
+            make: gives a model with the vision tower, where rows of an earlier start have computed the features.
+        """
+        numbers = range(self.config.views)
+        if not self._found.keys() >= {("test", 0), *(("train", number) for number in numbers)}:
+            model = make()
+            self.maps("test", model)
+            self.views(model)
+        views = [self._found["train", number] for number in numbers]
+        return retrieval_controls(self.test, self._found["test", 0], self.train, views)
 
     def batch(self, views: Sequence[Tensor], rows: np.ndarray, seed: int, epoch: int) -> Tensor:
         """Feature maps of some training pictures as an epoch sees them."""

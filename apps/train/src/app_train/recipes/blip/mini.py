@@ -88,7 +88,8 @@ def run(config: BlipMiniConfig) -> dict:
             ]
             if not run.main:
                 return {}
-            known = run.finish({"n": len(test), "seeds": config.seeds, "controls": features.controls(), "runs": runs})
+            controls = features.controls(_Row(config, run, config.rows[0], 0, features).new)
+            known = run.finish({"n": len(test), "seeds": config.seeds, "controls": controls, "runs": runs})
             run.seal()
     if run.main:
         print(_table(known["runs"]))  # noqa: T201
@@ -147,17 +148,22 @@ class _Row:
             remove_checkpoints(self.folder / stage)
         return result
 
+    def new(self) -> HyperBlip2ForPretraining:
+        """The model before its first stage."""
+        config = self.config
+        made = mini_config(
+            hyperbolic(self.name, self.seed, config.losses, config.temperature), config.num_queries, config.num_layers,
+            width=config.width, pool=config.pool, text_locator=TEXT if config.text == "minilm" else "",
+        )  # fmt: skip
+        made.max_tokens = config.max_tokens
+        return mini_model(made, self.seed)
+
     def _first(self) -> HyperBlip2ForPretraining:
         config, seed, device, done = self.config, self.seed, self.run.device, self.folder / "stage1"
         if is_whole(done):
             return HyperBlip2ForPretraining.from_pretrained(done)
-        full = hyperbolic(self.name, seed, config.losses, config.temperature)
-        made = mini_config(
-            full, config.num_queries, config.num_layers, width=config.width, pool=config.pool,
-            text_locator=TEXT if config.text == "minilm" else "",
-        )  # fmt: skip
-        made.max_tokens = config.max_tokens
-        model = mini_model(made, seed)
+        model = self.new()
+        full = model.config.hyperbolic
         train, views = self.features.train, self.features.views(model)
         model.to(device)
         if config.start != "fresh":
