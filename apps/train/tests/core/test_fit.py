@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,6 +174,28 @@ def test_a_last_step_that_spoils_the_weights_is_said():
     stage = Stage("s", StageConfig(epochs=1, lr=1e-2, batch_size=NUM), NUM, forward, after_step=spoil)
     with pytest.raises(NonFiniteGradient, match=r"second.bias is not finite after step 1"):
         fit(model, [stage], seed=0)
+
+
+def test_a_loss_that_refuses_is_one_sentence():
+    """It tells of the weights where they are what is wrong, and of the batch where they are not."""
+
+    def refuses(model, step, rows):
+        loss, values = forward(model, step, rows)
+        if step.number == 2:
+            raise ValueError("the loss must be finite, got nan")
+        return loss, values
+
+    stage = Stage("s", StageConfig(epochs=1, lr=1e-2, batch_size=4), NUM, refuses)
+    with pytest.raises(RunError, match=r"the loss must be finite, got nan \(step 2, stage s, items \["):
+        fit(Model(), [stage], seed=0)
+    spoilt = Model()
+
+    def spoil():
+        with torch.no_grad():
+            spoilt.second.bias.fill_(torch.nan)
+
+    with pytest.raises(NonFiniteGradient, match=r"second.bias is not finite after step 2"):
+        fit(spoilt, [replace(stage, after_step=spoil)], seed=0)
 
 
 def test_a_checkpoint_with_one_changed_byte_is_refused(tmp_path):

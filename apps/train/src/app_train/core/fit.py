@@ -183,9 +183,11 @@ class _Loop:
     def _forward(self, step: Step, rows: Rows) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         try:
             return self.stage.forward(self.wrapped, step, rows)
-        except ValueError:
+        except ValueError as error:
             self.check(step)  # a loss that refuses what spoilt weights gave it: they are what is wrong
-            raise
+            raise RunError(
+                f"{error} (step {step.number}, stage {step.stage}, items {sorted(rows.tolist())[:8]}...)"
+            ) from error
 
     def check(self, step: Step) -> None:
         """Refuse weights that are no numbers, before they are kept."""
