@@ -15,15 +15,15 @@ RANKS_BEGIN, RANKS_END = "<!-- processes: begin -->", "<!-- processes: end -->"
 
 
 def write(ends: Sequence[dict]) -> None:
-    """Store how many faults of the tried families ended well and which did not, and write the table into the page."""
+    """Store how many faults of the tried families and kinds ended well and which did not, and write the table into the page."""
     stored = _stored()
-    tried = {end["family"] for end in ends}
-    counts = {kind: {n: c for n, c in row.items() if n not in tried} for kind, row in stored["counts"].items()}
+    tried = {(end["family"], end["kind"]) for end in ends}
+    counts = {kind: {n: c for n, c in row.items() if (n, kind) not in tried} for kind, row in stored["counts"].items()}
     for end in ends:
         cell = counts.setdefault(end["kind"], {}).setdefault(end["family"], [0, 0])
         cell[0] += not end["wrong"]
         cell[1] += 1
-    wrong = [one for one in stored["wrong"] if one["family"] not in tried]
+    wrong = [one for one in stored["wrong"] if (one["family"], one["kind"]) not in tried]
     wrong += [{k: end[k] for k in ("family", "kind", "label", "wrong")} for end in ends if end["wrong"]]
     _store({**stored, "counts": counts, "wrong": wrong})
     _show(BEGIN, table(), END)
