@@ -86,6 +86,20 @@ class Decoding:
         if self.fit not in ("crop", "pad", "squash"):
             raise ValueError(f"fit must be 'crop', 'pad' or 'squash', got {self.fit!r}")
 
+    def read(self, key: Mapping[str, Any], files: Sequence["PictureFile"]) -> "Decoded":
+        """Decode files, or read what is stored under a key of all they depend on but the size."""
+        pixels, kept, skipped = cached_pictures(
+            dict(key),
+            files,
+            lambda file: load_picture(file.path, self.size, self.fit),
+            size=self.size,
+            cache_dir=self.cache_dir,
+            workers=min(8, os.cpu_count() or 1) if self.workers is None else self.workers,
+            max_bad_fraction=self.max_bad_fraction,
+            max_bad_files=self.max_bad_files,
+        )
+        return Decoded(pixels, kept, skipped, {**key, "size": self.size})
+
 
 def picture_sets(
     files: Sequence[LabelledFile],
@@ -203,7 +217,6 @@ def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is
         DataError: A file is missing, or none can be read.
         TooManyBadFiles: More unreadable files than the budget.
     """
-    size = decoding.size
     key = {
         "data": "files",
         "code": _CODE,
@@ -214,17 +227,7 @@ def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is
             [file.name, digest] for file, digest in zip(files, _digests(files, decoding, missing_is_bad), strict=True)
         ],
     }
-    pixels, kept, skipped = cached_pictures(
-        key,
-        files,
-        lambda file: load_picture(file.path, size, decoding.fit),
-        size=size,
-        cache_dir=decoding.cache_dir,
-        workers=min(8, os.cpu_count() or 1) if decoding.workers is None else decoding.workers,
-        max_bad_fraction=decoding.max_bad_fraction,
-        max_bad_files=decoding.max_bad_files,
-    )
-    return Decoded(pixels, kept, skipped, {**key, "size": size})
+    return decoding.read(key, files)
 
 
 def _digests(files: Sequence[PictureFile], decoding: Decoding, missing_is_bad: bool) -> list[str]:
