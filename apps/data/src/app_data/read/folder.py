@@ -20,8 +20,6 @@ from app_data.read.tables import Classes, read_listing, read_taxonomy
 from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
 
-__all__ = ["Found", "find_pictures", "load_found"]
-
 # What people call the parts of a split.
 _PART_NAMES = {
     "train": "train",

@@ -16,8 +16,6 @@ from app_data.store.digests import content_digests
 from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
 
-__all__ = ["PARTS", "Decoded", "Decoding", "LabelledFile", "PictureFile", "decode_files", "picture_sets", "with_parts"]
-
 PARTS = ("train", "val", "test")
 _PILLOWS = 89478485  # most pixels of a picture, unless `allow_megapixels` says otherwise
 _CODE = 2  # raise when the decoding of files changes: cached pictures are then decoded again

@@ -11,8 +11,6 @@ from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError
 from hier_losses.builders import chest_xray14, read_findings
 
-__all__ = ["load_chest_xray14"]
-
 LABELS, LISTS = "Data_Entry_2017.csv", {"train": "train_val_list.txt", "test": "test_list.txt"}
 # Share of the training patients that is kept for calibration, by a hash of the patient number.
 _VALIDATION = 0.1

@@ -23,16 +23,6 @@ from app_data.store.errors import DataError
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts
 
-__all__ = [
-    "FewShot",
-    "StoredTree",
-    "choose_shots",
-    "load_cifar100_fewshot",
-    "part_of_tree",
-    "read_stored_tree",
-    "take_shots",
-]
-
 ARCHIVE, TREE = "cifar100_fewshot.tar.gz", "trees/cifar100.json"
 
 

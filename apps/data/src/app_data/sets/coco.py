@@ -14,8 +14,6 @@ from app_data.sets.captions import CaptionedFile, CaptionSet, caption_sets, capt
 from app_data.sets.papers import unpack
 from app_data.store.errors import DataError
 
-__all__ = ["find_captions", "load_coco_mini", "read_json"]
-
 
 def find_captions(
     data: str | Path,

@@ -22,16 +22,6 @@ from app_data.sets.vqa import QuestionSet
 from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped
 
-__all__ = [
-    "IclTask",
-    "caption_task",
-    "load_caption_editing",
-    "load_image_text_matching",
-    "load_nlvr2",
-    "read_jsonl",
-    "vqa_task",
-]
-
 
 @dataclass(frozen=True)
 class IclTask:

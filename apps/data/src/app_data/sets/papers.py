@@ -23,8 +23,6 @@ from hier_losses.builders import DatasetTree
 
 _ENTRY = 4096  # bytes on the disk that an empty file takes
 
-__all__ = ["load_aircraft", "load_butterfly200", "load_cifar100_folders", "load_cub200", "load_inaturalist", "unpack"]
-
 
 def load_cifar100_folders(source: str | Path, decoding: Decoding | None = None) -> dict[str, PictureSet]:
     """CIFAR-100 as pictures in `train/<class>/` and `test/<class>/`, under its 20 superclasses.

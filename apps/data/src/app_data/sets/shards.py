@@ -27,8 +27,6 @@ from app_data.store.cache import default_cache_dir, fingerprint
 from app_data.store.errors import DataError, TooManyBadFiles, UnreadablePicture
 from app_data.store.progress import progress
 
-__all__ = ["Order", "Sample", "Shards", "Stream"]
-
 MOST_PICTURE, MOST_TEXT = 64 << 20, 1 << 20  # bytes; a header may claim any size
 _FORMAT = 1  # raise when the index changes
 _BLOCK = 1000  # positions over which the weights of several sets hold exactly

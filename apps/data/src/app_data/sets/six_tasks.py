@@ -23,8 +23,6 @@ from app_data.sets.demonstration_tasks import (
 from app_data.sets.vqa import load_vqa
 from app_data.store.errors import DataError
 
-__all__ = ["TASKS", "Parts", "TaskLayout", "load_parts"]
-
 _COCO = {"train": "train2014", "val": "val2014"}
 _EDITING = {"train": "train", "val": "test"}
 _NLVR2 = {"train": "train", "val": "dev"}

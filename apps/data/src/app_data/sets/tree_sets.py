@@ -21,8 +21,6 @@ from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import imagenet_class_names
 from hier_losses import Taxonomy
 
-__all__ = ["find_imagenet", "find_rare_species", "find_sun397", "imagenet_leaves"]
-
 # Classes whose leaf in the published tree has another name than the cleaned class name, by class number. Of the two
 # classes each that are both called "missile" and "sunglasses", one has a leaf of its own.
 _IMAGENET_LEAVES = {

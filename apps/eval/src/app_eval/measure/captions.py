@@ -15,20 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = [
-    "after_prompt",
-    "bleu",
-    "bleu_counts",
-    "bleu_of",
-    "cider",
-    "cider_d",
-    "ptb_like_tokenize",
-    "rouge_l",
-    "rouge_l_each",
-    "score_captions",
-    "write_captions",
-]
-
 References = Mapping[Hashable, Sequence[str]]
 Hypotheses = Mapping[Hashable, str]
 
