@@ -165,11 +165,11 @@ def bench(session: nox.Session) -> None:
     for name in names:
         for script in sorted(Path("packages", name, "benchmarks").glob("bench_*.py")):
             result = out / f"{name}-{script.stem.removeprefix('bench_')}.json"
-            session.run("python", str(script), "--json", str(result), *rest)
+            session.run("python", "tools/bench.py", str(script), "--json", str(result), *rest)
     accuracy = ["--json", str(out / "hyper-geom-accuracy.json"), "--write", "packages/hyper-geom/README.md"]
     if "hyper-geom" in names:
         plot = ["--plot", "docs/hyper-geom/accuracy.png"]
-        session.run("python", "packages/hyper-geom/benchmarks/accuracy.py", *accuracy, *plot, *rest)
+        session.run("python", "tools/bench.py", "packages/hyper-geom/benchmarks/accuracy.py", *accuracy, *plot, *rest)
     session.run("python", "docs/benchmarks/make_index.py")
 
 

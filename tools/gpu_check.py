@@ -123,7 +123,7 @@ class Check:
     def benchmark(self, package: str, name: str) -> None:
         """The CUDA rows of a benchmark."""
         script, rows = f"packages/{package}/benchmarks/bench_{name}.py", self.out / f"{package}-{name}.json"
-        command = [sys.executable, script, "--cuda-only", "--json", str(rows)]
+        command = [sys.executable, "tools/bench.py", script, "--cuda-only", "--json", str(rows)]
 
         def work(row: Row, left: float) -> None:
             code = self.run(command, f"{package}-{name}", min(left, 90))

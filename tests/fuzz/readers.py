@@ -17,16 +17,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from app_data.read.folder import load_folder
+from app_data.read.folder import find_pictures, load_found
 from app_data.read.labelled import Decoding
 from app_data.sets.captions import caption_sets
 from app_data.sets.chest import load_chest_xray14
 from app_data.sets.cifar100 import load_cifar100_fewshot
-from app_data.sets.coco import find_captions, load_coco_captions
+from app_data.sets.coco import find_captions
 from app_data.sets.papers import load_aircraft, load_butterfly200, load_cub200, load_inaturalist
 from app_data.sets.shards import Shards
 from app_data.sets.six_tasks import TASKS, load_parts
-from app_data.sets.tree_sets import load_imagenet, load_rare_species, load_sun397
+from app_data.sets.tree_sets import find_imagenet, find_rare_species, find_sun397
 from app_data.store.errors import UnreadablePicture
 from app_eval.ask.pool import read_items
 from helpers import pictures, releases, weights
@@ -60,20 +60,20 @@ class Reader:
 def readers() -> dict[str, Reader]:
     """All of them by name."""
     found = {
-        "folder": Reader(pictures.colour_folders, lambda r, d: load_folder(r, size=8, cache_dir=d.cache_dir)),
-        "listing": Reader(
-            _listing, lambda r, d: load_folder(r, listing=r / "list.csv", size=8, cache_dir=d.cache_dir), "*.csv"
-        ),
+        "folder": Reader(pictures.colour_folders, lambda r, d: load_found(find_pictures(r), d)),
+        "listing": Reader(_listing, lambda r, d: load_found(find_pictures(r, listing=r / "list.csv"), d), "*.csv"),
         "cub": Reader(releases.cub, lambda r, d: load_cub200(r, r / "tree.csv", decoding=d)),
         "aircraft": Reader(releases.aircraft, load_aircraft),
         "butterfly": Reader(releases.butterfly, lambda r, d: load_butterfly200(r, decoding=d)),
         "inaturalist": Reader(releases.inaturalist, load_inaturalist),
         "chest": Reader(releases.chest, load_chest_xray14),
         "few-shot": Reader(releases.few_shot, lambda r, d: load_cifar100_fewshot(r, decoding=d), "*.json"),
-        "sun": Reader(releases.sun397, lambda r, d: load_sun397(r, r / "sun.json", decoding=d)),
-        "imagenet": Reader(releases.imagenet, lambda r, d: load_imagenet(r, r / "imagenet.json", d), "*.json"),
+        "sun": Reader(releases.sun397, lambda r, d: load_found(find_sun397(r, r / "sun.json"), d)),
+        "imagenet": Reader(
+            releases.imagenet, lambda r, d: load_found(find_imagenet(r, r / "imagenet.json"), d), "*.json"
+        ),
         "rare species": Reader(
-            releases.rare_species, lambda r, d: load_rare_species(r, r / "rarespecies.json", d), "*.[cj]s*"
+            releases.rare_species, lambda r, d: load_found(find_rare_species(r, r / "rarespecies.json"), d), "*.[cj]s*"
         ),
         "karpathy": Reader(releases.karpathy, _captions("dataset_coco.json"), "*.json"),
         "pool": Reader(
@@ -89,9 +89,6 @@ def readers() -> dict[str, Reader]:
         )
     found["shard"] = Reader(_shards, _stream, "*.tar")
     found["captions, tar"] = Reader(_shards, _captions("shard.tar"), "*.tar")
-    found["coco with boxes"] = Reader(
-        _boxes, lambda r, d: load_coco_captions(r / "coco.json", r, r / "boxes.json", d), "*.json"
-    )
     for name in TASKS:
         # The pictures of all tasks are read alike.
         found[name] = Reader(releases.six_tasks, lambda r, d, n=name: load_parts(n, r / n, d), f"{name}/**/*.json")
@@ -107,10 +104,6 @@ _QUESTIONS = [{"image": f"{i}.png", "question": "what?", "answer": f"number {i}"
 _COCO = {
     "images": [{"id": i, "file_name": f"{i}.png"} for i in range(4)],
     "annotations": [{"image_id": i, "caption": f"picture {i}", "id": i} for i in range(4)],
-}
-_BOXES = {
-    "categories": [{"id": 1, "name": "cat"}],
-    "annotations": [{"image_id": i, "category_id": 1, "iscrowd": 0} for i in range(4)],
 }
 _CAPTIONS: dict[str, object] = {
     "own.json": _SAID,
@@ -144,11 +137,6 @@ def _table(root: Path, name: str, rows: Any) -> None:
         lines += [[v if isinstance(v, (str, int)) else v[0] for v in row.values()] for row in rows]
         text = "".join(between.join(map(str, line)) + "\n" for line in lines)
     (root / name).write_text(text, encoding="utf-8")
-
-
-def _boxes(root: Path) -> None:
-    _table(root, "coco.json", _COCO)
-    (root / "boxes.json").write_text(json.dumps(_BOXES), encoding="utf-8")
 
 
 def _text(root: Path, name: str, text: str) -> None:

@@ -1,13 +1,13 @@
 """Time of the losses and decoders against torch's cross-entropy and argmax on the same logits, in one process.
 
-    python bench_cross_entropy.py --json OUT.json [--quick]
+    python tools/bench.py packages/hier-losses/benchmarks/bench_cross_entropy.py --json OUT.json [--quick]
 
 A step is forward and backward, one thread. The peer of a loss is one `F.cross_entropy` on logits of the same shape, or
 the loop of `F.cross_entropy` over the levels; that of a decoder an argmax over the leaves.
 """
 
 import torch
-from _bench import Bench, main
+from _tree_bench import TreeBench, main
 from torch import Tensor
 
 from hier_losses import decoding
@@ -16,7 +16,7 @@ from hier_losses import functional as F
 cross_entropy = torch.nn.functional.cross_entropy
 
 
-def bench_node_losses(bench: Bench) -> None:
+def bench_node_losses(bench: TreeBench) -> None:
     tax, (z, y) = bench.tax, bench.inputs(bench.tax)
     path, first = tax.paths[y], tax.level_ptr.tolist()
 
@@ -35,21 +35,21 @@ def bench_node_losses(bench: Bench) -> None:
         ("parent_child_consistency", lambda x: F.parent_child_consistency(x, tax), once, 3.0),
     ]
     for name, ours, peer, limit in rows:
-        spent, ratio = bench.times(bench.step(ours, z), bench.step(peer, z))
-        bench.add(f"{name}, time in cross-entropies", setting, *spent, "ms", limit, ratio)
+        spent, ratio = bench.medians(bench.step(ours, z), bench.step(peer, z))
+        bench.row(f"{name}, time in cross-entropies", setting, *spent, "ms", limit, ratio)
 
 
-def bench_leaf_losses(bench: Bench) -> None:
+def bench_leaf_losses(bench: TreeBench) -> None:
     tax, (z, y) = bench.tax, bench.inputs(bench.tax, leaf=True)
     row = tax.leaf_index[y]
     setting = f"K={tax.num_leaves}, B={bench.batch}; peer: F.cross_entropy"
     for name, loss in (("hxe", F.hxe), ("soft_label_ce", F.soft_label_ce)):
         ours = bench.step(lambda x, loss=loss: loss(x, y, tax), z)
-        spent, ratio = bench.times(ours, bench.step(lambda x: cross_entropy(x, row), z))
-        bench.add(f"{name}, time in cross-entropies", setting, *spent, "ms", 3.0, ratio)
+        spent, ratio = bench.medians(ours, bench.step(lambda x: cross_entropy(x, row), z))
+        bench.row(f"{name}, time in cross-entropies", setting, *spent, "ms", 3.0, ratio)
 
 
-def bench_decoders(bench: Bench) -> None:
+def bench_decoders(bench: TreeBench) -> None:
     tax, (z, _) = bench.tax, bench.inputs(bench.tax)
     leaves = z.index_select(1, tax.leaf)
     setting = f"N={tax.num_nodes}, B={bench.batch}; peer: argmax over the leaf logits"
@@ -60,12 +60,12 @@ def bench_decoders(bench: Bench) -> None:
         ("threshold", lambda: decoding.threshold(z, tax, 0.5)),
     ]
     for name, decode in rows:
-        spent, ratio = bench.times(decode, lambda: leaves.argmax(1))
-        bench.add(f"{name}, time in argmaxes", setting, *spent, "ms", 3.0, ratio)
+        spent, ratio = bench.medians(decode, lambda: leaves.argmax(1))
+        bench.row(f"{name}, time in argmaxes", setting, *spent, "ms", 3.0, ratio)
     setting = f"N={tax.num_nodes}, B={bench.batch}; peer: a stable sort of all leaves"
     by_sort = lambda: leaves.sort(stable=True, dim=1, descending=True).indices[:, :5]  # noqa: E731
-    spent, ratio = bench.times(rows[1][1], by_sort)
-    bench.add("top_k_paths k=5 against a sort", setting, *spent, "ms", 0.5, ratio)
+    spent, ratio = bench.medians(rows[1][1], by_sort)
+    bench.row("top_k_paths k=5 against a sort", setting, *spent, "ms", 0.5, ratio)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time and memory of TreeLDA: a fit, a step of the estimation of v, predictions and updates, up to 100,000 leaves.
 
-    python bench_discriminant.py --json OUT.json [--quick]
+    python tools/bench.py packages/hier-losses/benchmarks/bench_discriminant.py --json OUT.json [--quick]
 
 Peers, in the same process: plain LDA (class means and the same covariance, nothing shrunk) for a fit; a fit of all pictures
 anew for an update; the product of features and one weight row per leaf for predictions. Memory stands beside ten copies of
@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from _bench import MIB, Bench, main
+from _tree_bench import TreeBench, main
+from bench import MIB, synchronize
 from torch import Tensor
 
 from hier_losses.discriminant import TreeLDA
@@ -45,22 +46,22 @@ def plain_lda(features: Tensor, target: Tensor, tax: Taxonomy) -> Tensor:
     return torch.cholesky_solve(mean.T, torch.linalg.cholesky(cov)).T
 
 
-def once(function: Callable[[], object], bench: Bench) -> float:
+def once(function: Callable[[], object], bench: TreeBench) -> float:
     """Milliseconds of a single call, for steps of many seconds."""
-    bench.wait()
+    synchronize()
     start = time.perf_counter()
     function()
-    bench.wait()
+    synchronize()
     return 1e3 * (time.perf_counter() - start)
 
 
-def bench_inat21_size(bench: Bench) -> None:
+def bench_inat21_size(bench: TreeBench) -> None:
     tax, dim, each = bench.tax, 16 if bench.quick else 64, 3
     features, target = pictures(tax, dim, each)
     setting = f"K={tax.num_leaves}, N={tax.num_nodes}, {len(target)} pictures, {dim} features"
     fitted = once(lambda: TreeLDA(tax).fit(features, target).to(bench.device), bench)
     plain = once(lambda: plain_lda(features, target, tax), bench)
-    bench.add("iNat21 size, fit, time", f"{setting}; peer: plain LDA, nothing shrunk", fitted, plain)
+    bench.row("iNat21 size, fit, time", f"{setting}; peer: plain LDA, nothing shrunk", fitted, plain)
     model = TreeLDA(tax).to(bench.device).fit(features, target)
     query, moved = features[: bench.batch], tax.extend([("a new class",)])
 
@@ -71,35 +72,35 @@ def bench_inat21_size(bench: Bench) -> None:
         add()
         model.log_prob(features[:1])
 
-    (spent,), _ = bench.times(add)
-    bench.add("iNat21 size, one more picture, time", f"{setting}; peer: a fit", spent, fitted)
+    (spent,), _ = bench.medians(add)
+    bench.row("iNat21 size, one more picture, time", f"{setting}; peer: a fit", spent, fitted)
     note = f"{setting}; v estimated anew; peer: a fit"
-    bench.add("iNat21 size, one more picture and a prediction, time", note, once(add_and_predict, bench), fitted)
+    bench.row("iNat21 size, one more picture and a prediction, time", note, once(add_and_predict, bench), fitted)
     weights = plain_lda(features, target, tax)
-    spent, ratio = bench.times(lambda: model.log_prob(query), lambda: query.double() @ weights.T)
+    spent, ratio = bench.medians(lambda: model.log_prob(query), lambda: query.double() @ weights.T)
     note = f"{setting}, B={bench.batch}; peer: one matrix product"
-    bench.add("iNat21 size, log_prob, time", note, *spent, ratio=ratio)
+    bench.row("iNat21 size, log_prob, time", note, *spent, ratio=ratio)
     spent = once(lambda: model.update_taxonomy(moved), bench)
-    bench.add("iNat21 size, one more class, time", f"{setting}; peer: a fit", spent, fitted)
+    bench.row("iNat21 size, one more class, time", f"{setting}; peer: a fit", spent, fitted)
 
 
-def bench_many_leaves(bench: Bench) -> None:
+def bench_many_leaves(bench: TreeBench) -> None:
     sizes = (10, 100, 1000) if bench.quick else (20, 200, 2000, 12000, 45000, 100000)
     tax, dim, each = Taxonomy.synthetic(sizes, seed=0).to(bench.device), 16 if bench.quick else 512, 2
     features, target = pictures(tax, dim, each)
     setting = f"K={tax.num_leaves}, N={tax.num_nodes}, {len(target)} pictures, {dim} features"
     model = TreeLDA(tax).to(bench.device)
-    bench.add("many leaves, fit, time", setting, once(lambda: model.fit(features, target), bench))
+    bench.row("many leaves, fit, time", setting, once(lambda: model.fit(features, target), bench))
     walk, query = model._whitened_walk(), features[: bench.batch]
-    bench.add("many leaves, one step of the estimation of v, time", setting, once(lambda: walk.em_step(model.v), bench))
-    bench.add("many leaves, log_prob, time", f"{setting}, B={bench.batch}", once(lambda: model.log_prob(query), bench))
+    bench.row("many leaves, one step of the estimation of v, time", setting, once(lambda: walk.em_step(model.v), bench))
+    bench.row("many leaves, log_prob, time", f"{setting}, B={bench.batch}", once(lambda: model.log_prob(query), bench))
     copies = 10 * tax.num_nodes * dim * 8 / MIB
-    peak, _ = bench.memory(lambda: walk.em_step(model.v))
+    peak = bench.peak(lambda: walk.em_step(model.v), bench.device)
     note = f"{setting}; peer: 10 float64 rows per node"
-    bench.add("many leaves, one step of the estimation of v, memory", note, peak, copies, "MiB", 1.0)
+    bench.row("many leaves, one step of the estimation of v, memory", note, peak, copies, "MiB", 1.0)
     given = TreeLDA(tax, v=model.v).to(bench.device)
-    peak, _ = bench.memory(lambda: given.fit(features, target))
-    bench.add("many leaves, fit with v given, memory", note, peak, copies, "MiB", 1.0)
+    peak = bench.peak(lambda: given.fit(features, target), bench.device)
+    bench.row("many leaves, fit with v given, memory", note, peak, copies, "MiB", 1.0)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Time and memory of the losses on leaf logits against the dense methods they replace, side by side in one process.
 
-    python bench_leaf_losses.py --json OUT.json [--quick]
+    python tools/bench.py packages/hier-losses/benchmarks/bench_leaf_losses.py --json OUT.json [--quick]
 
 Peers are our own rewrites of the published methods. A step is forward and backward. Memory is the peak of tensor
 allocations in one step; buffers that a method keeps between steps are added.
 """
 
 import torch
-from _bench import INAT21, MIB, QUICK, Bench, main
+from _tree_bench import INAT21, QUICK, TreeBench, main
+from bench import MIB
 from torch import Tensor
 
 from hier_losses import functional as F
@@ -30,7 +31,7 @@ def ragged(num_internal: int, num_leaves: int, max_depth: int, seed: int = 0) ->
     return Taxonomy([f"n{i}" for i in range(len(parents))], parents)
 
 
-def bench_hxe(bench: Bench) -> None:
+def bench_hxe(bench: TreeBench) -> None:
     tax = ragged(40, 100, 6) if bench.quick else ragged(371, 1000, 15)
     tax = tax.to(bench.device)
     z, y = bench.inputs(tax, leaf=True)
@@ -60,13 +61,13 @@ def bench_hxe(bench: Bench) -> None:
     )
     bench.pair("hxe", setting, lambda x: F.hxe(x, y, tax), peer, z, 2.0, 0.02, kept)
     z, y = bench.inputs(bench.tax, leaf=True)
-    mine = bench.memory(bench.step(lambda x: F.hxe(x, y, bench.tax), z))[0]
+    mine = bench.peak(bench.step(lambda x: F.hxe(x, y, bench.tax), z), bench.device)
     size = 2 * bench.tax.num_leaves**2 * bench.tax.num_levels * 4 / MIB
     setting = f"K={bench.tax.num_leaves}; peer: size of its buffers, computed, not run"
-    bench.add("hxe on the large tree, memory", setting, mine, size, "MiB", 0.02)
+    bench.row("hxe on the large tree, memory", setting, mine, size, "MiB", 0.02)
 
 
-def bench_soft_labels(bench: Bench) -> None:
+def bench_soft_labels(bench: TreeBench) -> None:
     sizes = ((2, 5, 20, 60), QUICK) if bench.quick else ((2, 7, 25, 90, 300, 1000), INAT21)
     for size in sizes:
         tax = Taxonomy.synthetic(size, seed=0).to(bench.device)

@@ -1,6 +1,6 @@
 """Time and memory of the losses on node logits against the dense methods they replace, side by side in one process.
 
-    python bench_losses.py --json OUT.json [--quick]
+    python tools/bench.py packages/hier-losses/benchmarks/bench_losses.py --json OUT.json [--quick]
 
 Peers are our own rewrites of the published methods, or the installed package named in the row. A step is forward and
 backward. Memory is the peak of tensor allocations in one step as the profiler (CPU) or the allocator (CUDA) counts it;
@@ -10,13 +10,14 @@ buffers that a method keeps between steps are added.
 import math
 
 import torch
-from _bench import MIB, Bench, main
+from _tree_bench import TreeBench, main
+from bench import MIB
 from torch import Tensor
 
 from hier_losses import functional as F
 
 
-def bench_path_losses(bench: Bench) -> None:
+def bench_path_losses(bench: TreeBench) -> None:
     tax, (z, y) = bench.tax, bench.inputs(bench.tax)
     dense = []
     for level in range(tax.num_levels):
@@ -62,7 +63,7 @@ def bench_path_losses(bench: Bench) -> None:
     bench.pair("tp_kl against soft-target cross_entropy", setting, lambda x: F.tp_kl(x, y, tax), path_part, z)
 
 
-def bench_conditional(bench: Bench) -> None:
+def bench_conditional(bench: TreeBench) -> None:
     tax, (z, y) = bench.tax, bench.inputs(bench.tax)
     groups = (tax.group_size > 0).nonzero()[:, 0]
     slot = torch.arange(tax.max_group_size, device=z.device)
@@ -94,9 +95,9 @@ def bench_conditional(bench: Bench) -> None:
     labels = root.get_node_ids_tensor([nodes[v] for v in y.tolist()]).to(z.device)
     scores = torch.randn(bench.batch, root.layer_size, device=z.device)
     mine = bench.step(lambda x: F.conditional_softmax_nll(x, y, tax), z)
-    spent, ratio = bench.times(mine, bench.step(lambda x: loss(x, labels), scores))
+    spent, ratio = bench.medians(mine, bench.step(lambda x: loss(x, labels), scores))
     setting = f"N={tax.num_nodes}, B={bench.batch}; peer: hierarchicalsoftmax {root.layer_size} outputs"
-    bench.add("conditional_softmax_nll against the package, time", setting, *spent, "ms", 0.1, ratio)
+    bench.row("conditional_softmax_nll against the package, time", setting, *spent, "ms", 0.1, ratio)
 
 
 if __name__ == "__main__":

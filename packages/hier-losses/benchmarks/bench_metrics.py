@@ -1,13 +1,13 @@
 """Time of decoders and metrics against the dense or listed methods they replace, side by side in one process.
 
-    python bench_metrics.py --json OUT.json [--quick]
+    python tools/bench.py packages/hier-losses/benchmarks/bench_metrics.py --json OUT.json [--quick]
 
 Peers are our own rewrites of the usual methods: a K x K cost matrix for conditional risk minimisation, a list of valid
 paths for the inconsistency rate, a per-sample loop over the path for consistent accuracy.
 """
 
 import torch
-from _bench import Bench, main
+from _tree_bench import TreeBench, main
 from torchmetrics import MetricCollection
 
 from hier_losses import metrics as M
@@ -16,7 +16,7 @@ from hier_losses.functional.tree_ops import lca_height
 from hier_losses.treecuts import sample_cuts
 
 
-def samples(bench: Bench, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+def samples(bench: TreeBench, num: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two leaf nodes a sample."""
     generator = torch.Generator().manual_seed(1)
     tax = bench.tax
@@ -25,7 +25,7 @@ def samples(bench: Bench, num: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def bench_crm(bench: Bench) -> None:
+def bench_crm(bench: TreeBench) -> None:
     tax, (z, _) = bench.tax, bench.inputs(bench.tax)
     # Row by row: K x K paths of D nodes at once would need gigabytes.
     leaf = tax.leaf
@@ -38,11 +38,11 @@ def bench_crm(bench: Bench) -> None:
     assert (crm(z, tax)[:, 0] == dense()[:, 0]).float().mean() > 0.9
     size = cost.numel() * 4 / 2**20
     setting = f"K={tax.num_leaves}, B={bench.batch}; peer: K x K matrix of {size:.0f} MiB"
-    spent, ratio = bench.times(lambda: crm(z, tax), dense)
-    bench.add("crm", setting, *spent, limit=1 / 1.5, ratio=ratio)
+    spent, ratio = bench.medians(lambda: crm(z, tax), dense)
+    bench.row("crm", setting, *spent, limit=1 / 1.5, ratio=ratio)
 
 
-def bench_tice(bench: Bench) -> None:
+def bench_tice(bench: TreeBench) -> None:
     tax, num = bench.tax, 200 if bench.quick else 5000
     generator = torch.Generator().manual_seed(2)
     pred = torch.stack(
@@ -62,13 +62,13 @@ def bench_tice(bench: Bench) -> None:
         return sum(row not in valid for row in part) / len(part)
 
     assert abs(M.tice(pred[: len(part)], tax).item() - listed()) < 1e-9
-    (ours, peer), ratio = bench.times(lambda: M.tice(pred, tax), listed)
+    (ours, peer), ratio = bench.medians(lambda: M.tice(pred, tax), listed)
     scale = num / len(part)
     setting = f"{num} paths, K={tax.num_leaves}; peer: membership in a list of paths, {len(part)} timed and scaled"
-    bench.add("tice", setting, ours, peer * scale, limit=1 / 50, ratio=ratio / scale)
+    bench.row("tice", setting, ours, peer * scale, limit=1 / 50, ratio=ratio / scale)
 
 
-def bench_hca(bench: Bench) -> None:
+def bench_hca(bench: TreeBench) -> None:
     tax, (z, y) = bench.tax, bench.inputs(bench.tax)
     start, size, paths = tax.group_start.tolist(), tax.group_size.tolist(), tax.paths.tolist()
 
@@ -87,18 +87,18 @@ def bench_hca(bench: Bench) -> None:
 
     assert abs(M.hca(z, y, tax).item() - loop()) < 1e-9
     setting = f"N={tax.num_nodes}, B={bench.batch}; peer: loop over samples and path"
-    spent, ratio = bench.times(lambda: M.hca(z, y, tax), loop)
-    bench.add("hca", setting, *spent, ratio=ratio)
+    spent, ratio = bench.medians(lambda: M.hca(z, y, tax), loop)
+    bench.row("hca", setting, *spent, ratio=ratio)
 
 
-def bench_decoders(bench: Bench) -> None:
+def bench_decoders(bench: TreeBench) -> None:
     tax, (z, _) = bench.tax, bench.inputs(bench.tax)
     setting = f"N={tax.num_nodes}, B={bench.batch}"
     for decode in (level_argmax, bottom_up, top_down, joint_path):
-        bench.add(decode.__name__, setting, *bench.times(lambda decode=decode: decode(z, tax))[0])
+        bench.row(decode.__name__, setting, *bench.medians(lambda decode=decode: decode(z, tax))[0])
 
 
-def bench_throughput(bench: Bench) -> None:
+def bench_throughput(bench: TreeBench) -> None:
     tax, num = bench.tax, 64 if bench.quick else 4096
     y, other = samples(bench, num)
     pred = tax.paths[other]
@@ -117,19 +117,19 @@ def bench_throughput(bench: Bench) -> None:
     metrics = {name: metric.to(bench.device) for name, metric in metrics.items()}
     setting = f"N={tax.num_nodes}, batches of {num}"
     for name, metric in metrics.items():
-        (spent,), _ = bench.times(lambda metric=metric: metric.update(pred, y))
-        bench.add(f"{name} update", setting, num / spent, None, "samples/ms")
+        (spent,), _ = bench.medians(lambda metric=metric: metric.update(pred, y))
+        bench.row(f"{name} update", setting, num / spent, None, "samples/ms")
     together = MetricCollection(metrics).to(bench.device)
-    (spent,), _ = bench.times(lambda: together.update(pred, y))
-    bench.add("all of these in a collection", setting, num / spent, None, "samples/ms")
+    (spent,), _ = bench.medians(lambda: together.update(pred, y))
+    bench.row("all of these in a collection", setting, num / spent, None, "samples/ms")
     z, y = bench.inputs(tax)
-    (spent,), _ = bench.times(lambda: sample_cuts(tax))
-    bench.add("sample 25 cuts", f"N={tax.num_nodes}", spent, None)
+    (spent,), _ = bench.medians(lambda: sample_cuts(tax))
+    bench.row("sample 25 cuts", f"N={tax.num_nodes}", spent, None)
     mta = M.MTA(tax, sample_cuts(tax)).to(bench.device)
     setting = f"N={tax.num_nodes}, B={bench.batch}"
     for name, metric in {"MTA over 25 cuts": mta, "HCA": M.HCA(tax).to(bench.device)}.items():
-        (spent,), _ = bench.times(lambda metric=metric: metric.update(z, y))
-        bench.add(f"{name} update", setting, bench.batch / spent, None, "samples/ms")
+        (spent,), _ = bench.medians(lambda metric=metric: metric.update(z, y))
+        bench.row(f"{name} update", setting, bench.batch / spent, None, "samples/ms")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ python bench_tree_ops.py --json OUT.json [--quick]
 """
 
 import torch
-from _bench import MIB, Bench, main
+from _tree_bench import TreeBench, main
+from bench import MIB
 from torch import Tensor
 
 from hier_losses import functional as F
 from hier_losses.taxonomy import Taxonomy
 
 
-def bench_ancestor_sum(bench: Bench) -> None:
+def bench_ancestor_sum(bench: TreeBench) -> None:
     tax, (z, _) = bench.tax, bench.inputs(bench.tax)
     matrix = torch.zeros(tax.num_nodes, tax.num_nodes, device=z.device)
     valid = tax.paths >= 0
@@ -21,7 +22,7 @@ def bench_ancestor_sum(bench: Bench) -> None:
     bench.pair("ancestor_sum", setting, lambda x: F.ancestor_sum(x, tax), lambda x: x @ matrix.T, z, 0.05, None, kept)
 
 
-def bench_mcm(bench: Bench) -> None:
+def bench_mcm(bench: TreeBench) -> None:
     sizes = (2, 8, 30, 100) if bench.quick else (4, 16, 60, 420, 1500)
     tax = Taxonomy.synthetic(sizes, seed=0).to(bench.device)
     z, _ = bench.inputs(tax)

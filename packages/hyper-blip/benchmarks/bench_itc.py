@@ -1,6 +1,6 @@
 """What the contrastive loss costs with and without Random Query Selection: bytes between ranks, counted, and peak memory.
 
-    python bench_itc.py --json OUT.json [--quick]
+    python tools/bench.py packages/hyper-blip/benchmarks/bench_itc.py --json OUT.json [--quick]
 
 Bytes are counted in two gloo processes by wrapping every collective: what each rank hands to others, for each picture it
 holds. Peak memory is that of one forward and backward at B=256, Q=32, d=256.
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _bench import Bench, arguments
+from bench import Bench, arguments
 
 from hyper_blip import HyperbolicConfig, image_text_contrastive_loss
 

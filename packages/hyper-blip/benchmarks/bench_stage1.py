@@ -1,6 +1,6 @@
 """One step of stage 1 on the Q-Former (forward and backward): our fused pass beside four passes as LAVIS makes them.
 
-    python bench_stage1.py --json OUT.json [--quick] [--batches 8 32]
+    python tools/bench.py packages/hyper-blip/benchmarks/bench_stage1.py --json OUT.json [--quick] [--batches 8 32]
 
 Features 257 x 1408, 32 queries, 32 tokens, BERT-base Q-Former, the same weights and losses on both sides. The peer is written
 by us after LAVIS's order: queries; text of the language loss over the cached keys and values of the queries; contrastive text;
@@ -10,7 +10,7 @@ Also here: re-ranking with the keys and values of a picture computed once, besid
 """
 
 import torch
-from _bench import Bench, arguments
+from bench import Bench, arguments
 from transformers import Blip2Config
 
 from hyper_blip import (

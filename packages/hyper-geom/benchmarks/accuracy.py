@@ -1,6 +1,7 @@
 """Errors of distances and of their gradients by regime: this package, geoopt and the usual acosh form, against mpmath.
 
-    python accuracy.py [--json OUT.json] [--write README.md] [--plot error.png] [--kernels] [--quick]
+    python tools/bench.py packages/hyper-geom/benchmarks/accuracy.py [--json OUT.json] [--quick]
+        [--write README.md] [--plot error.png] [--kernels]
 
 Every method gets the same stored points: Lorentz space components in the input dtype; geoopt's Lorentz gets the time
 component it computes itself, its ball the same points through a float64 conversion rounded to the input dtype. The
@@ -13,7 +14,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from _bench import Bench, acosh_dist, arguments, header
+from _acosh import acosh_dist
+from bench import Bench, arguments, header
 from mpmath import mp
 
 from hyper_geom import build_cpu_kernels, convert, lorentz, poincare

@@ -1,6 +1,6 @@
 """InfoNCE on distances: peak memory of the chunked loss beside the eager one, and the CUDA kernels beside matmuls.
 
-    python bench_info_nce.py --json OUT.json [--quick]
+    python tools/bench.py packages/hyper-geom/benchmarks/bench_info_nce.py --json OUT.json [--quick]
 
 CPU rows are one forward and backward with learnable c and logit_scale; memory counts what the step allocates, the
 gradients of x and y included. The chunked loss grows with N, the eager one with N^2.
@@ -11,7 +11,7 @@ is the floor for one rounding of the inputs.
 """
 
 import torch
-from _bench import MIB, Bench, arguments, header
+from bench import MIB, Bench, arguments, header
 
 from hyper_geom import distance_info_nce
 

@@ -1,6 +1,6 @@
 """Pairwise distances: time and memory beside one matrix product, torch.cdist, the usual acosh form and geoopt.
 
-    python bench_pairwise.py --json OUT.json [--quick]
+    python tools/bench.py packages/hyper-geom/benchmarks/bench_pairwise.py --json OUT.json [--quick]
 
 The unit is one matrix product of the same inputs in the same process, forward or forward and backward. Peak memory
 counts what one step allocates, inputs excluded. geoopt broadcasts (n, 1, d) against (1, m, d), as its `dist` is written,
@@ -11,7 +11,8 @@ import shutil
 import warnings
 
 import torch
-from _bench import Bench, acosh_dist, arguments, header
+from _acosh import acosh_dist
+from bench import Bench, arguments, header
 
 from hyper_geom import build_cpu_kernels, distance_info_nce, lorentz, poincare
 

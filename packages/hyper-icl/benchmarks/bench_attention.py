@@ -1,13 +1,13 @@
 """Cost of calibration and of the logit adapter beside plain attention, and of distillation beside full maps.
 
-    python bench_attention.py --json OUT.json [--quick]
+    python tools/bench.py packages/hyper-icl/benchmarks/bench_attention.py --json OUT.json [--quick]
 
 One attention layer of a Llama shape with random weights; times are of its attention function alone, on one thread, and
 ratios are against plain sdpa in the same process.
 """
 
 import torch
-from _bench import Bench, arguments
+from bench import Bench, arguments
 from transformers import LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -83,10 +83,10 @@ def main() -> None:
             "calibration, all rows, augmented": (hooked("bias", bound["all"], _augmented), "ratio <= 1.3"),
         }
         base, *spent = bench.times(plain, *(step for step, _ in steps.values()))
-        memory = bench.peak(plain)
+        memory = bench.peak(plain, DEVICE)
         for (name, (step, target)), time in zip(steps.items(), spent, strict=True):
             bench.add(name, where, time, base, target=target, device=DEVICE)
-            bench.add(name, where, bench.peak(step), memory, "MiB", device=DEVICE)
+            bench.add(name, where, bench.peak(step, DEVICE), memory, "MiB", device=DEVICE)
         step_q = q[:, :, -1:]
         one = SegmentBias(tables["query"], segments(length - 1, 8, 16), False)
         token = hooked("bias", one, q=step_q)
@@ -111,8 +111,8 @@ def main() -> None:
             bench.add(
                 "distillation term against full maps",
                 f"{where}, R 16",
-                bench.peak(masses),
-                bench.peak(full),
+                bench.peak(masses, DEVICE),
+                bench.peak(full, DEVICE),
                 "MiB",
                 "extra memory <= 1 %",
                 DEVICE,

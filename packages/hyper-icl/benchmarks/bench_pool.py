@@ -1,6 +1,6 @@
 """Memory of building and searching a pool in a file, and the recall of vectors in a store without certificates.
 
-    python bench_pool.py --json OUT.json [--quick] [--num 1000000] [--dim 768]
+    python tools/bench.py packages/hyper-icl/benchmarks/bench_pool.py --json OUT.json [--quick] [--num 1000000] [--dim 768]
 
 Peak memory is that of a process of its own, less what it held before it began; the file's pages count once they are read.
 Recall compares the store's k, 2k, 4k, ... best products (fp32, numpy or FAISS), rescored, with the certified top 8.
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _bench import Bench, arguments
+from bench import Bench, arguments
 
 from hyper_icl import AnchorBank, HyperbolicDemoIndex, HyperbolicLift, inner_product_query, inner_product_vectors
 
@@ -76,7 +76,17 @@ def main() -> None:
         return
     bench = Bench(1)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--build", folder, "--num", str(num), "--dim", str(dim)]
+        command = [
+            sys.executable,
+            sys.modules[Bench.__module__].__file__,
+            __file__,
+            "--build",
+            folder,
+            "--num",
+            str(num),
+            "--dim",
+            str(dim),
+        ]
         found = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
         )

@@ -1,6 +1,6 @@
 """Certified top-8 beside FAISS flat search and a full sort, in one process.
 
-    python bench_selection.py --json OUT.json [--quick] [--num 443757]
+    python tools/bench.py packages/hyper-icl/benchmarks/bench_selection.py --json OUT.json [--quick] [--num 443757]
 
 The pool is the size of VQAv2's training set by default, 512 wide. The peers answer an easier question: the 128 largest
 inner products (FAISS IndexFlatIP), and a sort of all cosines (RICES as it is usually written). Ours returns the exact
@@ -8,7 +8,7 @@ top 8 of -d + mu h with a proof, by torch's matmul and through FAISS. Exactness 
 """
 
 import torch
-from _bench import Bench, arguments
+from bench import Bench, arguments
 
 from hyper_icl import HyperbolicDemoIndex, RicesSelector
 from hyper_icl.demonstrations._bounds import exact_scores

@@ -1,6 +1,6 @@
 """Text-queried logits: the Gram form beside the (B, n, d) features it avoids, time and peak memory.
 
-    python bench_logits.py --json OUT.json [--quick]
+    python tools/bench.py packages/mat-align/benchmarks/bench_logits.py --json OUT.json [--quick]
 
 Peak memory counts what one step allocates, inputs excluded. Both forms run in the same process and take turns.
 """
@@ -8,7 +8,7 @@ Peak memory counts what one step allocates, inputs excluded. Both forms run in t
 import math
 
 import torch
-from _bench import Bench, arguments, header
+from bench import Bench, arguments, header
 
 from mat_align import TextQueriedAttention
 

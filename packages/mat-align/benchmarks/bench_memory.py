@@ -1,6 +1,6 @@
 """Peak memory of a training step by number of labels: counted on fake tensors, and measured where that fits.
 
-    python bench_memory.py --json OUT.json [--quick]
+    python tools/bench.py packages/mat-align/benchmarks/bench_memory.py --json OUT.json [--quick]
 
 A random open_clip ViT-B-16 with MaPLe and the whole method, batch 2 (the published one for ImageNet), every label encoded
 in every step. A fake tensor has a size and no memory, so a step of 10,000 labels can be counted on any machine: the peak
@@ -13,7 +13,7 @@ import weakref
 
 import open_clip
 import torch
-from _bench import MIB, Bench, arguments, header
+from bench import MIB, Bench, arguments, header
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

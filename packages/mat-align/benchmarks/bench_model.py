@@ -1,6 +1,6 @@
 """A training step with one encoding of each picture beside one encoding per internal node; layer tokens beside plain CLIP.
 
-    python bench_model.py --json OUT.json [--tree TREE.json] [--quick]
+    python tools/bench.py packages/mat-align/benchmarks/bench_model.py --json OUT.json [--tree TREE.json] [--quick]
 
 A random open_clip ViT-B-16 and the CIFAR-100 tree of ProTeCt if it is given, else a drawn tree of a like shape. The peer
 encodes pictures and labels again for the cut and for every internal node on a path, as the released code does.
@@ -8,7 +8,7 @@ encodes pictures and labels again for the cut and for every internal node on a p
 
 import open_clip
 import torch
-from _bench import Bench, arguments, header
+from bench import Bench, arguments, header
 from torch.nn import functional as F
 
 from hier_losses import Taxonomy

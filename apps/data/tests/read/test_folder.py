@@ -5,15 +5,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app_data.read.folder import find_pictures, load_folder
+from app_data.read.folder import find_pictures, load_found
+from app_data.read.labelled import Decoding
 from app_data.store.errors import DataError, TooManyBadFiles
 from hier_losses import Taxonomy
 
 
 @pytest.fixture
 def load(tmp_path):
-    def call(*args, **kwargs):
-        return load_folder(*args, **{"size": 8, "cache_dir": tmp_path / "cache", "workers": 1, **kwargs})
+    def call(*args, fractions=None, seed=0, allow_empty_classes=False, **kwargs):
+        found = find_pictures(
+            *args, **{k: kwargs.pop(k) for k in ("listing", "listing_columns", "outside") if k in kwargs}
+        )
+        decoding = Decoding(**{"size": 8, "cache_dir": tmp_path / "cache", "workers": 1, **kwargs})
+        return load_found(found, decoding, fractions=fractions, seed=seed, allow_empty_classes=allow_empty_classes)
 
     return call
 

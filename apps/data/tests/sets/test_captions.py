@@ -5,7 +5,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from app_data.sets.captions import CaptionedFile, caption_sets, load_captions
+from app_data.sets.captions import CaptionedFile, caption_sets, captioned_files
 from app_data.sets.emoji import emoji_leaves, load_emoji, load_emoji_captions
 from app_data.store.errors import DataError, TooManyBadFiles
 
@@ -21,6 +21,10 @@ def photos(tmp_path, make_picture):
 def table(photos, name, text):
     (photos / name).write_text(text)
     return photos / name
+
+
+def load_captions(source, root=None, decoding=None, **options):
+    return caption_sets(captioned_files(source, root, decoding.cache_dir), decoding, **options)
 
 
 def by_file(data):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app_data.sets.coco import find_captions, load_coco_captions, load_coco_mini, load_karpathy, load_nocaps
+from app_data.sets.captions import caption_sets
+from app_data.sets.coco import find_captions, load_coco_mini
 from app_data.store.errors import DataError, TooManyBadFiles
 
 
@@ -13,6 +14,10 @@ def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path
+
+
+def load(data, pictures, decoding):
+    return caption_sets(find_captions(data, pictures, split=None), decoding)
 
 
 def karpathy_image(number, split, name, folder=None, cocoid=None):
@@ -30,9 +35,7 @@ def test_karpathy_coco(tmp_path, make_picture, decoding):
         name = f"COCO_{folder}_{number:012d}.jpg"
         make_picture(tmp_path / folder / name, value=40 * number)
         images.append(karpathy_image(number, split, name, folder, 100 + number))
-    parts = load_karpathy(
-        write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"}), tmp_path, decoding
-    )
+    parts = load(write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"}), tmp_path, decoding)
     assert {part: data.ids for part, data in parts.items()} == {"train": (100, 101), "val": (102,), "test": (103, 104)}
     assert parts["train"].files[1] == "val2014/COCO_val2014_000000000001.jpg"
     assert parts["val"].captions[0][1] == "caption 1 of COCO_val2014_000000000002.jpg."
@@ -45,26 +48,26 @@ def test_karpathy_of_lavis(tmp_path, make_picture, decoding):
         make_picture(tmp_path / name)
     rows = [{"caption": f"caption {j}\n of 7.", "image": names[0], "image_id": "coco_7"} for j in range(2)]
     train = write(tmp_path / "coco_karpathy_train.json", rows)
-    alone = load_karpathy(train, tmp_path, decoding)
+    alone = load(train, tmp_path, decoding)
     assert set(alone) == {"train"}
     write(tmp_path / "coco_karpathy_val.json", [{"image": names[1], "caption": ["a", "b"]}])
     test = write(tmp_path / "coco_karpathy_test.json", [{"image": names[2], "caption": ["c", "d"]}])
     for file in (train, test):
-        parts = load_karpathy(file, tmp_path, decoding)
+        parts = load(file, tmp_path, decoding)
         assert {part: (data.ids, data.captions) for part, data in parts.items()} == {
             "train": ((7,), (("caption 0 of 7.", "caption 1 of 7."),)), "val": ((9,), (("a", "b"),)), "test": ((11,), (("c", "d"),)),
         }  # fmt: skip
-    with pytest.raises(DataError, match="row 0 of .* is not in LAVIS's form"):
-        load_karpathy(write(tmp_path / "x_train.json", [{"image": names[0]}]), tmp_path, decoding)
-    with pytest.raises(DataError, match="its name must end in _train.json"):
-        load_karpathy(write(tmp_path / "rows.json", rows), tmp_path, decoding)
+    with pytest.raises(DataError, match="row 1 of .* is not in LAVIS's form"):
+        load(write(tmp_path / "x_train.json", [rows[0], {"image": names[0]}]), tmp_path, decoding)
+    own = load(write(tmp_path / "own_train.json", [{"path": names[0], "caption": "a"}]), tmp_path, decoding)
+    assert own["test"].captions == (("a",),), "a table of another form may have such a name"
 
 
 def test_karpathy_flickr(tmp_path, make_picture, decoding):
     images = [karpathy_image(i, split, f"{i}.jpg") for i, split in enumerate(["train", "val", "test"])]
     for i in range(3):
         make_picture(tmp_path / f"{i}.jpg")
-    parts = load_karpathy(write(tmp_path / "dataset_flickr30k.json", {"images": images}), tmp_path, decoding)
+    parts = load(write(tmp_path / "dataset_flickr30k.json", {"images": images}), tmp_path, decoding)
     assert {part: (data.ids, data.files) for part, data in parts.items()} == {
         "train": ((0,), ("0.jpg",)), "val": ((1,), ("1.jpg",)), "test": ((2,), ("2.jpg",)),
     }  # fmt: skip
@@ -74,11 +77,11 @@ def test_karpathy_counts_missing_pictures(tmp_path, make_picture, decoding):
     images = [karpathy_image(i, "test", f"{i}.jpg") for i in range(3)]
     make_picture(tmp_path / "1.jpg")
     path = write(tmp_path / "d.json", {"images": images})
-    data = load_karpathy(path, tmp_path, decoding)["test"]
+    data = load(path, tmp_path, decoding)["test"]
     assert data.ids == (1,)
     assert [bad.path for bad in data.skipped] == ["0.jpg", "2.jpg"]
     with pytest.raises(TooManyBadFiles):
-        load_karpathy(path, tmp_path, type(decoding)(size=8, cache_dir=tmp_path / "c", max_bad_files=1))
+        load(path, tmp_path, type(decoding)(size=8, cache_dir=tmp_path / "c", max_bad_files=1))
 
 
 @pytest.fixture
@@ -103,14 +106,10 @@ def coco(tmp_path, make_picture):
 
 def test_coco_files(coco, decoding):
     notes = coco / "annotations"
-    data = load_coco_captions(notes / "captions_val2017.json", coco / "val2017", decoding=decoding)
+    data = load(notes / "captions_val2017.json", coco / "val2017", decoding)["test"]
     assert data.ids == (10, 11)
     assert data.captions == (("caption 0", "caption 2", "caption 4"), ("caption 1", "caption 3"))
     assert data.objects == ()
-    data = load_coco_captions(
-        notes / "captions_val2017.json", coco / "val2017", notes / "instances_val2017.json", decoding
-    )
-    assert data.objects == (("bottle", "person"), ())
 
 
 def test_coco_in_one_archive_or_folder(coco, decoding, tmp_path):
@@ -135,30 +134,27 @@ def test_nocaps(tmp_path, make_picture, decoding):
         make_picture(tmp_path / image["file_name"])
     notes = [{"image_id": i, "id": j, "caption": f"c{j}"} for j, i in enumerate([0, 1, 2, 0])]
     path = write(tmp_path / "nocaps_val_4500_captions.json", {"images": images, "annotations": notes})
-    data = load_nocaps(path, tmp_path, decoding=decoding)
+    data = load(path, tmp_path, decoding)["test"]
     assert data.styles == tuple(domains)
     assert data.captions[0] == ("c0", "c3")
-    assert load_nocaps(path, tmp_path, ["out-domain"], decoding).ids == (2,)
-    with pytest.raises(DataError, match="no picture of the domains"):
-        load_nocaps(path, tmp_path, ["no-domain"], decoding)
     test = write(tmp_path / "test.json", {"images": [{k: i[k] for k in ("id", "file_name")} for i in images]})
-    assert load_nocaps(test, tmp_path, decoding=decoding).captions == ((), (), ())
+    assert load(test, tmp_path, decoding)["test"].captions == ((), (), ())
 
 
 def test_bad_files(tmp_path, decoding):
     with pytest.raises(DataError, match="does not exist: give a file of the release"):
-        load_karpathy(tmp_path / "none.json", tmp_path, decoding)
+        load(tmp_path / "none.json", tmp_path, decoding)
     (tmp_path / "cut.json").write_text('{"images": [')
     with pytest.raises(DataError, match="is not valid JSON"):
-        load_coco_captions(tmp_path / "cut.json", tmp_path, decoding=decoding)
+        load(tmp_path / "cut.json", tmp_path, decoding)
     with pytest.raises(DataError, match="list 'images' that is not empty"):
-        load_nocaps(write(tmp_path / "a.json", {"images": []}), tmp_path, decoding=decoding)
-    with pytest.raises(DataError, match="list 'images'"):
-        load_karpathy(write(tmp_path / "b.json", [1]), tmp_path, decoding)
+        load(write(tmp_path / "a.json", {"images": []}), tmp_path, decoding)
+    with pytest.raises(DataError, match="row 1 of .* must be an object"):
+        load(write(tmp_path / "b.json", [1]), tmp_path, decoding)
     with pytest.raises(DataError, match="image 0 of .* is not in Karpathy's form"):
-        load_karpathy(write(tmp_path / "c.json", {"images": [{"id": 1}]}), tmp_path, decoding)
+        load(write(tmp_path / "c.json", {"images": [{"id": 1, "sentences": []}]}), tmp_path, decoding)
     with pytest.raises(DataError, match="is not in COCO's form"):
-        load_coco_captions(write(tmp_path / "d.json", {"images": [{"id": 1}]}), tmp_path, decoding=decoding)
+        load(write(tmp_path / "d.json", {"images": [{"id": 1}]}), tmp_path, decoding)
 
 
 def test_the_real_sample_when_it_is_at_hand(tmp_path):

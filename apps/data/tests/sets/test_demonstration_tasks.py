@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from app_data.read.labelled import Decoding
-from app_data.sets.coco import load_coco_captions
+from app_data.sets.captions import caption_sets
+from app_data.sets.coco import find_captions
 from app_data.sets.demonstration_tasks import (
     caption_task,
     load_caption_editing,
@@ -87,7 +88,7 @@ def test_captions(tmp_path, make_picture, decoding):
         "images": [{"id": 5, "file_name": "a.jpg"}],
         "annotations": [{"id": 1, "image_id": 5, "caption": "A dog."}, {"id": 2, "image_id": 5, "caption": "A pet."}],
     }
-    task = caption_task(load_coco_captions(write(tmp_path / "c.json", notes), tmp_path, decoding=decoding))
+    task = caption_task(caption_sets(find_captions(write(tmp_path / "c.json", notes)), decoding)["test"])
     assert task.answers == ("A dog.",)
     assert task.references == (("A dog.", "A pet."),)
     assert task.ids == (5,)

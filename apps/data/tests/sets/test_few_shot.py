@@ -7,7 +7,7 @@ from app_data.read import labelled
 from app_data.read.folder import load_found
 from app_data.sets.cifar100 import choose_shots, take_shots
 from app_data.sets.few_shot import find_few_shot
-from app_data.sets.tree_sets import load_rare_species, load_sun397
+from app_data.sets.tree_sets import find_rare_species, find_sun397
 from app_data.store.errors import DataError
 from helpers import releases
 
@@ -21,7 +21,8 @@ def sets(tmp_path_factory):
 
 
 def test_nothing_is_decoded_and_nothing_else_is_found(sets, decoding, monkeypatch):
-    decoded = load_sun397(sets / "sun397", sets / "sun397" / "sun.json", decoding=decoding)
+    tree = sets / "sun397" / "sun.json"
+    decoded = load_found(find_sun397(sets / "sun397", tree), decoding, allow_empty_classes=True)
     monkeypatch.setattr(labelled, "load_picture", lambda *args: pytest.fail("a picture was opened"))
     found = find_few_shot("sun397", sets)
     for part, files in (("train", found.train), ("test", found.test)):
@@ -33,7 +34,8 @@ def test_nothing_is_decoded_and_nothing_else_is_found(sets, decoding, monkeypatc
 def test_rare_species_is_split_as_if_it_were_decoded(sets, decoding):
     shares = {"train": 0.8, "test": 0.2}
     tree = sets / "rare-species" / "rarespecies.json"
-    decoded = load_rare_species(sets / "rare-species", tree, decoding, fractions=shares)
+    found = find_rare_species(sets / "rare-species", tree)
+    decoded = load_found(found, decoding, fractions=shares, allow_empty_classes=True)
     found = find_few_shot("rare-species", sets, cache_dir=decoding.cache_dir)
     for part, files in (("train", found.train), ("test", found.test)):
         assert sorted(file.name for file in files.files) == sorted(decoded[part].files)

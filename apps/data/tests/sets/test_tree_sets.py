@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from app_data.read.folder import load_found
 from app_data.sets.cifar100 import read_stored_tree
-from app_data.sets.tree_sets import imagenet_leaves, load_imagenet, load_rare_species, load_sun397
+from app_data.sets.tree_sets import find_imagenet, find_rare_species, find_sun397, imagenet_leaves
 from app_data.store import assets
 from app_data.store.errors import DataError, MissingAssetError
 from hier_losses import Taxonomy
@@ -34,6 +35,10 @@ def stored(path, paths):
     return path
 
 
+def decoded(found, decoding, **options):
+    return load_found(found, decoding, **{"allow_empty_classes": True, **options})
+
+
 def labels(data):
     return dict(zip(data.files, (data.taxonomy.path_of(int(t)) for t in data.targets), strict=True))
 
@@ -57,7 +62,7 @@ SUN_TREE = [("built", "abbey"), ("built", "apartment_building_outdoor"), ("outdo
 
 def test_sun397(sun, tmp_path, decoding):
     tree = stored(tmp_path / "sun.json", SUN_TREE)
-    parts = load_sun397(sun, tree, decoding=decoding)
+    parts = decoded(find_sun397(sun, tree), decoding)
     assert {part: labels(data) for part, data in parts.items()} == {
         part: {
             f"a/abbey/sun_{i}.jpg": ("built", "abbey"),
@@ -72,12 +77,12 @@ def test_sun397(sun, tmp_path, decoding):
 
 
 def test_sun397_with_a_taxonomy_and_other_partitions(sun, decoding):
-    parts = load_sun397(sun, Taxonomy.from_paths([("out", "zoo")]), decoding=decoding)
+    parts = decoded(find_sun397(sun, Taxonomy.from_paths([("out", "zoo")])), decoding)
     assert labels(parts["train"]) == {"z/zoo/sun_0.jpg": ("out", "zoo")}
     with pytest.raises(DataError, match=r"has no Training_02\.txt"):
-        load_sun397(sun, Taxonomy.from_paths([("out", "zoo")]), 2, decoding)
+        find_sun397(sun, Taxonomy.from_paths([("out", "zoo")]), 2)
     with pytest.raises(DataError, match=r"no class of .*SUN397 \(abbey, .*\) is a leaf of the tree"):
-        load_sun397(sun, Taxonomy.from_paths([("out", "oak")]), decoding=decoding)
+        find_sun397(sun, Taxonomy.from_paths([("out", "oak")]))
 
 
 def test_imagenet(tmp_path, make_picture, decoding, model_assets):
@@ -85,7 +90,7 @@ def test_imagenet(tmp_path, make_picture, decoding, model_assets):
     for part, wnid in (("train", "n01440764"), ("train", "n01443537"), ("val", "n01440764"), ("train", "n04356056")):
         make_picture(root / part / wnid / f"{part}.JPEG")
     tree = stored(tmp_path / "t.json", [("fish", "tench"), ("fish", "goldfish_1"), ("thing", "sunglasses")])
-    parts = load_imagenet(root, tree, decoding)
+    parts = decoded(find_imagenet(root, tree), decoding)
     assert labels(parts["train"]) == {
         "train/n01440764/train.JPEG": ("fish", "tench"),
         "train/n01443537/train.JPEG": ("fish", "goldfish_1"),
@@ -94,9 +99,9 @@ def test_imagenet(tmp_path, make_picture, decoding, model_assets):
     assert labels(parts["val"]) == {"val/n01440764/val.JPEG": ("fish", "tench")}
     make_picture(root / "val" / "fish" / "x.JPEG")
     with pytest.raises(DataError, match="fish is no class of ImageNet-1k"):
-        load_imagenet(root, tree, decoding)
+        find_imagenet(root, tree)
     with pytest.raises(DataError, match="neither a folder train nor val"):
-        load_imagenet(tmp_path / "none", tree, decoding)
+        find_imagenet(tmp_path / "none", tree)
 
 
 def test_imagenet_validation_files_as_released(tmp_path, make_picture, decoding, model_assets):
@@ -105,11 +110,11 @@ def test_imagenet_validation_files_as_released(tmp_path, make_picture, decoding,
     for name in (tench, other):
         make_picture(tmp_path / "val" / name)
     tree = Taxonomy.from_paths([("fish", "tench"), ("fish", "electric ray")])
-    parts = load_imagenet(tmp_path, tree, decoding)
+    parts = decoded(find_imagenet(tmp_path, tree), decoding)
     assert labels(parts["val"]) == {f"val/{tench}": ("fish", "tench"), f"val/{other}": ("fish", "electric ray")}
     make_picture(tmp_path / "val" / "x.JPEG")
     with pytest.raises(DataError, match=r"x\.JPEG lies in no class folder"):
-        load_imagenet(tmp_path, tree, decoding)
+        find_imagenet(tmp_path, tree)
 
 
 def test_imagenet_leaf_names(model_assets, monkeypatch):
@@ -142,7 +147,7 @@ def rare(tmp_path, make_picture):
 
 
 def test_rare_species_with_its_own_tree(rare, decoding):
-    parts = load_rare_species(rare, decoding=decoding, fractions={"train": 0.6, "test": 0.4})
+    parts = decoded(find_rare_species(rare), decoding, fractions={"train": 0.6, "test": 0.4}, allow_empty_classes=False)
     assert {part: len(data) for part, data in parts.items()} == {"train": 9, "test": 6}
     assert parts["train"].taxonomy.level_sizes == (1, 2, 2, 2, 2, 3, 3)
     found = labels(parts["train"]) | labels(parts["test"])
@@ -155,7 +160,7 @@ def test_rare_species_with_the_stored_tree(rare, tmp_path, decoding):
     tree = stored(
         tmp_path / "t.json", [("chordata", f"{birds}picus_viridis"), ("chordata", f"{birds}dryocopus_martius")]
     )
-    parts = load_rare_species(rare, tree, decoding, fractions={"train": 1.0})
+    parts = decoded(find_rare_species(rare, tree), decoding, fractions={"train": 1.0})
     assert len(parts["train"]) == 10
     assert {path[-1] for path in labels(parts["train"]).values()} == {
         f"{birds}picus_viridis",
@@ -165,14 +170,14 @@ def test_rare_species_with_the_stored_tree(rare, tmp_path, decoding):
 
 def test_bad_rare_species(rare, tmp_path, decoding):
     with pytest.raises(DataError, match=r"metadata\.csv does not exist"):
-        load_rare_species(tmp_path, decoding=decoding)
+        find_rare_species(tmp_path)
     text = (rare / "metadata.csv").read_text()
     (rare / "metadata.csv").write_text(text.replace("Picus,viridis", "Picus,", 1))
     with pytest.raises(DataError, match="row 2 of .* has an empty file name or rank"):
-        load_rare_species(rare, decoding=decoding)
+        find_rare_species(rare)
     (rare / "metadata.csv").write_text(text.replace("genus,species", "genus,kind"))
     with pytest.raises(DataError, match="lacks the columns species"):
-        load_rare_species(rare, decoding=decoding)
+        find_rare_species(rare)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,6 @@ from app_data.store.digests import content_digests
 from app_data.store.errors import Skipped, UnreadablePicture
 from hier_losses import Taxonomy
 
-__all__ = ["Report", "check_taxonomy", "examine"]
-
 _SHOWN = 5  # entries of a list on the page; the JSON has all
 _HASHED = hashlib.sha256(b"").hexdigest()[:16]  # of an empty file, which is no copy of another one
 

@@ -20,8 +20,6 @@ from app_data.read.tables import Classes, read_listing, read_taxonomy
 from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
 
-__all__ = ["Found", "find_pictures", "load_folder", "load_found"]
-
 # What people call the parts of a split.
 _PART_NAMES = {
     "train": "train",
@@ -73,70 +71,38 @@ class Found:
         return replace(self, files=[self.files[i] for i in chosen], targets=self.targets[chosen])
 
 
-def load_folder(
-    root: str | Path,
-    taxonomy: str | Path | Taxonomy | None = None,
+def load_found(
+    found: Found,
+    decoding: Decoding | None = None,
     *,
-    listing: str | Path | Sequence[str | Path] | None = None,
-    listing_columns: str = "",
-    size: int = 128,
-    fit: str = "crop",
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
-    cache_dir: str | Path | None = None,
-    workers: int | None = None,
-    max_bad_fraction: float = 0.01,
-    max_bad_files: int = 10,
     allow_empty_classes: bool = False,
-    outside: bool = False,
 ) -> dict[str, PictureSet]:
-    """Read labelled pictures and split them.
+    """Decode what `find_pictures` found, and split it.
 
     Args:
-        root: See `find_pictures`.
-        taxonomy: See `find_pictures`.
-        listing: See `find_pictures`.
-        listing_columns: See `find_pictures`.
-        size: Height and width of the pictures in pixels.
-        fit: See `load_picture`.
+        found: The pictures.
+        decoding: Size, cache and budget of bad files.
         fractions: Shares for the split when the folder has none; {"train": .8, "val": .1, "test": .1} if None.
         seed: Decides which picture goes where.
-        cache_dir: Where decoded pictures are kept; the user's cache folder if None.
-        workers: Threads that decode; at most eight of the machine's cores if None.
-        max_bad_fraction: Budget of unreadable files: the larger of this share and `max_bad_files`.
-        max_bad_files: See `max_bad_fraction`.
         allow_empty_classes: Keep leaves without pictures as candidate labels.
-        outside: See `find_pictures`.
 
     Returns:
         The parts by name; all share one taxonomy. `skipped` lists the files that could not be read: those of the part
         if the folder came split, else all.
 
     Raises:
-        DataError: Anything in the folder or the tables that does not fit together.
+        DataError: `found` has problems, or a class has no picture that can be read.
         TooManyBadFiles: More unreadable files than the budget.
     """
-    found = find_pictures(root, taxonomy, listing=listing, listing_columns=listing_columns, outside=outside)
-    decoding = Decoding(size, fit, cache_dir, workers, max_bad_fraction, max_bad_files)
-    return load_found(found, decoding, fractions=fractions, seed=seed, allow_empty_classes=allow_empty_classes)
-
-
-def load_found(
-    found: Found,
-    decoding: Decoding,
-    *,
-    fractions: Mapping[str, float] | None = None,
-    seed: int = 0,
-    allow_empty_classes: bool = False,
-) -> dict[str, PictureSet]:
-    """Decode what `find_pictures` found, and split it; see `load_folder`."""
     if found.problems:
         raise DataError("; ".join(found.problems))
     parts = picture_sets(
         found.files,
         found.targets,
         found.tree,
-        decoding,
+        decoding or Decoding(),
         style=found.root.name,
         fractions=fractions,
         seed=seed,

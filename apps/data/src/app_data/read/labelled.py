@@ -16,8 +16,6 @@ from app_data.store.digests import content_digests
 from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
 
-__all__ = ["PARTS", "Decoded", "Decoding", "LabelledFile", "PictureFile", "decode_files", "picture_sets", "with_parts"]
-
 PARTS = ("train", "val", "test")
 _PILLOWS = 89478485  # most pixels of a picture, unless `allow_megapixels` says otherwise
 _CODE = 2  # raise when the decoding of files changes: cached pictures are then decoded again
@@ -85,6 +83,20 @@ class Decoding:
             raise ValueError(f"size must be at least 1, got {self.size}")
         if self.fit not in ("crop", "pad", "squash"):
             raise ValueError(f"fit must be 'crop', 'pad' or 'squash', got {self.fit!r}")
+
+    def read(self, key: Mapping[str, Any], files: Sequence["PictureFile"]) -> "Decoded":
+        """Decode files, or read what is stored under a key of all they depend on but the size."""
+        pixels, kept, skipped = cached_pictures(
+            dict(key),
+            files,
+            lambda file: load_picture(file.path, self.size, self.fit),
+            size=self.size,
+            cache_dir=self.cache_dir,
+            workers=min(8, os.cpu_count() or 1) if self.workers is None else self.workers,
+            max_bad_fraction=self.max_bad_fraction,
+            max_bad_files=self.max_bad_files,
+        )
+        return Decoded(pixels, kept, skipped, {**key, "size": self.size})
 
 
 def picture_sets(
@@ -203,7 +215,6 @@ def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is
         DataError: A file is missing, or none can be read.
         TooManyBadFiles: More unreadable files than the budget.
     """
-    size = decoding.size
     key = {
         "data": "files",
         "code": _CODE,
@@ -214,17 +225,7 @@ def decode_files(files: Sequence[PictureFile], decoding: Decoding, *, missing_is
             [file.name, digest] for file, digest in zip(files, _digests(files, decoding, missing_is_bad), strict=True)
         ],
     }
-    pixels, kept, skipped = cached_pictures(
-        key,
-        files,
-        lambda file: load_picture(file.path, size, decoding.fit),
-        size=size,
-        cache_dir=decoding.cache_dir,
-        workers=min(8, os.cpu_count() or 1) if decoding.workers is None else decoding.workers,
-        max_bad_fraction=decoding.max_bad_fraction,
-        max_bad_files=decoding.max_bad_files,
-    )
-    return Decoded(pixels, kept, skipped, {**key, "size": size})
+    return decoding.read(key, files)
 
 
 def _digests(files: Sequence[PictureFile], decoding: Decoding, missing_is_bad: bool) -> list[str]:

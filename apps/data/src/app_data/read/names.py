@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from hier_losses import Taxonomy
 
-__all__ = ["Matches", "look_alikes", "match_labels", "normal_form"]
-
 Label = tuple[str, ...]
 
 

@@ -15,23 +15,6 @@ from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped, UnreadablePicture
 from hier_losses import Taxonomy
 
-__all__ = [
-    "FORMATS",
-    "SUFFIXES",
-    "Picture",
-    "PictureSet",
-    "StoredPictures",
-    "allow_megapixels",
-    "lies_in",
-    "load_picture",
-    "on_white",
-    "open_picture",
-    "random_box",
-    "random_square",
-    "square",
-    "upright",
-]
-
 # What is opened, by content; Pillow would hand an EPS file to Ghostscript, whatever its name ends in.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")

@@ -8,8 +8,6 @@ import numpy as np
 
 from hier_losses import Taxonomy
 
-__all__ = ["some", "stratified_split", "withhold_leaves"]
-
 T = TypeVar("T")
 
 

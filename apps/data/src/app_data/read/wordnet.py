@@ -15,8 +15,6 @@ from typing import BinaryIO
 
 from app_data.store.errors import DataError
 
-__all__ = ["PREFIX", "Suggestion", "find_wordnet", "suggest_tree"]
-
 PREFIX = "wordnet:"
 INDEX, DATA = "index.noun", "data.noun"
 Chain = list[tuple[int, str]]  # synsets from the top down, each by offset and first word

@@ -25,7 +25,6 @@ __all__ = [
     "CaptionedFile",
     "caption_sets",
     "captioned_files",
-    "load_captions",
     "row_captions",
 ]
 
@@ -156,15 +155,10 @@ def caption_sets(
     return parts
 
 
-def load_captions(
-    source: str | Path,
-    root: str | Path | None = None,
-    decoding: Decoding | None = None,
-    *,
-    fractions: Mapping[str, float] | None = None,
-    seed: int = 0,
-) -> dict[str, CaptionSet]:
-    """Read pictures and captions of your own.
+def captioned_files(
+    source: str | Path, root: str | Path | None = None, cache_dir: str | Path | None = None
+) -> list[CaptionedFile]:
+    """Pictures and captions of your own, none of them opened; archives are unpacked into the cache folder.
 
     Args:
         source: A table, an archive or a folder of archives. Tables are CSV or TSV files with a header, JSONL files, or
@@ -173,25 +167,7 @@ def load_captions(
             picture may have several rows, and JSON may give a list of captions. Archives are tar files in webdataset's
             form: members `key.jpg` and `key.txt`, or `key.json` with the fields above.
         root: Where the pictures of a table lie; the table's own folder if None.
-        decoding: Size, cache and budget of bad files; missing files count as bad.
-        fractions: Shares of the split if the source has none, such as {"train": .9, "test": .1}; all "test" if None.
-        seed: Decides which picture goes where.
-
-    Returns:
-        The parts by name.
-
-    Raises:
-        DataError: The source is missing or has another form; the message names the row.
-        TooManyBadFiles: More unreadable files than the budget.
-    """
-    decoding = decoding or Decoding()
-    return caption_sets(captioned_files(source, root, decoding.cache_dir), decoding, fractions=fractions, seed=seed)
-
-
-def captioned_files(
-    source: str | Path, root: str | Path | None = None, cache_dir: str | Path | None = None
-) -> list[CaptionedFile]:
-    """The files of `load_captions`, none of them opened; archives are unpacked into the cache folder.
+        cache_dir: Where archives are unpacked; the user's cache folder if None.
 
     Raises:
         DataError: The source is missing or has another form; the message names the row.

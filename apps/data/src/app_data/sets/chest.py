@@ -1,33 +1,20 @@
 """ChestX-ray14 (Wang et al., 2017): chest radiographs with any number of 14 findings, labels closed upwards in a tree."""
 
 import hashlib
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from app_data.read.labelled import Decoding
-from app_data.read.pictures import PictureSet, load_picture
-from app_data.store.cache import cached_pictures, fingerprint
+from app_data.read.labelled import Decoding, PictureFile
+from app_data.read.pictures import PictureSet
+from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError
 from app_data.store.text import read_text
 from hier_losses.builders import chest_xray14, read_findings
 
-__all__ = ["load_chest_xray14"]
-
 LABELS, LISTS = "Data_Entry_2017.csv", {"train": "train_val_list.txt", "test": "test_list.txt"}
 # Share of the training patients that is kept for calibration, by a hash of the patient number.
 _VALIDATION = 0.1
-
-
-@dataclass(frozen=True)
-class _Radiograph:
-    path: Path
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def load_chest_xray14(root: str | Path, decoding: Decoding | None = None) -> dict[str, PictureSet]:
@@ -66,18 +53,9 @@ def load_chest_xray14(root: str | Path, decoding: Decoding | None = None) -> dic
                 lacks = f"has no row in {LABELS}" if name not in row else "is in none of the folders of pictures"
                 raise DataError(f"{name}, listed in {root / LISTS[part]}, {lacks}: complete the release")
             parts["val" if part == "train" and _kept(name) else part].append(name)
-    files = [_Radiograph(where[name], name) for names in parts.values() for name in names]
+    files = [PictureFile(where[name], name) for names in parts.values() for name in names]
     key = {"data": "chest-xray14", "fit": decoding.fit, "files": [[str(f), f.path.stat().st_size] for f in files]}
-    pixels, kept, skipped = cached_pictures(
-        key,
-        files,
-        lambda file: load_picture(file.path, decoding.size, decoding.fit),
-        size=decoding.size,
-        cache_dir=decoding.cache_dir,
-        workers=min(8, os.cpu_count() or 1) if decoding.workers is None else decoding.workers,
-        max_bad_fraction=decoding.max_bad_fraction,
-        max_bad_files=decoding.max_bad_files,
-    )
+    pixels, kept, skipped, key = decoding.read(key, files)
     done = [files[i].name for i in kept]
     part_of = np.array([part for part, names in parts.items() for _ in names])[kept]
     labels = [row[name] for name in done]
@@ -88,7 +66,7 @@ def load_chest_xray14(root: str | Path, decoding: Decoding | None = None) -> dic
         styles=tuple(part_of),
         names=tuple("|".join(tree.class_names[c] for c in np.flatnonzero(findings[r].numpy())) for r in labels),
         taxonomy=tree.taxonomy,
-        fingerprint=fingerprint({**key, "size": decoding.size, "labels": hot[labels].tolist()}),
+        fingerprint=fingerprint({**key, "labels": hot[labels].tolist()}),
         files=tuple(done),
         skipped=skipped,
         node_text=tuple(name.replace("_", " ").lower() for name in tree.taxonomy.names),

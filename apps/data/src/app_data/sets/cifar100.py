@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app_data.read.folder import load_folder
+from app_data.read.folder import find_pictures, load_found
 from app_data.read.labelled import Decoding
 from app_data.read.pictures import PictureSet
 from app_data.read.tables import read_taxonomy
@@ -22,16 +22,6 @@ from app_data.store.errors import DataError
 from app_data.store.text import read_json
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCuts
-
-__all__ = [
-    "FewShot",
-    "StoredTree",
-    "choose_shots",
-    "load_cifar100_fewshot",
-    "part_of_tree",
-    "read_stored_tree",
-    "take_shots",
-]
 
 ARCHIVE, TREE = "cifar100_fewshot.tar.gz", "trees/cifar100.json"
 
@@ -110,17 +100,7 @@ def load_cifar100_fewshot(
     decoding = decoding or Decoding(size=32)
     root = data if (data / "train").is_dir() else unpack(archive, decoding.cache_dir)
     parts = {
-        part: load_folder(
-            root / part,
-            stored.taxonomy,
-            size=decoding.size,
-            fit=decoding.fit,
-            fractions={part: 1.0},
-            cache_dir=decoding.cache_dir,
-            workers=decoding.workers,
-            max_bad_fraction=decoding.max_bad_fraction,
-            max_bad_files=decoding.max_bad_files,
-        )[part]
+        part: load_found(find_pictures(root / part, stored.taxonomy), decoding, fractions={part: 1.0})[part]
         for part in ("train", "test")
     }
     train, test = (replace(part, node_text=stored.node_text) for part in parts.values())

@@ -4,57 +4,33 @@ The Karpathy files (Karpathy and Fei-Fei, 2015) split COCO and Flickr30k. Nothin
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from app_data.read.labelled import PARTS, Decoding
-from app_data.read.splits import some
 from app_data.sets.captions import CaptionedFile, CaptionSet, caption_sets, captioned_files
 from app_data.sets.papers import unpack
 from app_data.store.errors import DataError
 from app_data.store.text import read_json
-
-__all__ = ["find_captions", "load_coco_captions", "load_coco_mini", "load_karpathy", "load_nocaps"]
-
-
-def load_karpathy(annotations: str | Path, root: str | Path, decoding: Decoding | None = None) -> dict[str, CaptionSet]:
-    """COCO or Flickr30k with the Karpathy split.
-
-    Args:
-        annotations: `dataset_coco.json`, `dataset_flickr30k.json` or `dataset_flickr8k.json`; or LAVIS's
-            `coco_karpathy_train.json`, beside which those of the other two parts are read if they are there.
-        root: The folder of pictures; for COCO the one with `train2014/` and `val2014/`.
-        decoding: Size, cache and budget of bad files; missing files count as bad.
-
-    Returns:
-        "train" (with COCO's "restval", as is usual), "val" and "test". Ids are COCO's, or Flickr's numbers in the file.
-
-    Raises:
-        DataError: A missing file, or a file of another form.
-        TooManyBadFiles: More unreadable files than the budget.
-    """
-    content = read_json(annotations)
-    if isinstance(content, list) and content:
-        return caption_sets(_lavis_files(Path(annotations), Path(root)), decoding)
-    return caption_sets(_karpathy_files(content, annotations, Path(root)), decoding)
 
 
 def find_captions(
     data: str | Path,
     pictures: str | Path | None = None,
     *,
-    split: str = "test",
+    split: str | None = "test",
     cache_dir: str | Path | None = None,
 ) -> list[CaptionedFile]:
-    """Captioned pictures of one part in whatever form they come, none of them opened.
+    """Captioned pictures in whatever form they come, none of them opened; `caption_sets` decodes them.
 
     Args:
-        data: A file in the form of Karpathy, of LAVIS, of COCO or of nocaps, or what `load_captions` reads; or a folder with one
-            such file, or with one for each part, whose name then ends in `_<split>.json`.
-        pictures: The folder of pictures; that of the file if None.
-        split: The part, where the data name parts.
+        data: Karpathy's `dataset_coco.json`, `dataset_flickr30k.json` or `dataset_flickr8k.json`; LAVIS's `coco_karpathy_train.json`,
+            beside which those of the other parts are read if they are there; a file of COCO's or of nocaps' captions, whose domain is
+            the style; or a table or archive, see `captioned_files`. Or a folder with one such file, or with one for each part, whose
+            name then ends in `_<split>.json`.
+        pictures: The folder of pictures, for COCO the one with `train2014/` and `val2014/`; that of the file if None.
+        split: The part, where the data name parts; all parts if None. COCO's "restval" is "train", as is usual.
         cache_dir: Where archives are unpacked; the user's cache folder if None.
 
     Returns:
@@ -76,12 +52,12 @@ def find_captions(
         first = _list(content, "images", source)[0]
         karpathy = isinstance(first, dict) and "sentences" in first
         files = _karpathy_files(content, source, root) if karpathy else _coco_files(source, root, None)
-    elif content and source.stem.rpartition("_")[2] in PARTS:
+    elif source.stem.rpartition("_")[2] in PARTS and _lavis_rows(content):
         files = _lavis_files(source, root)
     else:
         files = captioned_files(source, pictures, cache_dir)
     parts = dict.fromkeys(file.part for file in files)
-    found = [file for file in files if file.part in (split, "")]
+    found = [file for file in files if split is None or file.part in (split, "")]
     if not found:
         raise DataError(f"{source} has no part {split!r}, it has {', '.join(sorted(parts))}")
     return found
@@ -103,14 +79,15 @@ def _karpathy_files(content: Any, annotations: str | Path, root: Path) -> list[C
     return files
 
 
+def _lavis_rows(content: Any) -> bool:
+    return isinstance(content, list) and any(
+        isinstance(row, dict) and {"image", "caption"} <= row.keys() for row in content[:1]
+    )
+
+
 def _lavis_files(annotations: Path, root: Path) -> list[CaptionedFile]:
     """LAVIS's lists: a row for each caption in training, a row with all captions for each picture elsewhere."""
     stem, _, own = annotations.stem.rpartition("_")
-    if own not in PARTS:
-        raise DataError(
-            f"{annotations} holds no object with a list 'images'; for LAVIS's lists its name must end in _train.json, "
-            "_val.json or _test.json"
-        )
     found = []
     for part in PARTS:
         path = annotations.with_name(f"{stem}_{part}.json")
@@ -131,59 +108,6 @@ def _lavis_files(annotations: Path, root: Path) -> list[CaptionedFile]:
             number = int(digits) if digits.isdigit() else name
             found.append(CaptionedFile(root / name, name, tuple(texts), number, part))
     return found
-
-
-def load_coco_captions(
-    annotations: str | Path,
-    root: str | Path,
-    instances: str | Path | None = None,
-    decoding: Decoding | None = None,
-    num: int | None = None,
-) -> CaptionSet:
-    """One part of COCO, from its annotation files.
-
-    Args:
-        annotations: `captions_val2017.json` or the like.
-        root: The folder of that part's pictures.
-        instances: `instances_val2017.json` or the like, for the names of the objects (crowds left out).
-        decoding: Size, cache and budget of bad files; missing files count as bad.
-        num: See `some`; the others are not decoded.
-
-    Returns:
-        The pictures in the order of the file; one without captions has none.
-
-    Raises:
-        DataError: A missing file, or a file of another form.
-        TooManyBadFiles: More unreadable files than the budget.
-    """
-    return caption_sets(some(_coco_files(annotations, Path(root), instances), num), decoding)["test"]
-
-
-def load_nocaps(
-    annotations: str | Path,
-    root: str | Path,
-    domains: Sequence[str] = ("in-domain", "near-domain", "out-domain"),
-    decoding: Decoding | None = None,
-) -> CaptionSet:
-    """The nocaps validation or test pictures; captions are public for validation only.
-
-    Args:
-        annotations: `nocaps_val_4500_captions.json` or `nocaps_test_image_info.json`.
-        root: The folder of pictures.
-        domains: Which of the three domains to keep.
-        decoding: Size, cache and budget of bad files; missing files count as bad.
-
-    Returns:
-        The pictures; the domain is the style.
-
-    Raises:
-        DataError: A missing file, a file of another form, or no picture in these domains.
-        TooManyBadFiles: More unreadable files than the budget.
-    """
-    files = [file for file in _coco_files(annotations, Path(root), None) if not file.style or file.style in domains]
-    if not files:
-        raise DataError(f"{annotations} has no picture of the domains {list(domains)}")
-    return caption_sets(files, decoding)["test"]
 
 
 def load_coco_mini(archive: str | Path, decoding: Decoding | None = None) -> CaptionSet:

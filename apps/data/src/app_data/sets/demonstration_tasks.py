@@ -21,15 +21,6 @@ from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped
 from app_data.store.text import read_json, read_jsonl
 
-__all__ = [
-    "IclTask",
-    "caption_task",
-    "load_caption_editing",
-    "load_image_text_matching",
-    "load_nlvr2",
-    "vqa_task",
-]
-
 
 @dataclass(frozen=True)
 class IclTask:

@@ -9,23 +9,11 @@ import numpy as np
 from app_data.read.pictures import PictureSet
 from app_data.read.splits import withhold_leaves
 from app_data.sets.captions import CaptionSet
-from app_data.sets.emoji_artists import CREDITS, artist_key, check_artist, render_emoji
-from app_data.sets.emoji_leaves import CONCRETE_GROUPS, EmojiLeaf, emoji_leaves, emoji_taxonomy
+from app_data.sets.emoji_artists import artist_key, check_artist, render_emoji
+from app_data.sets.emoji_leaves import EmojiLeaf, emoji_leaves, emoji_taxonomy
 from app_data.store.assets import asset_version
 from app_data.store.cache import cached_pictures, fingerprint
 from app_data.store.errors import DataError
-
-__all__ = [
-    "CONCRETE_GROUPS",
-    "CREDITS",
-    "EmojiLeaf",
-    "emoji_leaves",
-    "emoji_taxonomy",
-    "load_emoji",
-    "load_emoji_captions",
-    "render_emoji",
-    "validation_split",
-]
 
 
 def load_emoji(

@@ -13,8 +13,6 @@ from app_data.sets.emoji_leaves import EmojiLeaf
 from app_data.store.assets import asset_path, asset_version
 from app_data.store.errors import DataError, UnreadablePicture
 
-__all__ = ["CREDITS", "artist_key", "check_artist", "render_emoji"]
-
 # Belongs into every report and document that shows the pictures.
 CREDITS = (
     "Twemoji graphics by Twitter, Inc. and other contributors, licensed under CC BY 4.0 "

@@ -8,8 +8,6 @@ from functools import cache
 from app_data.store.assets import asset_path
 from hier_losses import Taxonomy
 
-__all__ = ["CONCRETE_GROUPS", "EmojiLeaf", "emoji_leaves", "emoji_taxonomy"]
-
 CONCRETE_GROUPS = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities")
 
 # The chart's subgroup ids, where turning "-" into a space would not read as a kind of thing, or would

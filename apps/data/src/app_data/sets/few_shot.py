@@ -17,8 +17,6 @@ from app_data.sets.papers import unpack
 from app_data.sets.tree_sets import find_imagenet, find_rare_species, find_sun397
 from app_data.store.errors import DataError
 
-__all__ = ["FewShotFiles", "find_few_shot"]
-
 
 @dataclass(frozen=True)
 class FewShotFiles:

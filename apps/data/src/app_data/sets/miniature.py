@@ -18,8 +18,6 @@ from app_data.sets.emoji import load_emoji_captions
 from app_data.sets.vqa import QuestionSet, load_easy_vqa
 from app_data.store.atomic import new_folder
 
-__all__ = ["write_miniature"]
-
 POOL_ARTISTS, QUERY_ARTIST = ("openmoji", "noto-700"), "twemoji"
 PEOPLE = 10  # answers of a question in VQAv2
 _PARTS = ("train", "val")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from app_data.read.folder import load_folder
+from app_data.read.folder import find_pictures, load_found
 from app_data.read.labelled import PARTS, Decoding, LabelledFile, picture_sets
 from app_data.read.pictures import PictureSet
 from app_data.store.cache import default_cache_dir, fingerprint
@@ -23,8 +23,6 @@ from hier_losses import builders
 from hier_losses.builders import DatasetTree
 
 _ENTRY = 4096  # bytes on the disk that an empty file takes
-
-__all__ = ["load_aircraft", "load_butterfly200", "load_cifar100_folders", "load_cub200", "load_inaturalist", "unpack"]
 
 
 def load_cifar100_folders(source: str | Path, decoding: Decoding | None = None) -> dict[str, PictureSet]:
@@ -44,16 +42,7 @@ def load_cifar100_folders(source: str | Path, decoding: Decoding | None = None) 
     decoding = decoding or Decoding(size=32)
     source = Path(source)
     root = unpack(source, decoding.cache_dir) if source.is_file() else source
-    return load_folder(
-        root,
-        builders.cifar100().taxonomy,
-        size=decoding.size,
-        fit=decoding.fit,
-        cache_dir=decoding.cache_dir,
-        workers=decoding.workers,
-        max_bad_fraction=decoding.max_bad_fraction,
-        max_bad_files=decoding.max_bad_files,
-    )
+    return load_found(find_pictures(root, builders.cifar100().taxonomy), decoding)
 
 
 def load_cub200(

@@ -1,6 +1,6 @@
 """Captioned pictures in webdataset's shards, read one by one: any number of them, by position, in an order that is a function.
 
-A shard is an uncompressed tar whose members `key.jpg` and `key.txt` (or `key.json` with the columns of `load_captions`) follow each
+A shard is an uncompressed tar whose members `key.jpg` and `key.txt` (or `key.json` with the columns of `captioned_files`) follow each
 other. Its headers are read once into an index; then every sample is one read at a known place. So nothing is unpacked, a stream goes
 on at any position without reading what came before, and each process and each thread reads its own samples alone.
 """
@@ -28,8 +28,6 @@ from app_data.store.cache import default_cache_dir, fingerprint
 from app_data.store.errors import DataError, TooManyBadFiles, UnreadablePicture
 from app_data.store.progress import progress
 from app_data.store.sealed import read_sealed, write_sealed
-
-__all__ = ["Order", "Sample", "Shards", "Stream"]
 
 MOST_PICTURE, MOST_TEXT = 64 << 20, 1 << 20  # bytes; a header may claim any size
 _FORMAT = 2  # raise when the index changes

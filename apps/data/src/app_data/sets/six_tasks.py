@@ -10,7 +10,8 @@ from pathlib import Path
 
 from app_data.read.labelled import Decoding
 from app_data.read.splits import some
-from app_data.sets.coco import load_coco_captions
+from app_data.sets.captions import caption_sets
+from app_data.sets.coco import find_captions
 from app_data.sets.demonstration_tasks import (
     IclTask,
     caption_task,
@@ -21,8 +22,6 @@ from app_data.sets.demonstration_tasks import (
 )
 from app_data.sets.vqa import load_vqa
 from app_data.store.errors import DataError
-
-__all__ = ["TASKS", "Parts", "TaskLayout", "load_parts"]
 
 _COCO = {"train": "train2014", "val": "val2014"}
 _EDITING = {"train": "train", "val": "test"}
@@ -61,10 +60,8 @@ def _vqa(name: str, prefix: str) -> Load:
 
 def _captions(folder: Path, part: str, decoding: Decoding, num: int | None) -> IclTask:
     year = _COCO[part]
-    data = load_coco_captions(
-        folder / "annotations" / f"captions_{year}.json", folder / year, decoding=decoding, num=num
-    )
-    return caption_task(data, "coco-caption")
+    files = find_captions(folder / "annotations" / f"captions_{year}.json", folder / year)
+    return caption_task(caption_sets(some(files, num), decoding)["test"], "coco-caption")
 
 
 def _editing(folder: Path, part: str, decoding: Decoding, num: int | None) -> IclTask:

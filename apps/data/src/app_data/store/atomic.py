@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["new_file", "new_folder", "remove_folder", "remove_leftovers", "sync", "write_json", "write_text"]
-
 _MARK = ".tmp-"
 _LEFT = 1 << 16  # bytes; a disk with less is full
 

@@ -24,8 +24,6 @@ from tqdm import tqdm
 from app_data.store.errors import DataError, Skipped, TooManyBadFiles, UnreadablePicture
 from app_data.store.sealed import read_sealed, write_sealed
 
-__all__ = ["cached_entry", "cached_pictures", "default_cache_dir", "fingerprint"]
-
 T = TypeVar("T")
 
 _FORMAT = 1  # raise when the layout of an entry changes: old entries are then ignored

@@ -11,8 +11,6 @@ from app_data.store.cache import default_cache_dir, fingerprint
 from app_data.store.errors import DataError
 from app_data.store.sealed import read_sealed, write_sealed
 
-__all__ = ["content_digests"]
-
 
 def content_digests(paths: Sequence[Path], cache_dir: str | Path | None = None) -> list[str]:
     """Sixteen hex digits for the content of each file; "" for one that cannot be read.

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-__all__ = ["DamagedFile", "DataError", "MissingAssetError", "Skipped", "TooManyBadFiles", "UnreadablePicture"]
-
 
 class DataError(ValueError):
     """The data on disk (or its description) cannot be used as it is; the message says what to change."""

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from app_data.store.atomic import new_file
 from app_data.store.cache import default_cache_dir
 
-__all__ = ["cached_features", "tensor_digest", "weights_digest"]
-
 
 def cached_features(
     key: str, compute: Callable[[int, int], Tensor], num: int, cache_dir: str | Path | None = None, piece: int = 512

@@ -5,8 +5,6 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Self, TypeVar
 
-__all__ = ["Progress", "progress"]
-
 T = TypeVar("T")
 
 _SECONDS = 30.0

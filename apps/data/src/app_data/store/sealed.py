@@ -13,18 +13,6 @@ from pathlib import Path
 from app_data.store.atomic import new_folder, write_json
 from app_data.store.errors import DamagedFile, DataError
 
-__all__ = [
-    "SEAL_FILE",
-    "file_digest",
-    "is_whole",
-    "new_sealed_folder",
-    "read_sealed",
-    "seal_broken",
-    "seal_folder",
-    "text_digest",
-    "write_sealed",
-]
-
 FORMAT = 1
 SEAL_FILE = ".seal.json"  # of a folder
 _SEAL = "seal"

@@ -6,8 +6,6 @@ from typing import Any
 
 from app_data.store.errors import DataError
 
-__all__ = ["parse_json", "read_json", "read_jsonl", "read_text"]
-
 RELEASE = "give a file of the release"
 
 

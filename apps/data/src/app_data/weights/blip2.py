@@ -32,23 +32,6 @@ from hyper_blip import (
     register_locator,
 )
 
-__all__ = [
-    "IMAGE_TOKEN",
-    "LANGUAGE",
-    "PROMPT",
-    "TEXT",
-    "VISION",
-    "Lite0Map",
-    "SentenceStates",
-    "caption_ids",
-    "kept_layers",
-    "language_tokenizer",
-    "mini_config",
-    "mini_model",
-    "mini_processor",
-    "text_tokenizer",
-]
-
 VISION, LANGUAGE, TEXT = "pip-vision:lite0-map", "pip-lm:smollm2", "pip-text:minilm"
 _WIDTH = 1280
 # A control token of SmolLM2 that no text holds marks the places of the queries.

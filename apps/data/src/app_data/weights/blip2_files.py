@@ -17,8 +17,6 @@ from app_data.store.errors import DataError, MissingAssetError
 from hyper_blip import HyperBlip2ForConditionalGeneration, HyperBlip2ForPretraining, HyperbolicConfig
 from hyper_blip.weights import load_into, read_lavis
 
-__all__ = ["STAGES", "Loaded", "find_stage", "load_stage", "stages", "weight_files"]
-
 STAGES: dict[str, type] = {"stage1": HyperBlip2ForPretraining, "stage2": HyperBlip2ForConditionalGeneration}
 _KINDS = {
     "HyperBlip2ForPretraining": "stage1",

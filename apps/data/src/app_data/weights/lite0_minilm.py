@@ -23,8 +23,6 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from app_data.read.pictures import on_white
 from app_data.store.assets import asset_path
 
-__all__ = ["MiniLM", "folded", "imagenet_class_names", "lite0", "lite0_preprocess", "to_uint8"]
-
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 
 # The TensorFlow weights expect (x - 127) / 128 on 0..255: ImageNet mean and std cost 9 points of top-1.

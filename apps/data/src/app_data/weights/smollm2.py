@@ -19,8 +19,6 @@ from app_data.store.assets import asset_path
 from app_data.store.cache import cached_entry, default_cache_dir, fingerprint
 from app_data.store.errors import DataError, MissingAssetError
 
-__all__ = ["load_smollm2", "smollm2_folder"]
-
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CODE = 1  # raise when the conversion changes: folders converted before are then ignored
 

@@ -8,8 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import Dinov2Model
 
-__all__ = ["LITE0_WIDTHS", "dinov2_visual", "lite0_stages"]
-
 # Channels after the stages 1..6, then the pooled features before the classifier in place of stage 7.
 LITE0_WIDTHS = (16, 24, 40, 80, 112, 192, 1280)
 

@@ -22,8 +22,6 @@ from app_eval.ask.select import choose
 from app_eval.ask.settings import Answer
 from hyper_icl import hierarchy_bias
 
-__all__ = ["answers", "read_questions"]
-
 
 def read_questions(config: Answer) -> list[tuple[Path, str]]:
     """Pictures and what is asked about them.

@@ -32,8 +32,6 @@ from hyper_blip import HyperbolicFeatures, RetrievalScores, generate_captions
 from hyper_blip.qformer import joint_states
 from hyper_blip.retrieval import candidates, matching_logits, reranked
 
-__all__ = ["CAPTIONS", "RETRIEVAL", "SAID", "Tables", "plain", "read_json", "read_table"]
-
 CHUNK = 64
 RETRIEVAL, CAPTIONS, SAID = "retrieval.safetensors", "captions.safetensors", "captions.json"
 

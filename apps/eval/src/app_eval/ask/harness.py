@@ -9,8 +9,6 @@ from typing import Any
 
 from hyper_icl import insert_demos
 
-__all__ = ["with_demos"]
-
 Messages = list[dict[str, Any]]
 
 

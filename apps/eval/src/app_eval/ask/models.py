@@ -38,8 +38,6 @@ from hyper_icl import (
     use_calibrated_attention,
 )
 
-__all__ = ["PLAIN", "LocalModel", "Server", "chat", "is_icl_mini"]
-
 Chat = Sequence[Mapping[str, Any]]
 
 _QUALITY = 95  # of the JPEG that a server gets

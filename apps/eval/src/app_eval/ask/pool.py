@@ -25,11 +25,6 @@ from app_data.weights.lite0_minilm import lite0, lite0_preprocess
 from hier_lora import load_dual_encoder
 from hyper_icl import AnchorBank, HyperbolicLift
 
-__all__ = [
-    "DemoPool", "PictureEncoder", "PoolItem", "TrainLift", "codes", "encode_pictures", "encode_pool", "fit_bank", "kept_lift",
-    "picture_encoder", "read_items",
-]  # fmt: skip
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SIZE = 128
 _WIDTH = 1280  # EfficientNet-Lite0's pooled features

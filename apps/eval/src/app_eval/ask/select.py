@@ -37,8 +37,6 @@ from hyper_icl import (
     TopKClipSelector,
 )
 
-__all__ = ["Request", "choose", "select_demos", "selected"]
-
 FORMAT = 1
 
 

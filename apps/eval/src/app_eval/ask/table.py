@@ -32,8 +32,6 @@ from app_eval.measure.captions import cider_d
 from app_eval.measure.vqa import exact_match, vqa_accuracy_each
 from hyper_icl import DemoSelection, insert_demos, knn_vote, postprocess_caption, postprocess_vqa
 
-__all__ = ["SCORES", "each_score", "run", "run_table", "table"]
-
 FORMAT = 1
 ALL, VOTE = "all", "vote"
 SCORES = {"vqa": "VQA accuracy", "cider": "CIDEr-D", "exact": "right"}

@@ -23,8 +23,6 @@ from app_eval.ask.select import Request, selected
 from app_eval.ask.table_rows import Row
 from hyper_icl import DemoSelection, hierarchy_bias
 
-__all__ = ["Choices"]
-
 _BATCH = 64
 
 

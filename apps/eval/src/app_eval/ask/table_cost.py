@@ -17,8 +17,6 @@ from app_data.store.errors import DataError
 from app_eval.ask.settings import EvalIcl
 from app_eval.ask.table_rows import NOT_HERE, Row, rows
 
-__all__ = ["Cost", "cost_of", "plan"]
-
 # Words of a question with its answer, as tokens; of NLVR2 and caption editing, whose prompts hold a sentence, twice that.
 _TEXT = {"caption-editing": 48, "visual-reasoning": 48, "image-text-matching": 36}
 _TEXT_ELSE = 24

@@ -6,8 +6,6 @@ from typing import get_args
 from app_data.store.errors import DataError
 from app_eval.ask.settings import EvalIcl, TaskName
 
-__all__ = ["NOT_HERE", "PRESETS", "Row", "resolved", "rows"]
-
 ZERO, ADAPTER = "no pictures shown", "adapter, no demonstrations"
 # The distance of tangents at curvature c tends to the Euclidean one as c -> 0: one code for both.
 _FLAT = 1e-6

@@ -16,8 +16,6 @@ from app_data.sets.episodes import IclMini, Shown
 from app_data.store.errors import DataError
 from hyper_icl import CalibrationPlan, SegmentMap, calibrate, use_calibrated_attention
 
-__all__ = ["AnswerReader"]
-
 
 class AnswerReader:
     """Log-likelihoods of every answer of a closed set.

@@ -15,21 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = [
-    "after_prompt",
-    "bleu",
-    "bleu_counts",
-    "bleu_of",
-    "cider",
-    "cider_d",
-    "ptb_like_tokenize",
-    "read_captions",
-    "rouge_l",
-    "rouge_l_each",
-    "score_captions",
-    "write_captions",
-]
-
 References = Mapping[Hashable, Sequence[str]]
 Hypotheses = Mapping[Hashable, str]
 
@@ -266,22 +251,6 @@ def score_captions(references: References, hypotheses: Hypotheses) -> dict[str, 
     """
     scores = {f"bleu_{n}": value for n, value in enumerate(bleu(references, hypotheses), start=1)}
     return {**scores, "rouge_l": rouge_l(references, hypotheses), "cider": cider(references, hypotheses)}
-
-
-def read_captions(path: str | Path) -> dict[int | str, str]:
-    """Read captions in COCO's result format, a list of `{"image_id": ..., "caption": ...}`.
-
-    Raises:
-        ValueError: The file is not of that form, or names an image twice.
-    """
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and {"image_id", "caption"} <= r.keys() for r in rows):
-        raise ValueError(f"{path} must hold a list of objects with image_id and caption")
-    captions = {row["image_id"]: row["caption"] for row in rows}
-    if len(captions) < len(rows):
-        twice = next(key for key, count in Counter(row["image_id"] for row in rows).items() if count > 1)
-        raise ValueError(f"{path} has {len(rows)} captions for {len(captions)} images: {twice!r} has more than one")
-    return captions
 
 
 def write_captions(path: str | Path, captions: Mapping[int | str, str]) -> None:

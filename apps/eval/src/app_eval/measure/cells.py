@@ -23,11 +23,6 @@ from app_eval.measure.interval import (
     verdict,
 )
 
-__all__ = [
-    "RESULT", "Parts", "Scores", "against", "cell_difference", "cell_value", "deviation", "differences", "finished", "judged", "keep",
-    "kept", "line", "means", "summary",
-]  # fmt: skip
-
 RESULT = "result.json"
 _FILE = "scores.safetensors"
 

@@ -17,8 +17,6 @@ from app_eval.measure.captions import after_prompt, ptb_like_tokenize
 from app_eval.measure.retrieval import levels
 from hyper_blip import recall_at_k
 
-__all__ = ["caption_controls", "mean_patches", "neighbour_scores", "retrieval_controls", "ridge_scores"]
-
 # Of the mean variance of a feature; 0.1 and 1 find as many texts of OpenMoji when it is left out, within one in a hundred.
 RIDGE = 0.3
 

@@ -16,20 +16,6 @@ from app_eval.measure.interval import Pair, Score, ratio
 from hyper_blip import radius_report
 from hyper_blip.retrieval import RetrievalScores, target_ranks
 
-__all__ = [
-    "CONTROLS",
-    "KS",
-    "Table",
-    "auroc",
-    "caption_scores",
-    "caption_table",
-    "full_radius_report",
-    "radius_controls",
-    "radius_scores",
-    "rank_table",
-    "recall_scores",
-]
-
 KS = (1, 5, 10)
 Table = Mapping[str, np.ndarray]
 # What might tell errors as well as the radius does, by column: higher is surer, as far as anything is known.

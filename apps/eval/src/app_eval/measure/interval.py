@@ -9,11 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = [
-    "WORDS", "Interval", "Pair", "Score", "bootstrap", "difference_of", "interval_of", "mean_over_seeds", "over_seeds",
-    "paired_difference", "ratio", "resamples", "unpaired", "verdict",
-]  # fmt: skip
-
 WORDS = ("better", "worse", "undecided", "not run")
 
 Pair = tuple[np.ndarray, np.ndarray]

@@ -218,6 +218,3 @@ def find(study: Mapping, experiment: str, data: str, row: str, part: str = "", p
         if (entry["experiment"], entry["data"], entry["row"], entry["part"], entry["pictures"]) == wanted:
             return entry
     return None
-
-
-__all__ = ["BASELINE", "FORMAT", "SHOWN", "find", "reduce_study"]

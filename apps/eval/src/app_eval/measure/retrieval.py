@@ -265,15 +265,3 @@ def caption_scores(
         "controls": scores,
         "each": each,
     }
-
-
-__all__ = [
-    "answers",
-    "caption_scores",
-    "feature_maps",
-    "image_radius",
-    "matching_share",
-    "radii",
-    "retrieval",
-    "text_radius",
-]

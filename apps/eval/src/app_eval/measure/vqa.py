@@ -7,8 +7,6 @@ reported number rests on, its oddities included.
 import re
 from collections.abc import Hashable, Mapping, Sequence
 
-__all__ = ["exact_match", "normalize_vqa_answer", "vqa_accuracy", "vqa_accuracy_each"]
-
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",

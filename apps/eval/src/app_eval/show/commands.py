@@ -15,8 +15,6 @@ from app_data.store.errors import DataError
 from app_eval.ask.settings import Page
 from app_eval.show.page import write
 
-__all__ = ["STORIES", "read_json", "run", "write_page"]
-
 STORIES = ("emoji", "lora", "tree", "mat", "blip", "icl")
 
 

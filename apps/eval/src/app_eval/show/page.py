@@ -15,8 +15,6 @@ from pathlib import Path
 from app_data.store.atomic import write_text
 from app_eval.measure.interval import WORDS, Interval, verdict
 
-__all__ = ["Claim", "Claims", "Column", "Figure", "Page", "Row", "Section", "Table", "tally", "write"]
-
 FIRST_ROWS = 6
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b7791f", "#4a5568")
 

@@ -17,13 +17,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from app_data.store.atomic import remove_folder, remove_leftovers, write_json, write_text
 from app_data.store.errors import DamagedFile
 from app_data.store.sealed import SEAL_FILE, file_digest, new_sealed_folder, read_sealed, write_sealed
-from app_eval.measure.cells import RESULT, finished
+from app_eval.measure.cells import RESULT
 from app_train.core.checkpoint import PREFIX
 from app_train.core.config import RESOLVED, RunConfig, config_hash, differences
 from app_train.core.errors import RunError
 from app_train.core.interrupt import StopFlag
-
-__all__ = ["RESULT", "Run", "finished"]
 
 LOCK, MANIFEST = ".lock", "manifest.json"
 VERSIONS_OF = (

@@ -9,7 +9,8 @@ import open_clip
 import pytest
 import torch
 
-from app_data.read.folder import load_folder
+from app_data.read.folder import find_pictures, load_found
+from app_data.read.labelled import Decoding
 from app_data.sets.cifar100 import read_stored_tree
 from app_train.core.errors import Interrupted, RunError
 from app_train.core.run_folder import Run
@@ -113,7 +114,8 @@ def test_schedule_and_order():
 def test_a_stopped_run_goes_on_bit_for_bit(method, small, data, tmp_path):
     settings = published("cifar100", 16, method).model_copy(update={"epochs": 2, "batch_size": 2, "warmup_epochs": 0})
     stored = read_stored_tree(data / "trees" / "cifar100.json")
-    train = load_folder(data / "images", stored.taxonomy, size=32, cache_dir=data / "cache")["train"]
+    decoding = Decoding(size=32, cache_dir=data / "cache")
+    train = load_found(find_pictures(data / "images", stored.taxonomy), decoding)["train"]
 
     def trained(name):
         model = tune.build_model(settings, small, Row(VARIANTS["HETEROGENEOUS"]))

@@ -6,9 +6,8 @@ from app_eval.measure.interval import Interval, over_seeds
 from app_eval.measure.reduce import find
 from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table
 from app_eval.show.stories import EMOJI_CREDIT
-from app_eval.show.stories.lora import DATA, LOWER, TESTED, collect, column_title, row_of, unit, value_of
-
-__all__ = ["collect", "tell"]
+from app_eval.show.stories.lora import DATA, LOWER, TESTED, column_title, row_of, unit, value_of
+from app_eval.show.stories.lora import collect as collect
 
 ROWS = {
     "mean": "nearest class mean", "lda": "linear discriminant analysis (LDA)", "logistic": "logistic regression",

@@ -12,8 +12,6 @@ from torch import nn
 
 from hyper_blip import HyperBlip2Config, HyperBlip2ForConditionalGeneration, HyperBlip2ForPretraining
 
-__all__ = ["MemoryRow", "build_on_meta", "count_frozen_layers", "count_parts", "memory_plan", "memory_table"]
-
 GIB = 2**30
 
 

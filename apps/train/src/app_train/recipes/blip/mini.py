@@ -41,13 +41,14 @@ from app_data.weights.blip2 import (
     text_tokenizer,
 )
 from app_eval.measure.captions import after_prompt
+from app_eval.measure.cells import finished
 from app_eval.measure.controls import caption_controls
 from app_eval.measure.retrieval import answers, caption_scores, feature_maps, radii, retrieval
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.config import StageConfig
 from app_train.core.errors import RunError
 from app_train.core.fit import fit
-from app_train.core.run_folder import Run, finished
+from app_train.core.run_folder import Run
 from app_train.core.schedule import Forward, Step
 from app_train.recipes.blip.features import Features, caption_of, limited
 from app_train.recipes.blip.settings import ROWS, BlipMiniConfig, Temperatures

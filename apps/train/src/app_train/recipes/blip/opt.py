@@ -24,7 +24,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Blip2Config, Blip2Processor, BlipImageProcessor
 
 from app_data.read.labelled import Decoding
-from app_data.sets.coco import load_karpathy
+from app_data.sets.captions import caption_sets
+from app_data.sets.coco import find_captions
 from app_data.sets.shards import Shards, Stream
 from app_train.core.errors import RunError
 from app_train.core.fit import fit
@@ -117,8 +118,9 @@ def _pairs(config: Blip2OptConfig, size: int, rank: int, world: int) -> Decoded 
         sets = [Shards(source, config.cache_dir) for source in config.data]
         stream = Stream(sets, config.weights, window=config.window)
         return Streamed(stream, size, augment=config.augment, readers=config.readers, rank=rank, world=world)
-    parts = load_karpathy(config.annotations, config.pictures, Decoding(size=size, cache_dir=config.cache_dir))
-    return Decoded(parts["train"], rank, world)
+    files = find_captions(config.annotations, config.pictures, split="train", cache_dir=config.cache_dir)
+    (train,) = caption_sets(files, Decoding(size=size, cache_dir=config.cache_dir)).values()
+    return Decoded(train, rank, world)
 
 
 def _scaled(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from app_data.read.pictures import PictureSet
-from app_data.sets.emoji import CREDITS, load_emoji, validation_split
+from app_data.sets.emoji import load_emoji, validation_split
+from app_data.sets.emoji_artists import CREDITS
 from app_data.store.atomic import write_json
+from app_eval.measure.cells import finished
 from app_eval.measure.embed import tower_features
 from app_train.core.errors import RunError
-from app_train.core.run_folder import Run, finished
+from app_train.core.run_folder import Run
 from app_train.recipes.lora.classifiers import TREES, Classifiers, Features, centred
 from app_train.recipes.lora.compare import Line, Story, compare, read_back, trained_lines, zero_shot_line
 from app_train.recipes.lora.frozen import HEADLINE, ON, FrozenRows, Loaded, headline, named, node_scores

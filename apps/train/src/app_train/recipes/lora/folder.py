@@ -28,11 +28,12 @@ from app_data.store.atomic import write_text
 from app_data.store.errors import DataError
 from app_eval.ask.frozen import FrozenClassifier
 from app_eval.ask.predict import find_adapter
+from app_eval.measure.cells import finished
 from app_eval.measure.embed import node_logits, run_batches, tower_features
 from app_eval.measure.paths import outcome
 from app_eval.measure.results import summarise
 from app_train.core.errors import RunError
-from app_train.core.run_folder import Run, finished
+from app_train.core.run_folder import Run
 from app_train.recipes.lora.classifiers import Classifiers, Features
 from app_train.recipes.lora.compare import Line, Story, compare, read_back, zero_shot_line
 from app_train.recipes.lora.frozen import HEADLINE, FrozenRows, Loaded, headline

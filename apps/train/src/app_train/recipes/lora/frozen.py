@@ -10,9 +10,9 @@ from torch import Tensor
 from app_data.store.atomic import new_folder
 from app_data.store.sealed import read_sealed
 from app_eval.ask.frozen import FrozenClassifier
+from app_eval.measure.cells import finished
 from app_eval.measure.results import load_outcome, paired
 from app_train.core.errors import RunError
-from app_train.core.run_folder import finished
 from app_train.recipes.lora.classifiers import TREES, Classifiers
 from app_train.recipes.lora.compare import Line
 from app_train.recipes.lora.task import Task, store_row

@@ -257,6 +257,3 @@ def _towers(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
 def _towers_config(head: HeadFit, towers: str, rate: float) -> FitConfig:
     stage = LORA_STAGE.model_copy(update={"epochs": 0}) if towers == "head" else LORA_STAGE
     return FitConfig(head=head.stage(rate), lora=stage, towers="vision" if towers == "head" else towers)
-
-
-__all__ = ["Bank", "Outcomes", "carry_out", "hidden_nodes"]

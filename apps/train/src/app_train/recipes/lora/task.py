@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from app_data.read.pictures import PictureSet
 from app_data.store.sealed import is_whole
+from app_eval.measure.cells import finished
 from app_eval.measure.embed import embedding, node_logits, prepare, tower_features
 from app_eval.measure.paths import outcome
 from app_eval.measure.results import save_outcome, save_row, summarise
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.errors import RunError
 from app_train.core.fit import check_finite, fit
-from app_train.core.run_folder import Run, finished
+from app_train.core.run_folder import Run
 from app_train.recipes.lora.classifiers import Prompts
 from app_train.recipes.lora.losses import LossConfig
 from app_train.recipes.lora.objective import Objective, stages

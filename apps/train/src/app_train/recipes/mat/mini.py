@@ -22,11 +22,12 @@ from app_data.sets.cifar100 import StoredTree
 from app_data.sets.emoji import load_emoji
 from app_data.store.atomic import write_json
 from app_data.store.sealed import is_whole, new_sealed_folder
+from app_eval.measure.cells import finished
 from app_eval.measure.embed import neighbour_logits
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.errors import RunError
 from app_train.core.records import read_records
-from app_train.core.run_folder import Run, finished
+from app_train.core.run_folder import Run
 from app_train.recipes.lora.task import cuts_for
 from app_train.recipes.mat.data import TEST_ARTIST, TRAIN_ARTISTS
 from app_train.recipes.mat.results import CONTROLS, folder_name, geometry, store, summarise, table

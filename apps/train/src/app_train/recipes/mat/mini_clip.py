@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app_data.read.pictures import PictureSet
-from app_data.sets.emoji import CONCRETE_GROUPS, emoji_leaves, load_emoji
+from app_data.sets.emoji import load_emoji
+from app_data.sets.emoji_leaves import CONCRETE_GROUPS, emoji_leaves
 from app_data.store.atomic import new_file, write_json, write_text
 from app_data.weights.dual_encoder import Lite0MiniLM
 from app_data.weights.towers import LITE0_WIDTHS

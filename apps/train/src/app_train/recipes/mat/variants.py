@@ -26,12 +26,13 @@ from torch import Tensor
 
 from app_data.store.atomic import new_file, write_json
 from app_data.store.sealed import is_whole, seal_folder
+from app_eval.measure.cells import finished
 from app_eval.measure.embed import neighbour_logits
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.errors import RunError
 from app_train.core.fit import fit
 from app_train.core.records import read_records
-from app_train.core.run_folder import Run, finished
+from app_train.core.run_folder import Run
 from app_train.recipes.lora.classifiers import Features as Heads
 from app_train.recipes.lora.classifiers import OnTree
 from app_train.recipes.lora.classifiers import centred as by_style
