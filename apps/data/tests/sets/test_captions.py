@@ -130,7 +130,7 @@ def test_bad_and_missing_pictures_are_counted_and_named(photos, decoding):
         ("c.csv", "path,caption\n", "holds no picture with a caption"),
         ("c.jsonl", '{"path": "a.png"}', "row 1 of .* needs a path and a caption"),
         ("c.jsonl", '["a.png", "x"]', "row 1 of .* must be an object"),
-        ("c.jsonl", "{", "cannot be read as UTF-8 JSONL"),
+        ("c.jsonl", "{", "line 1 of .*c.jsonl is not valid JSON"),
         ("c.txt", "a.png x", "must end in"),
         ("c.jsonl", '{"path": "a.png", "caption": "x", "split": "train"}\n{"path": "a.png", "caption": "y"}', "into the split ''"),
         ("c.jsonl", '{"path": "a.png", "caption": "x", "id": 1}\n{"path": "b.png", "caption": "y", "id": 1}', "same id"),

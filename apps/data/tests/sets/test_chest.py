@@ -73,5 +73,5 @@ def test_what_does_not_fit_is_named(release, decoding):
         load_chest_xray14(release, decoding)
     (release / "test_list.txt").unlink()
     (release / "Data_Entry_2017.csv").write_text(text)
-    with pytest.raises(DataError, match="needs the file .*test_list.txt"):
+    with pytest.raises(DataError, match="the file .*test_list.txt does not exist"):
         load_chest_xray14(release, decoding)

@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 
 from app_data.read.pictures import PictureSet
-from app_data.sets.emoji import (
-    CREDITS,
-    emoji_leaves,
-    emoji_taxonomy,
-    load_emoji,
-    render_emoji,
-    validation_split,
-)
+from app_data.sets.emoji import load_emoji, validation_split
+from app_data.sets.emoji_artists import CREDITS, render_emoji
+from app_data.sets.emoji_leaves import emoji_leaves, emoji_taxonomy
 from app_data.store import assets
 from app_data.store.errors import DataError, MissingAssetError, UnreadablePicture
 

@@ -36,13 +36,11 @@ def load_chest_xray14(root: str | Path, decoding: Decoding | None = None) -> dic
     tree = chest_xray14()
     try:
         images, findings = read_findings(root / LABELS)
-        listed = {
-            part: read_text(root / name, "give the folder of the release").split() for part, name in LISTS.items()
-        }
     except OSError as error:
         raise DataError(f"ChestX-ray14 needs the file {error.filename}: give the folder of the release") from error
     except ValueError as error:
         raise DataError(f"the labels {root / LABELS} cannot be used: {error}") from error
+    listed = {part: read_text(root / name, "give the folder of the release").split() for part, name in LISTS.items()}
     row = {name: number for number, name in enumerate(images)}
     hot = tree.multi_hot(findings).numpy().astype(np.float32)
     where = {path.name: path for folder in _folders(root) for path in sorted(folder.iterdir())}
