@@ -256,8 +256,31 @@ def _requirements(name: str) -> set[str]:
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """The tests of the ground packages at their declared lower bounds."""
-    for name in session.posargs or ["hier-losses", "hyper-geom"]:
-        session.install("-q", "--resolution", "lowest-direct", f"./packages/{name}")
-        session.install("-q", *TEST_TOOLS)
-        session.run("pytest", "-q", "-m", "not compile", f"packages/{name}/tests")
+    """The tests of the packages and of the apps at their declared lower bounds: `nox -s oldest`, `nox -s oldest -- mat-align`."""
+    _in_new_environments(session, ["--resolution", "lowest-direct"])
+
+
+@nox.session(python=False)
+def pythons(session: nox.Session) -> None:
+    """The tests of the packages with the newer Pythons that are installed here."""
+    found = [python for version in ("3.12", "3.13", "3.14") if (python := shutil.which(f"python{version}"))]
+    for python in found or session.error("neither python3.12, python3.13 nor python3.14 is installed"):
+        _in_new_environments(session, ["-c", str(ROOT / "constraints.txt")], ["--python", python])
+
+
+def _in_new_environments(session: nox.Session, how: list[str], base: list[str] | None = None) -> None:
+    """Test each package, or those that the command names, in an environment that holds it and what it needs of this repository."""
+    for name in session.posargs or [*PACKAGES, "apps"]:
+        folders = [ROOT / "apps" / app for app in APPS] if name == "apps" else [ROOT / "packages" / name]
+        needed = PACKAGES if name == "apps" else [p for p in PACKAGES if p.replace("-", "_") in _requirements(name)]
+        with tempfile.TemporaryDirectory(prefix="environment-") as home:
+            python = Path(home) / "bin" / "python"
+            session.run(_uv(), "venv", "--quiet", "--clear", *(base or []), home, external=True)
+            install = [_uv(), "pip", "install", "--quiet", "--python", str(python)]
+            sources = [str(folder) for folder in [*(ROOT / "packages" / p for p in needed), *folders]]
+            session.run(*install, *how, *sources, external=True)
+            session.run(*install, *TEST_TOOLS, external=True)
+            # Old versions warn of what newer ones dropped.
+            pytest = [str(python), "-m", "pytest", "-q", "-W", "default", "-m", "not compile and not slow"]
+            workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+            session.run(*pytest, *workers, *(str(folder / "tests") for folder in folders), env=TEST_ENV, external=True)
