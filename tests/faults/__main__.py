@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", default=families.NAMES, choices=families.NAMES)
     parser.add_argument("--kinds", nargs="+", default=list(matrix.KINDS), choices=list(matrix.KINDS))
     parser.add_argument("--density", type=float, default=1.0, help="how many moments are tried, as a multiple")
+    parser.add_argument("--first", action="store_true", help="stop at the first fault that ends badly")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--write", action="store_true", help="write docs/reliability.json and the table of docs/reliability.md"
@@ -91,7 +92,12 @@ def attempt(args: argparse.Namespace, root: Path) -> list[dict]:
         density = args.density * DENSITY.get(family.name, 1.0)
         _TRIED.extend((family.name, f) for f in matrix.faults(family, density) if f.kind in args.kinds)
     with context.Pool(args.jobs) as pool:
-        return list(pool.imap_unordered(_try, range(len(_TRIED)), chunksize=1))
+        ends = []
+        for end in pool.imap_unordered(_try, range(len(_TRIED)), chunksize=1):
+            ends.append(end)
+            if end["wrong"] and args.first:
+                break
+        return ends
 
 
 def _try(number: int) -> dict:

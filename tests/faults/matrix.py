@@ -58,10 +58,21 @@ def faults(family: Family, density: float = 1.0) -> Iterator[Fault]:
         wanted = max(1, round(count * density))
         return sorted({int((i + shift) * of / wanted) for i in range(wanted)})
 
-    whole, cold = len(family.moments), len(family.cold)
-    for n in some(16, whole):
+    def each(count: int, moments: list[children.Moment], shift: float = 0.5) -> list[int]:
+        """Moments of every kind before one kind is tried twice: a kind is what happens to which file."""
+        kinds: dict[str, list[int]] = {}
+        for n in range(len(moments)):
+            kinds.setdefault(re.sub(r"[.]tmp-[0-9a-f]+|[0-9a-f]{12,}|[0-9]+", "", " ".join(moments[n])), []).append(n)
+        firsts = [found[int(shift * len(found))] for found in kinds.values()]
+        more = some(count, len(moments), shift)
+        return sorted(
+            {*(firsts[i] for i in some(count, len(firsts), shift)), *(more if len(more) > len(firsts) else ())}
+        )
+
+    whole = len(family.moments)
+    for n in each(16, family.moments):
         yield Fault("killed", _named(family.moments, n), lambda f, p, n=n: _killed(f, p, [n]))
-    for n in some(8, cold, 0.3):
+    for n in each(8, family.cold, 0.3):
         yield Fault("killed, cold", _named(family.cold, n), lambda f, p, n=n: _killed(f, p, [n]), cold=True)
     for n in some(6, whole, 0.7):
         for again in (3, 25):

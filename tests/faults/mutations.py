@@ -118,6 +118,7 @@ def _noticed(mutation: Mutation, copy: Path) -> tuple[bool, str]:
         mutation.kind,
         "--density",
         "2",
+        "--first",
     ]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": sources}, cwd=copy, capture_output=True, text=True, check=False

@@ -52,8 +52,8 @@ def compare(name: str, root: Path) -> dict:
     (root / "given").mkdir(parents=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         commands = RECIPES[name].prepare(root / "given")
-    runs = []
-    for number in (1, 2):
+    runs = {}
+    for number in (2, 1):
         folder = root / f"processes-{number}"
         (folder / "work" / "home").mkdir(parents=True)
         for command in commands:
@@ -67,8 +67,8 @@ def compare(name: str, root: Path) -> dict:
                     "recipe": name,
                     "says": f"{number} processes ended with {wrong[0].status}: {wrong[0].said[-400:]}",
                 }
-        runs.append(folder / "work" / "run")
-    return {"recipe": name, **_apart(*runs)}
+        runs[number] = folder / "work" / "run"
+    return {"recipe": name, **_apart(runs[1], runs[2])}
 
 
 def _apart(one: Path, two: Path) -> dict:
@@ -103,8 +103,8 @@ def _certain(number: int, moment: children.Moment) -> None:
 
     attention = functional.scaled_dot_product_attention
 
-    def plain(*args, dropout_p: float = 0.0, **more):
-        return attention(*args, dropout_p=0.0, **more)
+    def plain(query, key, value, attn_mask=None, dropout_p=0.0, *args, **more):
+        return attention(query, key, value, attn_mask, 0.0, *args, **more)
 
     def hardest(i2t, t2i, positive, step, seed, rank):
         valid = ~positive.all(1)
