@@ -102,7 +102,8 @@ def prepare(name: str, root: Path) -> Family:
     if not found[0].keys() == found[1].keys() == found[2].keys():
         raise RuntimeError(f"two runs of {name} leave other files: {sorted(found[0].keys() ^ found[1].keys())}")
     family.kept = found[0]
-    for file in [n for n in found[0] if not found[0][n] == found[1][n] == found[2][n]]:
+    timed = [n for n in found[0] if n.endswith(".json") and b"second" in (runs[0] / n).read_bytes()]
+    for file in {*timed, *(n for n in found[0] if not found[0][n] == found[1][n] == found[2][n])}:
         family.numbers[file] = _numbers(runs[0] / file)
     family.modules = (first / "modules").read_text().split()
     if wrong := [said for run in runs[1:] if (said := family.differs(run))]:
