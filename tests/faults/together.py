@@ -59,7 +59,8 @@ def compare(name: str, root: Path) -> dict:
         for command in commands:
             own = [part if part != str(root / "given" / "run") else "run" for part in command]
             ends = [children.run(folder, own, _certain)] if number == 1 else pair(folder, own, [_certain, _certain])
-            refused = number == 2 and all(end.status == 2 and REFUSED in end.sentence for end in ends)
+            # The first process speaks for all.
+            refused = number == 2 and all(end.status == 2 for end in ends) and REFUSED in ends[0].sentence
             if refused:
                 return {"recipe": name, "says": "refused"}
             if wrong := [end for end in ends if end.status]:
