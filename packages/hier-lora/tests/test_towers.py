@@ -2,11 +2,13 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from hier_lora import (
     HFDualEncoder,
@@ -40,6 +42,34 @@ def test_hugging_face_clip(clip_folder, tax, tmp_path):
     loaded = HierLoraCLIP.from_pretrained(tmp_path)
     assert torch.equal(loaded(pixels), model(pixels))
     assert len(model.predict([Image.new("RGB", (60, 40))])) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpoint_without_some_weights_is_refused(clip_folder, tmp_path):
+    """transformers would draw them at random, and every score would be noise."""
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    lost = weights.pop("visual_projection.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1, such as visual_projection.weight"):
+        load_dual_encoder(f"hf:{folder}")
+    save_file(
+        weights | {"visual_projection.weight": lost[:, :3].contiguous()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"hf:.* cannot be read, a file of it seems damaged"):
+        load_dual_encoder(f"hf:{folder}")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer.json", '"x"'), ("tokenizer_config.json", ""), ("model.safetensors", "x")]
+)
+def test_damaged_files_are_one_error(clip_folder, tmp_path, name, text):
+    """What transformers and tokenizers raise there is an `AttributeError`, a `JSONDecodeError`, a plain `Exception`."""
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=r"hf:.* cannot be read, a file of it seems damaged"):
+        load_dual_encoder(f"hf:{folder}")
 
 
 @pytest.mark.filterwarnings("ignore")
