@@ -51,6 +51,11 @@ for kind in ("local", "global"):
     dist.all_reduce(norm)
     out[kind + "_norm"] = norm / 2
 
+# Captions of other lengths: a mean over words is one over the words of all ranks.
+torch.manual_seed(0)
+model = HyperBlip2ForPretraining(tiny_config(HyperbolicConfig.distance())).eval()
+out["ragged"] = model(part(job["pixels"]), part(job["tokens"]), part(job["ragged"]), step=0).loss_lm.detach()
+
 # Ranks of different captions, of different numbers of pairs, one with an empty caption.
 keep = 6 if rank else 4
 ids, mask = part(job["tokens"])[:, :keep].clone(), part(job["mask"])[:, :keep].clone()
@@ -120,12 +125,13 @@ def job():
     text = 0.4 * torch.randn(8, 4, dtype=torch.float64, generator=generator)
     tokens = torch.randint(10, 90, (8, 6), generator=generator)
     tokens[:, 0], tokens[:, -1] = 1, 2
+    ragged = (torch.arange(6) < torch.tensor([2, 3, 2, 3, 6, 6, 5, 6])[:, None]).long()
     from pathlib import Path
 
     return {
         "image": image, "text": text, "ids": torch.tensor([0, 1, 2, 3, 4, 0, 5, 6]), "cases": CASES,
         "keys": torch.tensor([1, 2, 3, 4, 5, 6, 3, 7]), "pixels": torch.randn(8, 3, 28, 28, generator=generator),
-        "tokens": tokens, "mask": torch.ones_like(tokens), "tests": str(Path(__file__).parent),
+        "tokens": tokens, "ragged": ragged, "mask": torch.ones_like(tokens), "tests": str(Path(__file__).parent),
     }  # fmt: skip
 
 
@@ -184,6 +190,13 @@ def test_bernoulli_draw_is_shared(outputs):
 def test_captions_of_other_ranks_are_longer(outputs):
     for out in outputs:
         torch.testing.assert_close(out["padded"][0], out["padded"][1], rtol=0, atol=1e-6)
+
+
+def test_a_mean_over_words_is_one_over_the_words_of_all_ranks(job, outputs, stage1):
+    model = stage1(HyperbolicConfig.distance()).eval()
+    expected = model(job["pixels"], job["tokens"], job["ragged"], step=0).loss_lm.detach()
+    found = [out["ragged"] for out in outputs]
+    torch.testing.assert_close(sum(found) / 2, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_batch_that_one_rank_refuses_is_refused_by_all(outputs):

@@ -41,6 +41,24 @@ def fetch_rows(x: Tensor, index: Tensor) -> Tensor:
     return _FetchRows.apply(x, index)
 
 
+def mean_of_all(mean: Tensor, count: Tensor | int) -> Tensor:
+    """A mean over this rank's terms, weighted so that the average over ranks is the mean over the terms of all of them.
+
+    Args:
+        mean: over `count` terms of this rank.
+        count: how many they are; ranks may have unequally many, as captions have words.
+
+    Returns:
+        The mean times W count / (sum of the counts of all ranks).
+    """
+    if world()[1] == 1:
+        return mean
+    mine = torch.as_tensor(count, device=mean.device).to(mean.dtype)
+    total = mine.clone()
+    dist.all_reduce(total)
+    return mean * (mine * world()[1] / total)
+
+
 def everywhere(flag: Tensor) -> bool:
     """Whether a Boolean scalar is True on every rank."""
     if world()[1] > 1:

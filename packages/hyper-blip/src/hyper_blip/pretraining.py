@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from hyper_blip.beginning import Stage1Start
 from hyper_blip.diagnostics import stage1_diagnostics
-from hyper_blip.gather import common_tokens, everywhere, fetch_rows, world
+from hyper_blip.gather import common_tokens, everywhere, fetch_rows, mean_of_all, world
 from hyper_blip.losses import (
     IGNORED,
     entailment_loss,
@@ -257,12 +257,14 @@ class HyperBlip2ForPretraining(Stage1Start):
             pictures = torch.cat([image, take(image, wrong_image), image[kept]])
         labels = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         labels[:num] = 1
-        return image_text_matching_loss(self.match(pictures, ids, mask), labels, weights)
+        count = len(labels) if weights is None else weights.sum()
+        return mean_of_all(image_text_matching_loss(self.match(pictures, ids, mask), labels, weights), count)
 
     def _lm_loss(self, states: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         labels = decoder_ids(ids, self.config.dec_token_id).masked_fill(mask == 0, IGNORED)
         logits = self.lm_head(states, self.blip2.embeddings.word_embeddings.weight)
-        return text_generation_loss(logits, labels, self.config.hyperbolic.label_smoothing)
+        loss = text_generation_loss(logits, labels, self.config.hyperbolic.label_smoothing)
+        return mean_of_all(loss, (labels[:, 1:] != IGNORED).sum())
 
     def _entailment(self, image: Tensor, text: HyperbolicFeatures, full_states: Tensor | None) -> Tensor:
         """A text entails its picture; a pruned caption entails the whole one."""

@@ -60,6 +60,8 @@ from hyper_blip import (
     caption_batch,
     generate_captions,
 )
+from hyper_blip.gather import mean_of_all
+from hyper_blip.losses import IGNORED
 
 # In the recipe the floor of `start_from_pairs` goes with the linear start: OpenMoji left out, 0.02 finds 20 % of its texts and 0.1 17 %.
 LINEAR_FLOOR = 0.02
@@ -234,7 +236,8 @@ class _Row:
         def forward(wrapped: nn.Module, step: Step, rows: np.ndarray):
             batch = {k: v.to(device) for k, v in texts(rows, step.epoch).items()}
             maps = self.features.batch(views, rows, seed, step.epoch)
-            return wrapped(maps.to(device).float(), **batch).loss, {}
+            # A mean over words, of which processes have unequally many.
+            return mean_of_all(wrapped(maps.to(device).float(), **batch).loss, (batch["labels"] != IGNORED).sum()), {}
 
         self._fit({"stage 2": config.stage2}, model, forward, len(train), 2)
         return self._saved(model, done, tokenizer)

@@ -41,6 +41,7 @@ from hyper_blip import (
     HyperbolicConfig,
     caption_batch,
 )
+from hyper_blip.gather import mean_of_all
 from hyper_blip.losses import IGNORED
 
 # CLIP's mean and standard deviation, which BLIP-2's processor applies to pixels in [0, 1].
@@ -185,12 +186,10 @@ def _second(config: Blip2OptConfig, data: Decoded | Streamed, device: torch.devi
         pairs, share = data.piece(step, rows), data.share(step)
         batch = texts(pairs.captions)
         loss = wrapped(_scaled(pairs.pixels, device), **{k: v.to(device) for k, v in batch.items()}).loss
-        if len(rows) < len(share.captions):
-            # The loss is a mean over words, and pieces of equally many captions have unequally many of them.
-            words, all_words = (
-                int((labels != IGNORED).sum()) for labels in (batch["labels"], texts(share.captions)["labels"])
-            )
-            loss = loss * (words / all_words * len(share.captions) / len(rows))
-        return loss, {}
+        # The loss is a mean over words, and pieces and processes of equally many captions have unequally many of them.
+        whole = batch if len(rows) == len(share.captions) else texts(share.captions)
+        words, all_words = (int((labels != IGNORED).sum()) for labels in (batch["labels"], whole["labels"]))
+        piece = loss * (words / all_words * len(share.captions) / len(rows))
+        return mean_of_all(piece, all_words), {}
 
     return model, processor, forward
