@@ -17,19 +17,25 @@ def test_options_reach_from_pretrained(clip_folder, monkeypatch):
 
     kinds, calls = (AutoConfig, AutoModel, AutoProcessor), []
     found = {kind: kind.from_pretrained(clip_folder) for kind in kinds}
+    found[AutoModel] = found[AutoModel], {"missing_keys": []}
     for kind in kinds:
         monkeypatch.setattr(
             kind, "from_pretrained", lambda name, kind=kind, **kw: calls.append((kind, name, kw)) or found[kind]
         )
+    told = {"output_loading_info": True}
     eight = BitsAndBytesConfig(load_in_8bit=True)
     options = {"dtype": torch.bfloat16, "device_map": "auto", "quantization_config": eight}
     base = load_dual_encoder("hf:openai/clip-vit-base-patch32", revision="abc", **options)
     assert [(kind, name) for kind, name, _ in calls] == [(kind, "openai/clip-vit-base-patch32") for kind in kinds]
-    assert [kw for *_, kw in calls] == [{"revision": "abc"}, {"revision": "abc", **options}, {"revision": "abc"}]
+    assert [kw for *_, kw in calls] == [
+        {"revision": "abc"},
+        {"revision": "abc", **options, **told},
+        {"revision": "abc"},
+    ]
     assert base.options == {"revision": "abc", "dtype": "bfloat16"}
     calls.clear()
     assert load_dual_encoder("hf:openai/clip-vit-base-patch32").options == {}
-    assert [kw for *_, kw in calls] == [{}, {}, {}]
+    assert [kw for *_, kw in calls] == [{}, told, {}]
 
 
 def test_an_adapter_remembers_type_and_revision(clip_folder, tax, tmp_path):

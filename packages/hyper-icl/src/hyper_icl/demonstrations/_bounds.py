@@ -36,8 +36,11 @@ def products_are_rounded(device: torch.device) -> bool:
     except RuntimeError:
         # The old and the new way of setting it were mixed; assume the worst.
         return True
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    return legacy != "highest" or getattr(backend, "fp32_precision", "none") not in ("none", "ieee")
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    setting = getattr(
+        getattr(backend, "matmul", None), "fp32_precision", "none"
+    )  # older versions of torch have no such flag
+    return legacy != "highest" or setting not in ("none", "ieee")
 
 
 def upper_keys(
