@@ -6,7 +6,7 @@ from pathlib import Path
 from app_data.store.errors import DataError
 from app_eval.measure.tree_scores import SCORES
 from app_eval.show.commands import read_json
-from app_eval.show.page import Column, Figure, Page, Row, Section, Table, tally
+from app_eval.show.page import Column, Figure, Page, Row, Section, Table
 from app_eval.show.stories import EMOJI_CREDIT
 from app_eval.show.stories.mat import plan, tables
 
@@ -66,8 +66,8 @@ def tell(content: Mapping) -> Page:
         title="Modality Alignment across Trees on towers that are reachable",
         outcome=f"On frozen features the whole method ({plan.WHOLE}) scores below tree losses alone ({plan.PLAIN}) in {lower[0]} of "
         f"{len(frozen)} runs at the leaf, in {lower[1]} over every choice down the tree and in {lower[2]} over tree cuts; on "
-        f"{plan.name_of(shown)} it gets every choice right for {told[plan.WHOLE]} of the test pictures, and the strongest control, {strongest}, for "
-        f"{plan.percent(rows[strongest], 'hca').value:.1f} %.",
+        f"{plan.name_of(shown)} it gets every choice right for {told[plan.WHOLE]} of the test pictures, and the strongest control, "
+        f"{strongest}, for {plan.percent(rows[strongest], 'hca').value:.1f} %.",
         figure=Figure(f"scores of the rows on {plan.name_of(shown)}", tuple(panels.items())),
         table=table,
         control=strongest,
@@ -111,7 +111,7 @@ def _lower(found: Mapping, keys: Sequence[plan.Key], score: str) -> int:
 
 def _known(found: Mapping, judged: Sequence[plan.Key], frozen: Sequence[plan.Key]) -> Section:
     runs = [found[key] for key in frozen]
-    whole = plan.tallies(runs, plan.WHOLE, plan.PLAIN)
+    whole = plan.listed(plan.tallies(runs, plan.WHOLE, plan.PLAIN))
     lines = [f"the whole method against tree losses alone, by the rule below: {whole}"]
     place = ("cifar100-fewshot", 16, "lite0", "layers")
     ours, other = "tokens: mean, no text query", "tokens: rule"
@@ -124,7 +124,7 @@ def _known(found: Mapping, judged: Sequence[plan.Key], frozen: Sequence[plan.Key
         lines.append(f"a plain mean of the tokens against the text query: {', '.join(told)}")
     for name in plan.FITTED:
         if beside := [run for run in runs if name in run["rows"]]:
-            told = plan.tallies(beside, plan.WHOLE, name)
+            told = plan.listed(plan.tallies(beside, plan.WHOLE, name))
             lines.append(f"the whole method against {name}, which reads no text, on the same features: {told}")
     mini = [key for key in found if key[2].startswith("mini-") and key[3] == "main"]
     for key in mini:
@@ -160,8 +160,8 @@ def _setting() -> Section:
 def _parts(found: Mapping, judged: Sequence[plan.Key], silent: Sequence[str]) -> Section:
     rows = []
     for what, ours, other in plan.PARTS:
-        claims = [plan.claims_of(found[key], ours, other, what) for key in judged]
-        rows.append(Row(f"{what}: {ours} against {other}", tuple(tally(each) for each in zip(*claims, strict=True))))
+        words = plan.tallies([found[key] for key in judged], ours, other)
+        rows.append(Row(f"{what}: {ours} against {other}", tuple(words.values())))
     note = (
         f"Verdicts over {len(judged)} runs. A row is better or worse where the interval of its difference excludes 0 both over test "
         "pictures (paired; unpaired, and so wider, against classifiers without text) and over seeds (from the deviations of both rows); "
