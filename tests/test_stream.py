@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from app_data.sets.shards import Shards, Stream
+from app_data.sets.shards import Shards
+from app_data.sets.stream import Stream
 from app_train.cli import main
 from app_train.core.schedule import Step
 from helpers import releases, weights

@@ -88,7 +88,9 @@ def test_commands_of_mat_runs():
         ("emoji", 3, "mini-maple", "main"),
     ]
     mini = entry() | {"settings": {"epochs": 2, "batch_size": 128, "lr": 0.002, "method": "maple"}}
-    run = [mat._command(key, one) for key, one in zip(keys, (entry(), entry() | {"size": 96}, mini), strict=True)]
+    run = [
+        mat.plan.command_of(key, one) for key, one in zip(keys, (entry(), entry() | {"size": 96}, mini), strict=True)
+    ]
     assert run[0] == (
         "hier train mat --data emoji --size 128 --tower lite0 --variant VANILLA PROTECT HETEROGENEOUS --seeds 2 "
         "--fit.epochs 7 --fit.lr 0.002 --out runs/mat/emoji-3-lite0"
@@ -99,11 +101,11 @@ def test_commands_of_mat_runs():
     )
     assert run[2].endswith("--seeds 2 --method maple --epochs 2 --batch-size 128 --lr 0.002")
     # What is still to be run says how.
-    flat = mat._command(("cifar100-fewshot", 16, "lite0", "flat"))
+    flat = mat.plan.command_of(("cifar100-fewshot", 16, "lite0", "flat"))
     assert flat.endswith(
         "--study flat --seeds 3 --fit.epochs 12 --fit.lr 0.002 --out runs/mat/cifar100-fewshot-16-lite0-flat"
     )
-    assert "hier train mat-mini --seeds 3 --method maple" in mat._command(("emoji", 3, "mini-maple", "main"))
+    assert "hier train mat-mini --seeds 3 --method maple" in mat.plan.command_of(("emoji", 3, "mini-maple", "main"))
 
 
 def test_later_runs_of_mat_replace_earlier_ones(tmp_path):
@@ -190,10 +192,10 @@ def test_controls_of_blip_stand_in_the_first_table():
     result = {"n": 100, "seeds": 2, "runs": runs, "controls": controls}
     page = blip.tell({"": {"studies": [{"settings": {"config": config}, "result": result}]}})
     told = {row.title: row.values for row in page.table.rows}
-    assert list(told)[:2] == [blip.ROWS["euclidean"], blip.ROWS["lorentz_plain"]]
-    assert told[blip.CONTROLS["ridge"]] == (30.0, 31.0, 60.0)
-    assert page.control == blip.CONTROLS["ridge"]
-    assert [value.value for value in told[blip.CONTROLS["start"]]] == [5.0, 6.0, 7.0]
+    assert list(told)[:2] == [blip.plan.ROWS["euclidean"], blip.plan.ROWS["lorentz_plain"]]
+    assert told[blip.plan.CONTROLS["ridge"]] == (30.0, 31.0, 60.0)
+    assert page.control == blip.plan.CONTROLS["ridge"]
+    assert [value.value for value in told[blip.plan.CONTROLS["start"]]] == [5.0, 6.0, 7.0]
     assert "ridge regression on the same features for 30.0 %" in page.outcome
     assert "--match.epochs 1" in page.commands[0]
     assert "--views 3" in page.commands[0]

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from app_data.sets import shards
-from app_data.sets.shards import Shards, Stream
+from app_data.sets.shards import Shards
+from app_data.sets.stream import Stream
 from app_data.store.errors import DataError, TooManyBadFiles
 
 

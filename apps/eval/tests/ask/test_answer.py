@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from app_eval.ask.models import LocalModel
 from app_eval.ask.pool import PoolItem, encode_pictures, encode_pool, picture_encoder, read_items
 from app_eval.ask.select import choose
+from app_eval.ask.settings import Choosing
 from app_train.cli import hier
 from app_train.recipes.icl.lift import train_lift
 from hyper_icl import SegmentMap, hierarchy_bias, insert_demos
@@ -189,8 +190,8 @@ def test_calibration_changes_the_logits_and_is_that_of_hyper_icl(eye, pool, mode
     assert len(seen["plain"]) == len(seen["calibrated"]) == 4
     assert float((seen["plain"][1] - seen["calibrated"][1]).abs().max()) > 1e-4
     request, found, _ = choose(
-        read_items(pool / "pool.jsonl"), [pool / "red.png"], ["What?"], train_lift, k=3, method="topk",
-        cache_dir=tmp_path / "cache",
+        read_items(pool / "pool.jsonl"), [pool / "red.png"], ["What?"], train_lift,
+        Choosing(k=3, method="topk", cache_dir=tmp_path / "cache"),
     )  # fmt: skip
     bank, query, trained = request.lifted
     assert trained

@@ -5,9 +5,11 @@
 
 from mat_align import backbones, intermediate, objective, prompts, variants, visual_tree
 from mat_align.__about__ import __version__
+from mat_align._base import MATOutput
 from mat_align.backbones import Backbone
+from mat_align.features import FeatureMATModel
 from mat_align.head import MATHead, PathFeatures
-from mat_align.model import FeatureMATModel, MATModel, MATOutput
+from mat_align.model import MATModel
 from mat_align.objective import MATLosses, MATObjective, entailment_terms, fraction_met
 from mat_align.prompts import GaussianPromptAverage, MaPLePrompts, PromptSRCPrompts, PromptSRCRegularizer
 from mat_align.variants import (

@@ -1,4 +1,4 @@
-"""The models: a frozen CLIP with learned prompts, or precomputed features with trained maps, under one head.
+"""The model: a frozen CLIP with learned prompts under the head of a variant.
 
 Reference: Modality Alignment across Trees (arXiv 2510.27391).
 """
@@ -8,23 +8,23 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mat_align._base import TreeModel
 from mat_align.backbones import Backbone, backbone
 from mat_align.backbones._layer import Masked
-from mat_align.head import MATHead, PathFeatures
+from mat_align.head import MATHead
 from mat_align.prompts import PromptLearner, encode_text, label_text, template_features
 from mat_align.prompts._learners import LEARNERS
 from mat_align.variants import HETEROGENEOUS, Variant
-from mat_align.visual_tree import LayerTokens, StageTokens, relative_layers
-from mat_align.visual_tree._layers import initial_mix
+from mat_align.visual_tree import LayerTokens
 
 _FORMAT = 1
 # Folders written before labels kept their digits.
@@ -32,101 +32,7 @@ _DEFAULTS = {"drop_digits": True}
 _CONFIG, _WEIGHTS = "mat_align.json", "mat_align.safetensors"
 
 
-class MATOutput(NamedTuple):
-    """What a forward pass returns.
-
-    Attributes:
-        logits: (B, n), one per picture and name.
-        tokens: (B, M, d) layer tokens.
-        text: (n, d) text features, not normalised.
-        paths: features along the paths that were asked for.
-        curvatures: c_img, c_txt and c_mid of the batch, with `paths`.
-        frozen: (B, d) picture and (k, d) text features of the frozen model, with `reference`.
-    """
-
-    logits: Tensor
-    tokens: Tensor
-    text: Tensor
-    paths: PathFeatures | None = None
-    curvatures: tuple[Tensor, Tensor, Tensor] | None = None
-    frozen: tuple[Tensor, Tensor] | None = None
-
-
-def gather(x: Tensor, group: Any) -> Tensor:
-    """The rows of all processes in rank order; alone, x itself.
-
-    Every process goes on to compute the loss of all rows. The gradient of its own rows is that loss's, times the number
-    of processes: the mean over processes that DistributedDataParallel takes is then their sum.
-    """
-    if group is None:
-        return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x.detach().contiguous(), group=group)
-    if x.requires_grad:
-        parts[dist.get_rank(group)] = x.detach() + len(parts) * (x - x.detach())
-    return torch.cat(parts)
-
-
-class _Model(nn.Module):
-    """What both models have: a head, and the names of its curvatures at the top."""
-
-    head: MATHead
-
-    @property
-    def variant(self) -> Variant:
-        """What is computed."""
-        return self.head.variant
-
-    @property
-    def c_img(self) -> nn.Module | None:
-        """Curvature of the image manifold, a `hyper_geom.Curvature`; None if the variant has none."""
-        return self.head.c_img
-
-    @property
-    def c_txt(self) -> nn.Module | None:
-        """Curvature of the text manifold, a `hyper_geom.Curvature`; None if the variant has none."""
-        return self.head.c_txt
-
-    def c_mid(self, norm_img: float | Tensor = 1.0, norm_txt: float | Tensor = 1.0) -> Float[Tensor, ""]:
-        """See `MATHead.c_mid`."""
-        return self.head.c_mid(norm_img, norm_txt)
-
-    def score(self, tokens: Float[Tensor, "B M d"], text: Float[Tensor, "n d"]) -> Float[Tensor, "B n"]:
-        """Logits of labels for pictures that are encoded already."""
-        return self.head.logits(tokens, text, self.logit_scale)
-
-    def forward(
-        self,
-        images: Tensor,
-        names: Sequence[str],
-        paths: Int[Tensor, "B H"] | None = None,
-        length: Int[Tensor, " B"] | None = None,
-        reference: Sequence[str] | None = None,
-        group: Any = None,
-    ) -> MATOutput:
-        """Encode pictures and labels once and score all pairs: all that trains takes part here, for wrappers such as DDP.
-
-        Args:
-            images: what `encode_image` takes.
-            names: texts of the labels.
-            paths: rows of `names`, the nodes on each picture's path, for its features and the curvatures.
-            length: number of nodes on each path.
-            reference: labels whose features of the frozen model are wanted too.
-            group: processes whose pictures are scored too, equally many in each; `paths` and `length` are then of all.
-        """
-        tokens, text = gather(self.encode_image(images), group), self.encode_text(names)
-        found = curvatures = frozen = None
-        if reference is not None:
-            frozen = gather(self.frozen_image(images).float(), group), self.frozen_text(reference)
-        # Towers may run in half precision; cosines and curvatures may not.
-        with torch.autocast(tokens.device.type, enabled=False):
-            if paths is not None and length is not None:
-                found = self.head.path_features(tokens, text[paths])
-                curvatures = self.head.curvatures(found, length)
-            return MATOutput(self.score(tokens, text), tokens, text, found, curvatures, frozen)
-
-
-class MATModel(_Model):
+class MATModel(TreeModel):
     """A frozen CLIP-like model with learned prompts under the head of a variant.
 
     Only prompts, attention, curvatures and radii (and a learned mix of layers) train; they are fp32.
@@ -364,82 +270,6 @@ class MATModel(_Model):
 
     def _label_text(self, name: str) -> str:
         return label_text(name, self.variant.drop_digits)
-
-
-class FeatureMATModel(_Model):
-    """The head of a variant over frozen towers whose outputs were computed once (ours).
-
-    Pictures come as pooled stage features, labels as a table of text features. The stage maps and one linear map of the
-    text, the identity at first, train; a variant of the last token trains the last map alone. A variant with mix="learned"
-    makes three softmax mixtures of the tokens of all stages, started at the stages of `relative_layers`.
-
-    Args:
-        tokens: maps of the stages, fitted beforehand.
-        text: text feature of each label by name.
-        variant: what is computed.
-        logit_scale: initial logarithm of the factor on the cosines, learned.
-        train_text: learn the map of the text.
-        dropout: share of the pooled features that the maps do not see in training mode, in [0, 1).
-        **settings: settings of `MATHead`.
-
-    Raises:
-        ValueError: no text, widths that differ, dropout out of range, or a learned mix of one token.
-    """
-
-    def __init__(
-        self,
-        tokens: StageTokens,
-        text: Mapping[str, Tensor],
-        variant: Variant = HETEROGENEOUS,
-        logit_scale: float = 2.6593,
-        train_text: bool = True,
-        dropout: float = 0.0,
-        **settings: Any,
-    ) -> None:
-        """Add the trained parts."""
-        super().__init__()
-        widths = {len(value) for value in text.values()}
-        if widths != {tokens.dim}:
-            raise ValueError(f"text must hold features of width {tokens.dim}, got widths {sorted(widths)}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        self.tokens = tokens
-        self.dropout = nn.Dropout(dropout)
-        self.text_map = nn.Linear(tokens.dim, tokens.dim)
-        nn.init.eye_(self.text_map.weight)
-        nn.init.zeros_(self.text_map.bias)
-        self.text_map.requires_grad_(train_text)
-        if variant.feature == "last":
-            self.tokens.maps[:-1].requires_grad_(False)
-        self.mix_logits = None
-        if variant.mix == "learned":
-            if variant.feature == "last":
-                raise ValueError("variant must use more than the last token for mix='learned', got feature='last'")
-            self.mix_logits = nn.Parameter(initial_mix(relative_layers(tokens.num_tokens), tokens.num_tokens))
-        self._row = {name: row for row, name in enumerate(text)}
-        self.register_buffer("table", torch.stack(tuple(text.values())), persistent=False)
-        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
-        self.head = MATHead(tokens.dim, variant, **settings)
-
-    def encode_image(self, images: Float[Tensor, "B features"]) -> Float[Tensor, "B M d"]:
-        """Tokens of pooled features, or learned mixtures of them; see `StageTokens`."""
-        tokens = self.tokens(self.dropout(images))
-        return tokens if self.mix_logits is None else self.mix_logits.softmax(dim=-1) @ tokens
-
-    def encode_text(self, names: Sequence[str]) -> Float[Tensor, "n d"]:
-        """Mapped text features of labels.
-
-        Args:
-            names: keys of the table.
-
-        Raises:
-            ValueError: no name, or one that the table lacks.
-        """
-        missing = [name for name in names if name not in self._row]
-        if missing or not len(names):
-            raise ValueError(f"names must be known labels, at least one, got {missing[:3] or 'none'}")
-        rows = torch.tensor([self._row[name] for name in names], device=self.table.device)
-        return self.text_map(self.table[rows])
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

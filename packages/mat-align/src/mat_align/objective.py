@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from hier_losses import Taxonomy
 from hier_losses.treecuts import TreeCut, node_classification_loss, sample_cut, treecut_loss
 from hyper_geom import cones, lorentz
+from mat_align._base import MATOutput, gather
 from mat_align._checks import check_choice, check_positive, check_single
+from mat_align.features import FeatureMATModel
 from mat_align.head import PathFeatures
 from mat_align.intermediate._chord import common_dtype
-from mat_align.model import FeatureMATModel, MATModel, MATOutput, gather
+from mat_align.model import MATModel
 from mat_align.prompts import PromptSRCRegularizer
 
 __all__ = ["MATLosses", "MATObjective", "entailment_terms", "node_classification_loss", "treecut_loss"]

@@ -21,15 +21,8 @@ from app_data.store.errors import DataError, Skipped
 from hier_losses import Taxonomy
 
 # What people call the parts of a split.
-_PART_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
+_PART_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+_PART_NAMES |= dict.fromkeys(("val", "valid", "validation"), "val")
 # Files that commonly lie beside pictures; others that are no pictures are worth a warning.
 _BESIDE = (
     ".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".md", ".ini", ".db", ".html", ".yaml", ".yml", ".log", ".pdf", ".py", ".npy",

@@ -86,35 +86,22 @@ class IclTask:
 
 def vqa_task(data: QuestionSet, name: str = "vqa") -> IclTask:
     """Questions with short answers; a demonstration shows the first answer, as OpenFlamingo's does."""
-    return IclTask(
-        name,
-        "vqa",
-        data.store,
-        tuple((int(row),) for row in data.rows),
-        data.questions,
-        tuple(answers[0] if answers else "" for answers in data.answers),
-        data.answers,
-        data.image_ids,
-        data.ids,
-        data.skipped,
-        data.fingerprint,
-    )
+    return _of(data, name, "vqa", data.questions, data.answers, data.image_ids)
 
 
 def caption_task(data: CaptionSet, name: str = "caption") -> IclTask:
     """Captioning; a demonstration shows the first caption."""
+    asked = ("Describe the picture.",) * len(data.rows)
+    return _of(data, name, "cider", asked, data.captions, tuple(int(row) for row in data.rows))
+
+
+def _of(
+    data: QuestionSet | CaptionSet, name: str, score: str, prompts: tuple[str, ...], references: tuple, groups: tuple
+) -> IclTask:
+    shown = tuple(found[0] if found else "" for found in references)
+    rows = tuple((int(row),) for row in data.rows)
     return IclTask(
-        name,
-        "cider",
-        data.store,
-        tuple((int(row),) for row in data.rows),
-        ("Describe the picture.",) * len(data.rows),
-        tuple(captions[0] if captions else "" for captions in data.captions),
-        data.captions,
-        tuple(int(row) for row in data.rows),
-        data.ids,
-        data.skipped,
-        data.fingerprint,
+        name, score, data.store, rows, prompts, shown, references, groups, data.ids, data.skipped, data.fingerprint
     )
 
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 import uuid
 import zlib
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
+from app_data.store.atomic import sync
 from app_data.store.errors import DataError, Skipped, TooManyBadFiles, UnreadablePicture
+from app_data.store.progress import progress
 from app_data.store.sealed import read_sealed, write_sealed
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def cached_pictures(
         workers: Threads that decode.
         max_bad_fraction: With `max_bad_files`, the budget of unreadable files: the larger of the two counts.
         max_bad_files: See `max_bad_fraction`.
-        label: Text of the progress bar, which shows only at a terminal.
+        label: What is done, for the progress.
 
     Returns:
         The pictures (n, size, size, 3) uint8, memory-mapped and read-only; the index of each in `sources` (n,); and the
@@ -119,8 +119,8 @@ def cached_entry(entry: Path, write: Callable[[Path], None], read: Callable[[Pat
     try:
         write(temporary)
         for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         _publish(temporary, entry, read)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -145,11 +145,7 @@ def _write(
     pixels = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
     kept: list[int] = []
     skipped: list[dict[str, str]] = []
-    results: Iterable[Any] = _decode_all(sources, decode, workers)
-    if sys.stderr.isatty():
-        # Not tqdm(disable=...): even then it takes a lock that a killed child of this process may never give back.
-        results = tqdm(results, total=len(sources), desc=label)
-    for position, result in enumerate(results):
+    for position, result in enumerate(progress(_decode_all(sources, decode, workers), label, len(sources))):
         if isinstance(result, UnreadablePicture):
             skipped.append({"path": str(sources[position]), "reason": str(result)})
             if len(skipped) > budget:
@@ -204,7 +200,7 @@ def _publish(temporary: Path, entry: Path, read: Callable[[Path], Any]) -> None:
                 continue
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            _sync(entry.parent)
+            sync(entry.parent)
             return
 
 
@@ -239,12 +235,3 @@ def _remove_stale(root: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except FileNotFoundError:
             continue
-
-
-def _sync(path: Path) -> None:
-    """Force a file or a folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -97,17 +97,7 @@ def answers(config: Answer, train_lift: TrainLift) -> Iterator[dict[str, Any]]:
         _check_places(config, [item.path for item in items], [picture for picture, _ in asked])
     model = Server(config.model) if served else LocalModel(config.model, config.calibrate)
     pictures, questions = [list(column) for column in zip(*asked, strict=True)]
-    request, selection, notes = choose(
-        items,
-        pictures,
-        questions,
-        train_lift,
-        k=config.k,
-        method=config.method,
-        seed=config.seed,
-        cache_dir=config.cache_dir,
-        encoder=config.encoder,
-    )
+    request, selection, notes = choose(items, pictures, questions, train_lift, config)
     for skipped in request.pool.skipped:
         print(f"skipped {skipped.path}: {skipped.reason}", file=sys.stderr)  # noqa: T201
     for warning in notes.get("warnings", ()):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app_data.read.pictures import load_picture, open_picture
+from app_data.read.pictures import SUFFIXES, load_picture, open_picture
 from app_data.store.atomic import new_file
 from app_data.store.cache import default_cache_dir, fingerprint
 from app_data.store.errors import DataError, Skipped, UnreadablePicture
@@ -25,7 +25,6 @@ from app_data.weights.lite0_minilm import lite0, lite0_preprocess
 from hier_lora import load_dual_encoder
 from hyper_icl import AnchorBank, HyperbolicLift
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SIZE = 128
 _WIDTH = 1280  # EfficientNet-Lite0's pooled features
 _BATCH = 64
@@ -196,7 +195,7 @@ def read_items(source: str | Path) -> list[PoolItem]:
     if source.is_dir():
         files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
-            raise DataError(f"the folder {source} holds no picture ({', '.join(sorted(SUFFIXES))})")
+            raise DataError(f"the folder {source} holds no picture ({', '.join(SUFFIXES)})")
         return [PoolItem(p, answer="" if p.parent == source else p.parent.name) for p in files]
     rows = read_jsonl(source)
     items = []

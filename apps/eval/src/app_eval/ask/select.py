@@ -26,7 +26,7 @@ from app_eval.ask.pool import (
     picture_encoder,
     read_items,
 )
-from app_eval.ask.settings import SELECTORS, Select
+from app_eval.ask.settings import SELECTORS, Choosing, Select
 from hyper_icl import (
     AnchorBank,
     DemoSelection,
@@ -40,34 +40,12 @@ from hyper_icl import (
 FORMAT = 1
 
 
-def select_demos(
-    source: str | Path,
-    queries: Sequence[str | Path],
-    train_lift: TrainLift,
-    *,
-    k: int = 4,
-    mu: float = 0.3,
-    method: str = "hyperbolic",
-    diversity: float = 0.0,
-    seed: int = 0,
-    question: str = "",
-    cache_dir: Path | None = None,
-    encoder: str | None = None,
-) -> dict:
-    """Choose k demonstrations for every query picture.
+def select_demos(config: Select, train_lift: TrainLift) -> dict:
+    """Choose demonstrations for every query picture.
 
     Args:
-        source: The pool: a folder of pictures or a file of JSON lines; see `read_items`.
-        queries: Picture files. A query that is in the pool does not get its own picture.
+        config: The pool, see `read_items`; the queries, which do not get their own picture where the pool has it; and how to choose.
         train_lift: Trains a lift, for "hyperbolic".
-        k: Demonstrations a query.
-        mu: Weight of the depth, for "hyperbolic".
-        method: A name of `app_eval.ask.settings.SELECTORS`.
-        diversity: In [0, 1], for "hyperbolic"; see `HyperbolicDemoIndex.search`.
-        seed: Seed of "random" and of the training of the lift.
-        question: What is asked about every query, for "mmices".
-        cache_dir: Where features of the pool and the lift are kept; the user's cache folder if None.
-        encoder: Locator of the picture tower; see `picture_encoder`.
 
     Returns:
         What was chosen, ready for JSON: demonstrations stand in prompt order.
@@ -76,32 +54,22 @@ def select_demos(
         DataError: The pool or a query cannot be used, or k is too large.
         MissingAssetError: The encoder's packages are not installed.
     """
-    if (method == "mmices") != bool(question):
+    question = config.question
+    if (config.method == "mmices") != bool(question):
         raise DataError("question and method mmices belong together: give both or neither")
-    paths = [Path(query) for query in queries]
     request, selection, notes = choose(
-        read_items(source),
-        paths,
-        [question] * len(paths),
-        train_lift,
-        k=k,
-        mu=mu,
-        method=method,
-        diversity=diversity,
-        seed=seed,
-        cache_dir=cache_dir,
-        encoder=encoder,
-    )
+        read_items(config.data), config.query, [question] * len(config.query), train_lift, config, config.mu, config.diversity
+    )  # fmt: skip
     pool = request.pool
     if question:
         notes["question"] = question
     return {
         "format": FORMAT,
-        "pool": str(source),
+        "pool": str(config.data),
         "num_items": len(pool.items),
         "skipped": [{"path": s.path, "reason": s.reason} for s in pool.skipped],
-        "method": method,
-        "k": k,
+        "method": config.method,
+        "k": config.k,
         **notes,
         "queries": [
             {
@@ -118,7 +86,7 @@ def select_demos(
                     for j, row in enumerate(selection.ids[i].tolist())
                 ],
             }
-            for i, path in enumerate(paths)
+            for i, path in enumerate(config.query)
         ],
     }
 
@@ -128,14 +96,9 @@ def choose(
     queries: Sequence[Path],
     questions: Sequence[str],
     train_lift: TrainLift,
-    *,
-    k: int = 4,
+    config: Choosing,
     mu: float = 0.3,
-    method: str = "hyperbolic",
     diversity: float = 0.0,
-    seed: int = 0,
-    cache_dir: Path | None = None,
-    encoder: str | None = None,
 ) -> tuple["Request", DemoSelection, dict]:
     """The work of `select_demos`, for items that are already read and a question for each query.
 
@@ -145,11 +108,12 @@ def choose(
     Raises:
         DataError: See `select_demos`.
     """
+    method, k, cache_dir = config.method, config.k, config.cache_dir
     if method not in SELECTORS:
         raise DataError(f"method must be one of {', '.join(SELECTORS)}, got {method!r}")
     if k < 1:
         raise DataError(f"k must be at least 1, got {k}")
-    tower = picture_encoder(encoder)
+    tower = picture_encoder(config.encoder)
     train_lift = kept_lift(train_lift, cache_dir)
     pool = encode_pool(items, tower, cache_dir)
     features, bad = encode_pictures(queries, tower)
@@ -159,7 +123,7 @@ def choose(
     available = len(pool.items) - max(int((pool.groups == group).sum()) for group in exclude)
     if k > available:
         raise DataError(f"k must be at most {available}, the pool without the query's own picture, got {k}")
-    request = Request(pool, features, exclude, k, mu, diversity, seed, tuple(questions), train_lift)
+    request = Request(pool, features, exclude, k, mu, diversity, config.seed, tuple(questions), train_lift)
     return request, *selected(method, request)
 
 
@@ -177,7 +141,8 @@ class Request:
         pool: The demonstrations.
         features: Of the queries, not centred, (n, d).
         exclude: Group of each query's own picture, -1 for none, (n,).
-        k, mu, diversity, seed: See `select_demos`.
+        k, seed: See `Choosing`.
+        mu, diversity: See `HyperbolicDemoIndex`; for "hyperbolic".
         questions: What is asked about each query.
         train_lift: Trains a lift.
         c: Curvature of what is hyperbolic.
@@ -265,19 +230,7 @@ def hyperbolic(request: Request) -> tuple[DemoSelection, dict]:
 
 def run(config: Select, train_lift: TrainLift) -> int:
     """The command: a table on standard output, JSON into a file (or, for "-", instead of the table)."""
-    chosen = select_demos(
-        config.data,
-        config.query,
-        train_lift,
-        k=config.k,
-        mu=config.mu,
-        method=config.method,
-        diversity=config.diversity,
-        seed=config.seed,
-        question=config.question,
-        cache_dir=config.cache_dir,
-        encoder=config.encoder,
-    )
+    chosen = select_demos(config, train_lift)
     for skipped in chosen["skipped"]:
         print(f"skipped {skipped['path']}: {skipped['reason']}", file=sys.stderr)  # noqa: T201
     for warning in chosen.get("warnings", ()):

@@ -117,24 +117,14 @@ class Search:
     """How many to print."""
 
 
-@dataclass(frozen=True)
-class Select:
-    """Choose demonstrations for pictures from your own pool."""
+@dataclass(frozen=True, kw_only=True)
+class Choosing:
+    """How demonstrations are chosen."""
 
-    data: Path
-    """The pool: a folder of pictures, or JSON lines with image, question, answer."""
-    query: tuple[Path, ...]
-    """Pictures to choose for."""
     k: Count = 4
     """Demonstrations a query."""
-    mu: float = 0.3
-    """Weight of the depth (method hyperbolic)."""
     method: SelectorName = "hyperbolic"
-    """How to choose."""
-    diversity: float = 0.0
-    """0 to 1: maximal marginal relevance (method hyperbolic)."""
-    question: str = ""
-    """What is asked about the queries (method mmices)."""
+    """How to choose them."""
     seed: int = 0
     """Of "random" and of the training of the lift."""
     encoder: str | None = None
@@ -142,12 +132,28 @@ class Select:
     EfficientNet-Lite0 of the pip packages if not given."""
     cache_dir: Path | None = None
     """Where features of the pool and the lift are kept; the user's cache folder if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(Choosing):
+    """Choose demonstrations for pictures from your own pool."""
+
+    data: Path
+    """The pool: a folder of pictures, or JSON lines with image, question, answer."""
+    query: tuple[Path, ...]
+    """Pictures to choose for."""
+    mu: float = 0.3
+    """Weight of the depth (method hyperbolic)."""
+    diversity: float = 0.0
+    """0 to 1: maximal marginal relevance (method hyperbolic)."""
+    question: str = ""
+    """What is asked about the queries (method mmices)."""
     out: Path | None = None
     """Write the result here as JSON; - prints JSON in place of the table."""
 
 
-@dataclass(frozen=True)
-class Answer:
+@dataclass(frozen=True, kw_only=True)
+class Answer(Choosing):
     """Answer questions about pictures with demonstrations from your own pool; one JSON line for each answer."""
 
     pool: Path
@@ -160,23 +166,12 @@ class Answer:
     """What is asked about each of them."""
     batch: Path | None = None
     """JSON lines with image (relative to the file) and question, in place of --image and --question."""
-    k: Count = 4
-    """Demonstrations a question."""
-    method: SelectorName = "hyperbolic"
-    """How to choose them; see `hier select`."""
     calibrate: bool = False
     """Weigh demonstrations by their hyperbolic distance from the picture; needs the model here, not a URL."""
     max_new_tokens: int = 32
     """Longest answer."""
-    seed: int = 0
-    """Of "random" and of the training of the lift."""
     outside: bool = False
     """Let the files name pictures elsewhere that a server would get."""
-    encoder: str | None = None
-    """What turns pictures into features: a locator such as hf:openai/clip-vit-base-patch32 or open_clip:ViT-B-32/openai; the
-    EfficientNet-Lite0 of the pip packages if not given."""
-    cache_dir: Path | None = None
-    """Where features of the pool and the lift are kept; the user's cache folder if not given."""
     out: Path | None = None
     """Write the lines here in place of standard output."""
 

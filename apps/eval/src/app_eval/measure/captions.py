@@ -1,8 +1,7 @@
 """Scores for captions: BLEU (Papineni et al., 2002), ROUGE-L (Lin, 2004) and CIDEr-D (Vedantam et al., 2015).
 
-As in the COCO caption evaluation (Chen et al., 2015), whose "CIDEr" is CIDEr-D. No Java is needed: the Penn Treebank
-tokens that evaluation takes from the Stanford tokenizer are made by a few expressions here: the same
-for all 795 captions of a sample of COCO.
+As in the COCO caption evaluation (Chen et al., 2015), whose "CIDEr" is CIDEr-D. No Java is needed: the Penn Treebank tokens that it takes
+from the Stanford tokenizer are made by a few expressions here, the same for all 795 captions of a sample of COCO.
 """
 
 import json
@@ -38,13 +37,9 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _FUSED = {
-    "cannot": ("can", "not"),
-    "gonna": ("gon", "na"),
-    "gotta": ("got", "ta"),
-    "wanna": ("wan", "na"),
-    "gimme": ("gim", "me"),
-    "lemme": ("lem", "me"),
-}
+    "cannot": ("can", "not"), "gonna": ("gon", "na"), "gotta": ("got", "ta"), "wanna": ("wan", "na"),
+    "gimme": ("gim", "me"), "lemme": ("lem", "me"),
+}  # fmt: skip
 _PUNCTUATION = {"'", "`", '"', ".", "?", "!", ",", ":", "-", "--", ";"}
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from app_data.read.pictures import PictureSet
+from app_train.core.config import StageConfig
 from app_train.core.errors import RunError
 from app_train.core.run_folder import Run
 from app_train.recipes.lora import study as lora_study
-from app_train.recipes.lora.heads import HeadFit, TreeLoss
+from app_train.recipes.lora.heads import TreeLoss
 from app_train.recipes.lora.losses import loss_parts
 from app_train.recipes.lora.retree import permute_parents, rewire, with_parents
 from app_train.recipes.lora.settings import StudyConfig
@@ -58,7 +59,7 @@ def data():
 @pytest.fixture
 def bank(base, data, tmp_path):
     with Run("lora-study", StudyConfig(out=tmp_path / "bank"), processes=False) as run:
-        yield Bank(base, {"cifar100": data}, HeadFit(2, 32), run)
+        yield Bank(base, {"cifar100": data}, StageConfig(epochs=2, batch_size=32), run)
 
 
 RUNS = {run.experiment + ("-" + run.options["unit"] if "unit" in run.options else ""): run for run in plan(["cifar100"], 1, 1)}  # fmt: skip

@@ -36,34 +36,21 @@ EXPERIMENTS = {
     "alpha": ("The weight of TP-KL (alpha)", "The row TP-KL + HiSCE has alpha 1.", ("emoji",)),
     "lambda": ("The weight of HiSCE (lambda)", "The row TP-KL + HiSCE has lambda 1.", ("emoji",)),
     "eps": ("The share of siblings in HiSCE (eps)", "The row TP-KL + HiSCE has eps 0.1.", ("emoji",)),
-    "consistency": (
-        "A penalty on children without their parent",
-        "With its weight; the control permutes the parents.",
-        tuple(DATA),
-    ),
+    "consistency": ("A penalty on children without their parent", "With its weight; the control permutes the parents.", tuple(DATA)),
     "rewired": (
-        "Wrong edges",
-        "With the share of edges that is wrong in training; scores are those of the right tree.",
-        tuple(DATA),
+        "Wrong edges", "With the share of edges that is wrong in training; scores are those of the right tree.", tuple(DATA)
     ),
-    "towers": (
-        "LoRA on one tower or both",
-        "After the projection, one epoch with LoRA layers of rank 4.",
-        ("cifar100",),
-    ),
+    "towers": ("LoRA on one tower or both", "After the projection, one epoch with LoRA layers of rank 4.", ("cifar100",)),
     "sizes": ("More and more classes", "With the number of leaves.", ("emoji",)),
     "tail": (
-        "A long tail",
-        "Pictures a class fall from 20 to 1 in geometric steps; the test set is balanced.",
-        ("cifar100",),
+        "A long tail", "Pictures a class fall from 20 to 1 in geometric steps; the test set is balanced.", ("cifar100",)
     ),
-}
+}  # fmt: skip
 TOWERS = {"head": "no LoRA", "vision": "LoRA on pictures", "text": "LoRA on text", "both": "LoRA on both"}
 # {experiment/data/row/score/part/pictures} stands for a value.
 SEEN = (
     "Leaf cross-entropy never trains the upper nodes: on CIFAR-100, read level by level, {main/cifar100/leaf_ce/tice@level_argmax} of "
-    "its paths "
-    "break, and {main/cifar100/both/tice@level_argmax} with TP-KL + HiSCE.",
+    "its paths break, and {main/cifar100/both/tice@level_argmax} with TP-KL + HiSCE.",
     "With the penalty on children without their parent at weight 10, {consistency/cifar100/10/tice@level_argmax} of the paths break, "
     "with permuted parents {consistency/cifar100/10-permuted/tice@level_argmax}.",
     "Of CIFAR-100 classes added after training (30 % of the leaves), leaf cross-entropy classifies "
@@ -227,15 +214,14 @@ def _setting(study: Mapping, names: Sequence[str]) -> Section:
         "What was held fixed",
         (
             "EfficientNet-Lite0 sees the pictures, MiniLM reads the names, and a projection in closed form joins them; no weights of "
-            "CLIP can "
-            "be had here. Only the projection and the scale of the cosines are trained, on frozen features, unless a row says LoRA. Emoji "
+            "CLIP can be had here. Only the projection and the scale of the cosines "
+            "are trained, on frozen features, unless a row says LoRA. Emoji "
             "are trained on two artists (three styles) and tested on an artist never seen, whose pictures are centred on their own mean. "
             "CIFAR-100 has 20 pictures a class, five of them for validation, under the WordNet tree and the 25 cuts of ProTeCt. Every "
             "row tries the same learning rates and takes the one with the smallest distance to the truth on validation pictures.",
             tuple(lines),
             "Leaf cross-entropy trains nothing above the leaves, so comparisons read it bottom-up, where no path can break. Scores whose "
-            "values "
-            f"seed by seed were not kept have an interval over items alone. All runs took {study['seconds'] / 60:.0f} CPU minutes.",
+            f"values seed by seed were not kept have an interval over items alone. All runs took {study['seconds'] / 60:.0f} CPU minutes.",
         ),
     )
 

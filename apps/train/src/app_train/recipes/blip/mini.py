@@ -221,14 +221,11 @@ class _Row:
         model.to(device)
 
         def texts(rows: Sequence[int] | np.ndarray, epoch: int) -> dict[str, Tensor]:
+            said = [after_prompt(caption_of(train, int(i), seed, epoch), PROMPT) for i in rows]
             return caption_batch(
-                [after_prompt(caption_of(train, int(i), seed, epoch), PROMPT) for i in rows],
-                tokenizer,
-                num_queries=model.num_queries,
-                image_token_id=image_token,
-                prompt=PROMPT,
+                said, tokenizer, num_queries=model.num_queries, image_token_id=image_token, prompt=PROMPT,
                 max_tokens=config.max_tokens,
-            )
+            )  # fmt: skip
 
         if config.start != "fresh":
             model.start_from_captions(views[0].float(), texts(range(len(train)), 0)["labels"])
@@ -248,19 +245,12 @@ class _Row:
         run, config, label = self.run, self.config, f"{self.name}, seed {self.seed}: "
         made = [
             blip_stage(
-                model,
-                label + name,
-                settings,
-                num,
-                forward,
-                self.seed,
-                config.save_every,
-                tau_lr=config.temperature.lr,
+                model, label + name, settings, num, forward, self.seed, config.save_every, tau_lr=config.temperature.lr,
                 pictures=config.stage2.pictures if name == "stage 2" else None,
             )
             for name, settings in stages.items()
             if settings.epochs or name != "matching"
-        ]
+        ]  # fmt: skip
         fit(
             model, made, self.folder / f"train-{number}", seed=self.seed, label=f"{label}stage {number}", stop=run.stop,
             accelerator=run.accelerator, tensorboard=self.config.tensorboard,

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Blip2Config, Blip2
 from app_data.read.labelled import Decoding
 from app_data.sets.captions import caption_sets
 from app_data.sets.coco import find_captions
-from app_data.sets.shards import Shards, Stream
+from app_data.sets.shards import Shards
+from app_data.sets.stream import Stream
 from app_train.core.errors import RunError
 from app_train.core.fit import fit
 from app_train.core.run_folder import Run

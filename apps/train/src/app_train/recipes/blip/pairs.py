@@ -10,7 +10,7 @@ from torch import Tensor
 
 from app_data.read.pictures import random_square, square
 from app_data.sets.captions import CaptionSet
-from app_data.sets.shards import Order, Stream
+from app_data.sets.stream import Order, Stream
 from app_train.core.schedule import Step
 
 LEAST_AREA = 0.5  # of a random cut, as LAVIS trains BLIP-2

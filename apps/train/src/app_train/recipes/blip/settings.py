@@ -22,24 +22,6 @@ ROWS: dict[str, dict] = {
 }
 
 
-class FirstStage(StageConfig):
-    """Alignment, matching and description."""
-
-    epochs: int = Field(1, ge=0)
-    lr: float = Field(1e-4, gt=0)
-    batch_size: int = Field(32, ge=1)
-    weight_decay: float = Field(0.05, ge=0)
-
-
-class MatchStage(StageConfig):
-    """All losses after the contrastive one; without epochs, stage 1 has all of them from its first step."""
-
-    epochs: int = Field(0, ge=0)
-    lr: float = Field(1e-4, gt=0)
-    batch_size: int = Field(32, ge=1)
-    weight_decay: float = Field(0.05, ge=0)
-
-
 class Temperatures(Frozen):
     """The temperature of the contrastive loss: distances and cosines differ in scale, so each may start elsewhere."""
 
@@ -82,8 +64,10 @@ class BlipMiniConfig(RunConfig):
     """Start of both stages: "pairs" ties queries to captions, then to the language model's words, by least squares; "linear"
     does so with silent feed-forward nets, and damps the captions' components less; "fresh" leaves that to the losses."""
     temperature: Temperatures = Temperatures()
-    stage1: FirstStage = FirstStage()
-    match: MatchStage = MatchStage()
+    stage1: StageConfig = StageConfig(epochs=1, lr=1e-4, batch_size=32, weight_decay=0.05)
+    """Alignment, matching and description."""
+    match: StageConfig = StageConfig(epochs=0, lr=1e-4, batch_size=32, weight_decay=0.05)
+    """All losses after the contrastive one; without epochs, stage 1 has all of them from its first step."""
     stage2: SecondStage = SecondStage()
     captioned: tuple[RowName, ...] = tuple(ROWS)
     """Rows that go on to stage 2, if it has epochs; an epoch of it costs more than all of stage 1."""
@@ -113,17 +97,6 @@ class BlipMiniConfig(RunConfig):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
 
-class BigStage(StageConfig):
-    """AdamW over all cards together."""
-
-    epochs: int = Field(10, ge=0)
-    lr: float = Field(1e-4, gt=0)
-    batch_size: int = Field(800, ge=1)
-    """Pairs over all cards: 100 a card in stage 1, 64 in stage 2, on eight cards."""
-    weight_decay: float = Field(0.05, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
-
-
 class Blip2OptConfig(RunConfig):
     """Hyperbolic BLIP-2 with ViT-g and OPT-2.7B on COCO."""
 
@@ -148,7 +121,8 @@ class Blip2OptConfig(RunConfig):
     """Random cuts of at least half of the area, and mirroring, of what is streamed."""
     readers: int = Field(4, ge=1)
     """Threads that read ahead in a stream, in each process."""
-    fit: BigStage = BigStage()
+    fit: StageConfig = StageConfig(epochs=10, lr=1e-4, batch_size=800, weight_decay=0.05)
+    """A batch is that of all cards: 100 pairs a card in stage 1, 64 in stage 2, on eight cards."""
     similarity: Literal["cosine", "distance", "inner", "angle", "mix"] = "cosine"
     """The paper's cosine is the Euclidean cosine; "distance" lets the radius take part."""
     max_tokens: int = Field(32, ge=4)

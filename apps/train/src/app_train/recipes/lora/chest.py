@@ -39,8 +39,7 @@ def run(config: ChestConfig) -> dict:
                 f"the lists name {len(train)} pictures to train and {len(test)} to test on: both must have some"
             )
         run.claim(train.fingerprint)
-        known = run.result()
-        if known is not None:
+        if (known := run.result()) is not None:
             return known
         model = _model(config, train).to(run.device)
         before = _scores(model, test) if run.main else {}

@@ -10,7 +10,8 @@ from app_data.read.labelled import Decoding
 from app_data.sets.cifar100 import load_cifar100_fewshot, take_shots
 from app_train.core.errors import RunError
 from app_train.core.run_folder import Run
-from app_train.recipes.lora.compare import Story, compare, read_back, trained_lines, zero_shot_line
+from app_train.recipes.lora.compare import read_back
+from app_train.recipes.lora.papers import fine_tuned
 from app_train.recipes.lora.settings import CifarConfig
 from app_train.recipes.lora.task import Task, check_template, load_base
 
@@ -30,16 +31,6 @@ def run(config: CifarConfig) -> dict:
         run.claim(f"{train.fingerprint}-{test.fingerprint}")
         if (known := read_back(run)) is not None:
             return known
-        text = None if config.fit.towers == "vision" else "chunked"
-        task = Task(
-            run, load_base(config.model), train, test, cuts, config.template, text=text, val=val
-        ).with_features()
-        story = Story(
-            title="Few-shot CIFAR-100",
-            lead=f"{config.model}, {len(train)} training and {len(test)} test pictures, the WordNet tree and 25 cuts of ProTeCt. Seed 0.",
-            hint="adapters: {run}/seed-*/<row>/adapter",
-            facts={"base model": config.model, "calibrated on": f"{len(val)} held-out pictures"},
-            compared=[row for row in ("zero_shot", *config.rows) if row in ("leaf_ce", config.rows[-1])],
-        )
-        lines = [zero_shot_line(task), *trained_lines(task, config.rows, lambda row: config.fit)]
-        return compare(task, lines, config.seeds, story)
+        lead = f"{len(train)} training and {len(test)} test pictures, the WordNet tree and 25 cuts of ProTeCt"
+        task = Task(run, load_base(config.model), train, test, cuts, config.template, text="chunked", val=val)
+        return fine_tuned(task, config, "Few-shot CIFAR-100", lead)

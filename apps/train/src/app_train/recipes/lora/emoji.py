@@ -139,8 +139,7 @@ def _lora_line(task: Task, tree: str) -> Line:
 
 def _lora_lda(task: Task, tree: str, folder: Path, seed: int) -> dict:
     facts = task.run.facts(named("lora_lda", tree), seed)
-    known = finished(folder, facts)
-    if known is not None:
+    if (known := finished(folder, facts)) is not None:
         return known
     train, test = _lora_features(task, folder.parent / LORA_FEATURES)
     data = Features(centred(train, np.array(task.train.styles)), torch.from_numpy(task.train.targets))

@@ -83,8 +83,7 @@ class FrozenRows:
 
     def _make(self, name: str, expert: str, tree: str, folder: Path, seed: int) -> dict:
         facts = self.task.run.facts(name, seed)
-        known = finished(folder, facts)
-        if known is not None:
+        if (known := finished(folder, facts)) is not None:
             return known
         try:
             on = self.loaded.classifiers.on(tree)
@@ -94,8 +93,7 @@ class FrozenRows:
 
     def _product(self, tree: str, folder: Path, seed: int) -> dict:
         facts = self.task.run.facts(named(HEADLINE, tree), seed)
-        known = finished(folder, facts)
-        if known is not None:
+        if (known := finished(folder, facts)) is not None:
             return known
         classifiers = self.loaded.classifiers
         settings = classifiers.chosen(tree, seed)

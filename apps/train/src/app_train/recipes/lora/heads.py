@@ -8,27 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from app_train.core.config import StageConfig
 from app_train.core.fit import fit
 from app_train.core.schedule import Stage, Step
 from app_train.recipes.lora.losses import LossConfig, loss_parts
 from app_train.recipes.lora.objective import HEAD
 from app_train.recipes.lora.retree import OtherEdges
-from app_train.recipes.lora.settings import HeadStageConfig
 from hier_lora import HierLoraCLIP
 from hier_losses import Taxonomy
 from hier_losses.functional import parent_child_consistency
-
-
-@dataclass(frozen=True)
-class HeadFit:
-    """How a head is trained, beside its learning rate: constants of a study."""
-
-    epochs: int = 20
-    batch_size: int = 256
-
-    def stage(self, lr: float) -> HeadStageConfig:
-        """The settings of the stage at this rate."""
-        return HeadStageConfig(epochs=self.epochs, lr=lr, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -89,8 +77,7 @@ def train_head(
     features: Tensor,
     targets: np.ndarray,
     loss: Callable[[Tensor, Tensor], Tensor],
-    lr: float,
-    settings: HeadFit,
+    settings: StageConfig,
     seed: int,
 ) -> None:
     """Train head and scale in place, from where they stand.
@@ -100,8 +87,7 @@ def train_head(
         features: of the frozen picture tower, (n, d).
         targets: node ids, (n,).
         loss: from logits (b, N) and targets (b,) to a scalar.
-        lr: peak learning rate.
-        settings: epochs and batch size.
+        settings: of the stage.
         seed: of the order and of dropout.
     """
     truth = torch.from_numpy(np.asarray(targets))
@@ -110,7 +96,7 @@ def train_head(
         logits = wrapped.score(F.normalize(wrapped.dual_encoder.project(features[rows]), dim=-1))
         return loss(logits, truth[rows]), {}
 
-    fit(model, [Stage(HEAD, settings.stage(lr), len(truth), forward)], seed=seed)
+    fit(model, [Stage(HEAD, settings, len(truth), forward)], seed=seed)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ of ViT-B/32 at batch 64 in bf16 on one 24 GB GPU, 300 pictures a second through 
 | inaturalist | 2,686,843 + 100,000 (500,000 in train_mini) | 16,343 | 8 GB (sampled text) | 12 hours (2.5 with train_mini) |
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from app_data.read.labelled import Decoding
@@ -29,6 +30,7 @@ from app_train.recipes.lora.compare import Story, compare, read_back, trained_li
 from app_train.recipes.lora.settings import (
     AircraftConfig,
     ButterflyConfig,
+    CifarConfig,
     CubConfig,
     InaturalistConfig,
     PaperConfig,
@@ -68,20 +70,28 @@ def _run(name: str, config: PaperConfig, hierarchy: Path | None = None) -> dict:
         run.claim(train.fingerprint)
         if (known := read_back(run)) is not None:
             return known
-        text = None if config.fit.towers == "vision" else config.text
-        task = Task(
-            run, load_base(config.model), train, test, cuts_for(train.taxonomy), config.template, text=text, val=val
-        ).with_features()
         tax = train.taxonomy
-        story = Story(
-            title=f"{name}: {len(train)} training pictures",
-            lead=f"{config.model}, {tax.num_leaves} leaves, {tax.num_nodes} nodes; scores on {len(test)} test pictures. Seed 0.",
-            hint="adapters: {run}/seed-*/<row>/adapter",
-            facts={"base model": config.model, "calibrated on": f"{len(val)} held-out pictures"},
-            compared=[row for row in ("zero_shot", *config.rows) if row in ("leaf_ce", config.rows[-1])],
+        lead = f"{tax.num_leaves} leaves, {tax.num_nodes} nodes; scores on {len(test)} test pictures"
+        task = Task(
+            run, load_base(config.model), train, test, cuts_for(tax), config.template, text=config.text, val=val
         )
-        lines = [zero_shot_line(task), *trained_lines(task, config.rows, lambda row: config.fit)]
-        return compare(task, lines, config.seeds, story)
+        return fine_tuned(task, config, f"{name}: {len(train)} training pictures", lead)
+
+
+def fine_tuned(task: Task, config: PaperConfig | CifarConfig, title: str, lead: str) -> dict:
+    """Every loss of the settings beside zero-shot, calibrated on the validation pictures."""
+    if config.fit.towers == "vision":
+        task = replace(task, text=None)
+    task = task.with_features()
+    story = Story(
+        title=title,
+        lead=f"{config.model}, {lead}. Seed 0.",
+        hint="adapters: {run}/seed-*/<row>/adapter",
+        facts={"base model": config.model, "calibrated on": f"{len(task.val)} held-out pictures"},
+        compared=[row for row in ("zero_shot", *config.rows) if row in ("leaf_ce", config.rows[-1])],
+    )
+    lines = [zero_shot_line(task), *trained_lines(task, config.rows, lambda row: config.fit)]
+    return compare(task, lines, config.seeds, story)
 
 
 def three_parts(parts: dict[str, PictureSet]) -> tuple[PictureSet, PictureSet, PictureSet]:

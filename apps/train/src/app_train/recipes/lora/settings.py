@@ -14,14 +14,6 @@ CLIP = "hf:openai/clip-vit-base-patch32"
 RowName = Literal[tuple(ROWS)]  # type: ignore[valid-type]
 
 
-class HeadStageConfig(StageConfig):
-    """The first stage: the head alone is cheap, so it trains long."""
-
-    epochs: int = Field(60, ge=0)
-    lr: float = Field(4e-3, gt=0)
-    batch_size: int = Field(128, ge=1)
-
-
 class AugmentConfig(Frozen):
     """How the pictures of the LoRA stage are varied; nothing is unless asked for, and never for closed forms and heads."""
 
@@ -40,8 +32,8 @@ class AugmentConfig(Frozen):
 class FitConfig(Frozen):
     """Head first, then LoRA (linear probing, then fine-tuning: Kumar et al., 2022)."""
 
-    head: HeadStageConfig = HeadStageConfig()
-    """The projection alone, on frozen picture features that are computed once."""
+    head: StageConfig = StageConfig(epochs=60, lr=4e-3, batch_size=128)
+    """The projection alone, on frozen picture features that are computed once: cheap, so it trains long."""
     lora: StageConfig = StageConfig()
     """The projection and the LoRA layers, on the pictures."""
     rank: int = Field(4, ge=1)
@@ -80,6 +72,17 @@ class HeadsConfig(Frozen):
     def loss(self) -> LossConfig:
         """The loss of the head that uses the tree."""
         return LossConfig(hxe=1, discount=self.discount)
+
+
+class BaseConfig(RunConfig):
+    """Settings of a recipe that starts at a base model and names pictures in words."""
+
+    model: str = LITE0
+    """Locator of the base model."""
+    template: str = "a picture of {}."
+    """Prompt for each node."""
+    size: int = Field(224, ge=32)
+    """Height and width of the pictures in pixels."""
 
 
 class RowsConfig(RunConfig):
@@ -126,13 +129,13 @@ class EmojiConfig(RowsConfig):
     """Use the pictures of this many leaves only, spread over the taxonomy (for trials)."""
     dropout: float = Field(0.7, ge=0, lt=1)
     """Share of the pooled features that the head does not see in training."""
-    fit: FitConfig = FitConfig(head=HeadStageConfig(epochs=20), lora=StageConfig(epochs=1))
+    fit: FitConfig = FitConfig(head=StageConfig(epochs=20, lr=4e-3, batch_size=128), lora=StageConfig(epochs=1))
     """Stages of training; `rows` share all of it but the learning rates chosen on validation."""
     lr: dict[str, tuple[float, float]] = Field(default_factory=lambda: dict(CHOSEN_LR))
     """(head, LoRA) learning rates of each row; a row that is not named trains at the rates of `fit`."""
 
 
-class FolderConfig(RunConfig):
+class FolderConfig(BaseConfig):
     """The best classifier that can be had from your own folder of pictures and your own taxonomy."""
 
     out: Path = Path("runs/folder")
@@ -148,15 +151,10 @@ class FolderConfig(RunConfig):
     outside: bool = False
     """Let the lists name files that do not lie in the folder."""
     size: int = Field(128, ge=32)
-    """Height and width of the pictures in pixels."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Budget of unreadable files, as a share; ten are always allowed."""
     max_megapixels: float | None = Field(None, gt=0)
     """Millions of pixels; larger pictures are left out, those of over 89 if not given."""
-    model: str = LITE0
-    """Locator of the base model."""
-    template: str = "a picture of {}."
-    """Prompt for each node."""
     heads: HeadsConfig = HeadsConfig()
     """Heads and closed forms on frozen features."""
     lora: bool = False
@@ -171,14 +169,7 @@ class FolderConfig(RunConfig):
     """Seed of the split, the order of the data and the LoRA layers."""
 
 
-class CifarFit(FitConfig):
-    """The head alone for twenty epochs, then one epoch with LoRA."""
-
-    head: HeadStageConfig = HeadStageConfig(epochs=20, lr=1e-2, batch_size=256)
-    lora: StageConfig = StageConfig(epochs=1)
-
-
-class CifarConfig(RowsConfig):
+class CifarConfig(BaseConfig, RowsConfig):
     """Few-shot CIFAR-100 under the WordNet tree of ProTeCt."""
 
     out: Path = Path("runs/cifar100-fewshot")
@@ -186,10 +177,6 @@ class CifarConfig(RowsConfig):
     """Folder with cifar100_fewshot.tar.gz and trees/cifar100.json (required)."""
     tree: Path | None = None
     """The tree, if it stands elsewhere."""
-    model: str = LITE0
-    """Locator of the base model."""
-    template: str = "a picture of {}."
-    """Prompt for each node."""
     rows: tuple[RowName, ...] = ("leaf_ce", "level_ce", "tp_kl", "hisce", "both")
     """Losses to train with."""
     shots: int = Field(18, ge=1)
@@ -200,33 +187,24 @@ class CifarConfig(RowsConfig):
     """Test pictures per class."""
     size: int = Field(64, ge=32)
     """Height and width of the pictures in pixels (the originals have 32)."""
-    fit: CifarFit = CifarFit()
+    fit: FitConfig = FitConfig(head=StageConfig(epochs=20, lr=1e-2, batch_size=256), lora=StageConfig(epochs=1))
+    """The head alone, then one epoch with LoRA."""
 
 
-class ClipFit(FitConfig):
-    """LoRA of rank 16 on queries and values of both towers."""
-
-    lora: StageConfig = StageConfig(epochs=5, lr=2e-4, batch_size=64, weight_decay=0.01)
-    """The LoRA layers, on the pictures."""
-    rank: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    towers: Literal["vision", "text", "both"] = "both"
+# LoRA of rank 16 on queries and values of both towers.
+CLIP_FIT = FitConfig(lora=StageConfig(epochs=5, lr=2e-4, weight_decay=0.01), rank=16, lora_alpha=32, towers="both")
 
 
-class PaperConfig(RowsConfig):
+class PaperConfig(BaseConfig, RowsConfig):
     """Settings that all data sets of the papers share."""
 
     data: Path | None = None
     """Folder of the unpacked release (required)."""
     model: str = CLIP
-    """Locator of the base model."""
     template: str = "a photo of a {}."
-    """Prompt for each node."""
     text: Literal["live", "chunked", "sampled"] = "chunked"
     """How prompts become features while the text tower trains; ignored with --fit.towers vision, whose text is cached."""
-    size: int = Field(224, ge=32)
-    """Height and width of the decoded pictures in pixels."""
-    fit: ClipFit = ClipFit()
+    fit: FitConfig = CLIP_FIT
     save_every: int = Field(200, ge=1)
     """Steps between two checkpoints."""
 
@@ -262,26 +240,15 @@ class InaturalistConfig(PaperConfig):
     """How prompts become features while the text tower trains."""
 
 
-class ChestFit(ClipFit):
-    """Three epochs of LoRA."""
-
-    lora: StageConfig = StageConfig(epochs=3, lr=2e-4, batch_size=64, weight_decay=0.01)
-    """The LoRA layers, on the pictures."""
-
-
-class ChestConfig(RunConfig):
+class ChestConfig(BaseConfig):
     """ChestX-ray14 (Wang et al., 2017): 14 findings under a tree of our own, several to a picture."""
 
     out: Path = Path("runs/chest")
     data: Path | None = None
     """Folder of the release (required)."""
     model: str = CLIP
-    """Locator of the base model."""
     template: str = "a chest x-ray showing {}."
-    """Prompt for each node."""
-    size: int = Field(224, ge=32)
-    """Height and width of the decoded pictures in pixels."""
-    fit: ChestFit = ChestFit()
+    fit: FitConfig = CLIP_FIT.model_copy(update={"lora": CLIP_FIT.lora.model_copy(update={"epochs": 3})})
     loss: MultiLabelLoss = MultiLabelLoss()
     seed: int = Field(0, ge=0)
     """Seed of the order of the data and of the LoRA layers."""

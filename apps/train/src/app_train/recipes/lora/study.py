@@ -18,10 +18,9 @@ from app_data.store.sealed import read_sealed, write_sealed
 from app_eval.measure.cells import finished
 from app_eval.measure.paths import per_picture
 from app_eval.measure.results import save_outcome
-from app_train.core.config import config_hash
+from app_train.core.config import StageConfig, config_hash
 from app_train.core.errors import RunError
 from app_train.core.run_folder import Run
-from app_train.recipes.lora.heads import HeadFit
 from app_train.recipes.lora.settings import LITE0, StudyConfig
 from app_train.recipes.lora.study_data import CIFAR_SIZE, EMOJI_SIZE, StudyData, load_study_data
 from app_train.recipes.lora.study_plan import RATES, Trial, estimate, plan, tuning_plan
@@ -71,7 +70,7 @@ def _bank(config: StudyConfig, run: Run, names: list[str]) -> Bank:
     data = {name: load_study_data(name, base, config.data, config.cache_dir) for name in names}
     for name, chosen in data.items():
         _describe(config.out / name / "data.json", chosen)
-    return Bank(base, data, HeadFit(config.epochs, config.batch_size), run)
+    return Bank(base, data, StageConfig(epochs=config.epochs, batch_size=config.batch_size), run)
 
 
 def _describe(path: Path, data: StudyData) -> None:

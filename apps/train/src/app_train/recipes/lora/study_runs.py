@@ -19,7 +19,7 @@ from app_train.core.fit import fit
 from app_train.core.run_folder import Run
 from app_train.recipes.lora.classifiers import Features, OnTree, centred
 from app_train.recipes.lora.frozen import node_scores
-from app_train.recipes.lora.heads import HeadFit, TreeLoss, head_logits, head_state, set_head, start_head, train_head
+from app_train.recipes.lora.heads import TreeLoss, head_logits, head_state, set_head, start_head, train_head
 from app_train.recipes.lora.objective import Objective, stages
 from app_train.recipes.lora.retree import permute_parents, rewire
 from app_train.recipes.lora.settings import FitConfig, HeadsConfig
@@ -42,12 +42,16 @@ class Bank:
 
     base: nn.Module
     data: dict[str, StudyData]
-    head: HeadFit
+    head: StageConfig
     run: Run
 
     def __post_init__(self) -> None:
         self._models: dict[str, HierLoraCLIP] = {}
         self._fresh: dict[str, dict[str, Tensor]] = {}
+
+    def stage(self, rate: float) -> StageConfig:
+        """How a head is trained, at this rate."""
+        return self.head.model_copy(update={"lr": rate})
 
     def model(self, data: StudyData) -> HierLoraCLIP:
         """The zero-shot model over a data set's whole taxonomy, with a fresh head centred on its training pictures."""
@@ -129,7 +133,7 @@ def _head(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
         rows, counts = _long_tail(train, options["tail"], run.seed)
         train, facts["pictures per leaf"] = train.select(rows), counts
     loss = TreeLoss(run.loss, data.taxonomy, edges, consistency)
-    train_head(model, train.features, train.targets, loss, rate, bank.head, run.seed)
+    train_head(model, train.features, train.targets, loss, bank.stage(rate), run.seed)
     if "leaves" in options:
         facts["tree"] = data.taxonomy.to_json()
     return {"": (_scored(model, data), facts)}
@@ -203,7 +207,7 @@ def _update(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
     part = _moved(data.train, known, smaller.old_to_new, smaller.taxonomy, data)
     model = bank.new_model(smaller.taxonomy, data)
     start_head(model, part.features)
-    train_head(model, part.features, part.targets, TreeLoss(run.loss, smaller.taxonomy), rate, bank.head, run.seed)
+    train_head(model, part.features, part.targets, TreeLoss(run.loss, smaller.taxonomy), bank.stage(rate), run.seed)
     before = model.node_features.clone()
     words = {full.path_of(v): data.train.pictures.node_text[v] for v in range(full.num_nodes)}
     update = model.update_taxonomy(full, {p: w for p, w in words.items() if smaller.old_to_new[full.index(p)] < 0})
@@ -218,8 +222,8 @@ def _update(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
         rows, _ = take_shots(data.train.pictures, shots, run.seed)
         few = data.train.select(rows)
         # A third of the steps and of the rate: the head is near its place already.
-        short = replace(bank.head, epochs=max(1, bank.head.epochs // 3))
-        train_head(model, few.features, few.targets, TreeLoss(run.loss, full), rate / 3, short, run.seed)
+        short = bank.stage(rate / 3).model_copy(update={"epochs": max(1, bank.head.epochs // 3)})
+        train_head(model, few.features, few.targets, TreeLoss(run.loss, full), short, run.seed)
         found[f"shots-{shots}"] = (_scored(model, data), {**facts, "shots": shots})
     return found
 
@@ -229,7 +233,7 @@ def _towers(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
     rows, _ = take_shots(data.test.pictures, TOWERS_TEST_SHOTS, seed=0)
     test = data.test.pictures.select(rows)
     towers = run.options["towers"]
-    config = _towers_config(bank.head, towers, rate)
+    config = _towers_config(bank.stage(rate), towers)
     text = "cached" if towers in ("head", "vision") else "live"
     task = Task(
         bank.run,
@@ -254,6 +258,6 @@ def _towers(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
     return {"": (outcome(logits, test.targets, data.taxonomy, data.cuts), facts)}
 
 
-def _towers_config(head: HeadFit, towers: str, rate: float) -> FitConfig:
+def _towers_config(head: StageConfig, towers: str) -> FitConfig:
     stage = LORA_STAGE.model_copy(update={"epochs": 0}) if towers == "head" else LORA_STAGE
-    return FitConfig(head=head.stage(rate), lora=stage, towers="vision" if towers == "head" else towers)
+    return FitConfig(head=head, lora=stage, towers="vision" if towers == "head" else towers)

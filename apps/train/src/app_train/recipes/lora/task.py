@@ -199,8 +199,7 @@ def train_row(task: Task, name: str, loss: LossConfig, config: FitConfig, folder
     Returns:
         The content of its `result.json`; empty on all processes but the first.
     """
-    known = finished(folder, facts)
-    if known is not None:
+    if (known := finished(folder, facts)) is not None:
         return known
     if is_whole(folder / "adapter"):  # killed while scoring: the trained model is there, whole
         model = HierLoraCLIP.from_pretrained(folder / "adapter", copy.deepcopy(task.base).cpu())

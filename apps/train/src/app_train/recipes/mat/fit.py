@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app_train.core.config import StageConfig
 from app_train.core.schedule import Stage, Step, shuffled
 from app_train.recipes.mat.settings import MATFitConfig
 from mat_align import FeatureMATModel, MATObjective
@@ -53,13 +52,7 @@ def feature_stage(
             weight_decay=config.weight_decay,
         )
 
-    settings = StageConfig(
-        epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, weight_decay=config.weight_decay,
-        warmup=config.warmup,
-    )  # fmt: skip
-    stage = Stage(
-        "features", settings, len(features), forward, optimizer=optimizer, order=shuffled(len(features), seed)
-    )
+    stage = Stage("features", config, len(features), forward, optimizer=optimizer, order=shuffled(len(features), seed))
     return replace(
         stage, draw=draw, after_step=model.head.clamp_, clip_grad=config.clip_grad, save_every=5 * stage.per_epoch
     )

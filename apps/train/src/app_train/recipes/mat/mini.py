@@ -12,6 +12,7 @@ twenty steps of one to two seconds, and the scoring of 3,412 pictures.
 
 import copy
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 from app_data.read.pictures import PictureSet
 from app_data.sets.cifar100 import StoredTree
 from app_data.sets.emoji import load_emoji
-from app_data.store.atomic import write_json
 from app_data.store.sealed import is_whole, new_sealed_folder
 from app_eval.measure.cells import finished
 from app_eval.measure.embed import neighbour_logits
@@ -30,7 +30,7 @@ from app_train.core.records import read_records
 from app_train.core.run_folder import Run
 from app_train.recipes.lora.task import cuts_for
 from app_train.recipes.mat.data import TEST_ARTIST, TRAIN_ARTISTS
-from app_train.recipes.mat.results import CONTROLS, folder_name, geometry, store, summarise, table
+from app_train.recipes.mat.results import CONTROLS, conclude, folder_name, geometry, store, summarise, table
 from app_train.recipes.mat.rows import VARIANTS, Row
 from app_train.recipes.mat.settings import MATMiniConfig
 from app_train.recipes.mat.tune import build_model, encode, encode_labels, load_clip, score, train_prompts
@@ -55,85 +55,64 @@ def run(config: MATMiniConfig) -> dict:
         if (known := run.result()) is not None:
             print(table(known))  # noqa: T201
             return known
-        results: dict[str, list[dict]] = {}
-        for name, places in folders.items():
-            results[name] = []
-            for seed, folder in enumerate(places):
-                facts = run.facts(name, seed)
-                known = finished(folder, facts)
-                if known is None and name in CONTROLS:
-                    known = _control(clip, name, train, test, stored, folder, facts)
-                elif known is None:
-                    known = _train(clip, config, name, train, test, stored, folder, facts, run)
-                results[name].append(known)
-        content = run.finish(
-            {
-                "study": "main",
-                "shots": len(set(train.styles)),
-                "tower": f"mini-{config.method}",
-                "fingerprint": run.data,
-                "num_train": len(train),
-                "seeds": config.seeds,
-                "size": size,
-                "settings": config.settings(0).model_dump(),
-                **summarise(results, folders, test, stored.cuts),
-                "data": "emoji",
-            }
-        )
-        write_json(config.out / "result-main.json", content)
-        run.seal()
-    print(table(content))  # noqa: T201
-    print(f"\nresult: {config.out / 'result-main.json'}")  # noqa: T201
-    return content
+        work = _Work(config, run, clip, train, test, stored)
+        results = {
+            n: [work.row(n, seed, folder) for seed, folder in enumerate(places)] for n, places in folders.items()
+        }
+        facts = {
+            "shots": len(set(train.styles)), "tower": f"mini-{config.method}", "num_train": len(train), "size": size,
+            "settings": config.settings(0).model_dump(), **summarise(results, folders, test, stored.cuts), "data": "emoji",
+        }  # fmt: skip
+        return conclude(run, "main", facts)
 
 
-def _control(
-    clip: torch.nn.Module,
-    name: str,
-    train: PictureSet,
-    test: PictureSet,
-    stored: StoredTree,
-    folder: Path,
-    facts: dict,
-) -> dict:
-    plain = MATModel(clip, None, VANILLA).eval()
-    seen, new = _tokens(plain, train, test)
-    if name == "zero-shot":
-        logits = score(plain, new, encode_labels(plain, stored.node_text))
-    else:
-        logits = neighbour_logits(seen[:, -1], torch.from_numpy(train.targets), new[:, -1], stored.taxonomy)
-    return store(folder, logits, test, stored.cuts, facts)
+@dataclass(frozen=True)
+class _Work:
+    """What all rows share."""
 
+    config: MATMiniConfig
+    run: Run
+    clip: torch.nn.Module
+    train: PictureSet
+    test: PictureSet
+    stored: StoredTree
 
-def _train(
-    clip: torch.nn.Module,
-    config: MATMiniConfig,
-    name: str,
-    train: PictureSet,
-    test: PictureSet,
-    stored: StoredTree,
-    folder: Path,
-    facts: dict,
-    run: Run,
-) -> dict:
-    settings, saved = config.settings(facts["seed"]), folder / "model"
-    if is_whole(saved):  # killed while scoring: the trained prompts are there, whole
-        model = MATModel.from_pretrained(saved, clip)
-    else:
-        model = build_model(settings, clip, Row(VARIANTS[name]))
-        train_prompts(model, settings, train, stored, run, folder)
-        with new_sealed_folder(saved, [folder / "metrics.jsonl"]) as target:
-            model.save_pretrained(target)
-    model.eval()
-    facts["num_trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    _, new = _tokens(model, train, test)
-    text = encode_labels(model, stored.node_text)
-    objective = MATObjective(stored.taxonomy, names=stored.node_text)
-    exact, target = copy.deepcopy(model).double(), torch.from_numpy(test.targets)
-    facts |= geometry(exact, objective, new.double(), text.double(), target, read_records(folder / "metrics.jsonl"))
-    result = store(folder, score(model, new, text), test, stored.cuts, facts)
-    remove_checkpoints(folder)
-    return result
+    def row(self, name: str, seed: int, folder: Path) -> dict:
+        """The content of a row's `result.json`; a finished row is read back."""
+        facts = self.run.facts(name, seed)
+        if (known := finished(folder, facts)) is not None:
+            return known
+        return self._control(name, folder, facts) if name in CONTROLS else self._trained(name, folder, facts)
+
+    def _control(self, name: str, folder: Path, facts: dict) -> dict:
+        stored = self.stored
+        plain = MATModel(self.clip, None, VANILLA).eval()
+        seen, new = _tokens(plain, self.train, self.test)
+        if name == "zero-shot":
+            logits = score(plain, new, encode_labels(plain, stored.node_text))
+        else:
+            logits = neighbour_logits(seen[:, -1], torch.from_numpy(self.train.targets), new[:, -1], stored.taxonomy)
+        return store(folder, logits, self.test, stored.cuts, facts)
+
+    def _trained(self, name: str, folder: Path, facts: dict) -> dict:
+        settings, stored, saved = self.config.settings(facts["seed"]), self.stored, folder / "model"
+        if is_whole(saved):  # killed while scoring: the trained prompts are there, whole
+            model = MATModel.from_pretrained(saved, self.clip)
+        else:
+            model = build_model(settings, self.clip, Row(VARIANTS[name]))
+            train_prompts(model, settings, self.train, stored, self.run, folder)
+            with new_sealed_folder(saved, [folder / "metrics.jsonl"]) as target:
+                model.save_pretrained(target)
+        model.eval()
+        facts["num_trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        _, new = _tokens(model, self.train, self.test)
+        text = encode_labels(model, stored.node_text)
+        objective = MATObjective(stored.taxonomy, names=stored.node_text)
+        exact, target = copy.deepcopy(model).double(), torch.from_numpy(self.test.targets)
+        facts |= geometry(exact, objective, new.double(), text.double(), target, read_records(folder / "metrics.jsonl"))
+        result = store(folder, score(model, new, text), self.test, stored.cuts, facts)
+        remove_checkpoints(folder)
+        return result
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ from app_data.store.atomic import new_file, write_json, write_text
 from app_data.weights.dual_encoder import Lite0MiniLM
 from app_data.weights.towers import LITE0_WIDTHS
 from app_train.core.checkpoint import remove_checkpoints
-from app_train.core.config import StageConfig
 from app_train.core.fit import fit
 from app_train.core.records import read_records
 from app_train.core.run_folder import Run
@@ -174,12 +173,8 @@ def distil_stage(
     def clamp() -> None:
         model.clip.logit_scale.clamp_(0, _MOST_SCALE)
 
-    settings = StageConfig(
-        epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, weight_decay=config.weight_decay,
-        warmup=config.warmup,
-    )  # fmt: skip
     stage = Stage(
-        "distil", settings, len(np.unique(pictures.targets)), forward,
+        "distil", config, len(np.unique(pictures.targets)), forward,
         order=lambda epoch: epoch_pictures(pictures.targets, config.seed, epoch),
         after_step=clamp, clip_grad=config.clip_grad,
     )  # fmt: skip

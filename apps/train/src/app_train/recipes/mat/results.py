@@ -8,10 +8,11 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from app_data.read.pictures import PictureSet
-from app_data.store.atomic import new_file
+from app_data.store.atomic import new_file, write_json
 from app_data.store.sealed import write_sealed
 from app_eval.measure.cells import differences, means
 from app_eval.measure.tree_scores import SCORES, TITLES, tree_scores
+from app_train.core.run_folder import Run
 from hier_losses.metrics import mta_majority_baseline
 from hier_losses.treecuts import TreeCuts
 from mat_align import FeatureMATModel, MATModel, MATObjective, fraction_met
@@ -115,6 +116,16 @@ def _row(results: list[dict], own: list[dict], every: dict[str, list[dict]], mor
         if other in every:
             summary[f"against {other}"] = {s: v.as_json() for s, v in differences(own, every[other], SCORES).items()}
     return summary | {name: [r[name] for r in results] for name in (*_KEPT, *more) if name in results[0]}
+
+
+def conclude(run: Run, study: str, facts: dict) -> dict:
+    """Write the result under its own name and that of the study, seal the run, and print the table."""
+    content = run.finish({"study": study, "fingerprint": run.data, "seeds": run.config.seeds, **facts})
+    path = run.out / f"result-{study}.json"
+    write_json(path, content)
+    run.seal()
+    print(f"{table(content)}\n\nresult: {path}")  # noqa: T201
+    return content
 
 
 def table(content: dict) -> str:

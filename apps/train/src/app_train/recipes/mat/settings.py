@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field
 from tyro.constructors import PrimitiveConstructorSpec
 
-from app_train.core.config import Frozen, RunConfig
+from app_train.core.config import Frozen, RunConfig, StageConfig
 from app_train.core.errors import RunError
 from app_train.recipes.mat.published import DATA, SHOTS, PublishedConfig
 
@@ -24,7 +24,7 @@ Intermediate = Literal[
 MINI_DEPTH = 3
 
 
-class MATFitConfig(Frozen):
+class MATFitConfig(StageConfig):
     """AdamW on cached features, a cosine from `lr` to 0 after a linear warm-up."""
 
     epochs: int = Field(20, ge=1)
@@ -32,8 +32,6 @@ class MATFitConfig(Frozen):
     lr: float = Field(1e-3, gt=0)
     curvature_lr: float = Field(1e-2, gt=0)
     """Rate of the curvatures, the radii and the logit scale."""
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
     clip_grad: float = Field(1.0, gt=0)
     node_weight: float = Field(0.5, ge=0)
     entail_weight: float = Field(0.5, ge=0)
@@ -209,7 +207,7 @@ class MATMiniConfig(RunConfig):
         )  # fmt: skip
 
 
-class MiniClipConfig(RunConfig):
+class MiniClipConfig(StageConfig, RunConfig):
     """Train a small CLIP on emoji of the training artists."""
 
     out: Path = Path("runs/mini-clip")
@@ -218,7 +216,6 @@ class MiniClipConfig(RunConfig):
     batch_size: int = Field(128, ge=2)
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.05, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
     clip_grad: float = Field(1.0, gt=0)
     image_weight: float = Field(1.0, ge=0)
     """Weight of following EfficientNet-Lite0."""

@@ -50,7 +50,7 @@ from app_train.recipes.mat.data import (
     row_depths,
 )
 from app_train.recipes.mat.fit import feature_stage
-from app_train.recipes.mat.results import CONTROLS, folder_name, geometry, store, summarise, table
+from app_train.recipes.mat.results import CONTROLS, conclude, folder_name, geometry, store, summarise, table
 from app_train.recipes.mat.rows import VARIANTS, Row, chosen_rows, study_rows, trained_as
 from app_train.recipes.mat.second_tree import SecondTree, second_scores, second_tree, without_tree
 from app_train.recipes.mat.settings import MATConfig, MATFitConfig
@@ -127,25 +127,19 @@ def _compare(shared: Shared) -> dict:
             else train_row(shared, rows[name], folder, seed, homes[name])
             for seed, folder in enumerate(places)
         ]
-    content = run.finish(
-        {
-            "study": config.study,
-            "shots": config.shots if config.data != "emoji" else len(set(pictures.train.styles)),
-            "tower": config.tower,
-            "fingerprint": run.data,
-            "num_train": len(pictures.train),
-            "seeds": config.seeds,
-            "size": config.size,
-            "settings": config.fit.model_dump(),
-            **summarise(results, folders, pictures.test, pictures.cuts, ("second",) if config.study == "cross" else ()),
-            "data": config.data,
-        }
-    )
-    write_json(config.out / f"result-{config.study}.json", content)
-    run.seal()
-    print(table(content))  # noqa: T201
-    print(f"\nresult: {config.out / f'result-{config.study}.json'}")  # noqa: T201
-    return content
+    facts = {
+        "shots": _shots(shared), "tower": config.tower, "num_train": len(pictures.train), "size": config.size,
+        "settings": config.fit.model_dump(),
+        **summarise(results, folders, pictures.test, pictures.cuts, ("second",) if config.study == "cross" else ()),
+        "data": config.data,
+    }  # fmt: skip
+    return conclude(run, config.study, facts)
+
+
+def _shots(shared: Shared) -> int:
+    """Pictures of a class; of emoji the training styles."""
+    config = shared.config
+    return config.shots if config.data != "emoji" else len(set(shared.pictures.train.styles))
 
 
 def _facts(shared: Shared, name: str, seed: int, row: Row | None) -> dict:
@@ -154,8 +148,7 @@ def _facts(shared: Shared, name: str, seed: int, row: Row | None) -> dict:
 
 def _control(shared: Shared, name: str, folder: Path) -> dict:
     facts = _facts(shared, name, 0, None)
-    known = finished(folder, facts)
-    if known is not None:
+    if (known := finished(folder, facts)) is not None:
         return known
     features, pictures, fit_config = shared.features, shared.pictures, shared.config.fit
     tax = pictures.test.taxonomy
@@ -171,8 +164,7 @@ def _control(shared: Shared, name: str, folder: Path) -> dict:
 def _fitted(shared: Shared, name: str, folder: Path, seed: int) -> dict:
     """A classifier of hier-lora on the features of the last depth: no text, no attention, no manifold."""
     facts = _facts(shared, name, seed, None)
-    known = finished(folder, facts)
-    if known is not None:
+    if (known := finished(folder, facts)) is not None:
         return known
     pictures, features, fit_config = shared.pictures, shared.features, shared.config.fit
     train, test = features.neighbour_train, features.neighbour_test
@@ -270,16 +262,8 @@ def _tune(shared: Shared) -> dict:
             for name in TUNED
         }  # fmt: skip
     best = max(trials, key=lambda lr: np.mean([v for row in trials[lr].values() for v in row.values()]))
-    content = shared.run.finish(
-        {
-            "study": "tuning",
-            "tower": config.tower,
-            "shots": config.shots if config.data != "emoji" else len(set(shared.pictures.train.styles)),
-            "trials": trials,
-            "chosen": best,
-            "data": config.data,
-        }
-    )
+    facts = {"study": "tuning", "tower": config.tower, "shots": _shots(shared), "trials": trials, "chosen": best}
+    content = shared.run.finish({**facts, "data": config.data})
     write_json(config.out / "result-tuning.json", content)
     print(f"chosen rate: {best}; all trials: {config.out / 'result-tuning.json'}")  # noqa: T201
     return content

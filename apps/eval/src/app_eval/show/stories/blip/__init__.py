@@ -14,121 +14,7 @@ from app_eval.measure.interval import Interval, over_seeds, paired_difference, r
 from app_eval.show.commands import read_json
 from app_eval.show.page import FIRST_ROWS, Claim, Claims, Column, Figure, Page, Row, Section, Table
 from app_eval.show.stories import EMOJI_CREDIT
-
-ROWS = {
-    "euclidean": "Euclidean BLIP-2 (control)",
-    "cosine": "hyperbolic cosine + RQS + RTP (the paper's)",
-    "lorentz": "Lorentz distance + RQS + RTP",
-    "poincare": "Poincare distance + RQS + RTP",
-    "mix": "cosine to Lorentz distance + RQS + RTP",
-    "lorentz_max": "Lorentz distance + RTP",
-    "lorentz_whole": "Lorentz distance + RQS",
-    "lorentz_plain": "Lorentz distance alone",
-}
-FIRST = ("euclidean", "cosine", "lorentz_plain", "lorentz", "poincare")
-# What needs no training of a BLIP-2, the strongest first.
-CONTROLS = {
-    "ridge": "ridge regression on the captions as classes, same features",
-    "start": "Euclidean BLIP-2 before its first step",
-    "neighbour": "nearest training picture, same features",
-}
-GUESS = "guessing"
-SPOKEN = {
-    "euclidean": "Euclidean BLIP-2 finds the text",
-    "cosine": "the paper's hyperbolic cosine",
-    "lorentz_plain": "the Lorentz distance alone",
-    "lorentz": "the Lorentz distance with RQS and RTP",
-}
-ARTIST = "twemoji"
-LATER = {"size": 128, "width": 256, "text": "qformer", "pool": 1, "views": 1}
-# Diagnostics of stage 1, by their name in the records.
-DIAGNOSTICS = {
-    "radius_image_mean": "radius, pictures", "radius_text_mean": "radius, texts", "clipped_image": "clipped, pictures",
-    "clipped_text": "clipped, texts", "query_entropy": "query entropy / ln Q", "query_cosine": "cosine between queries",
-    "tau": "temperature", "c": "curvature",
-}  # fmt: skip
-# Steps over which the matching loss is averaged; the loss of a head that always says "one in three".
-LAST_STEPS, CONSTANT_LOSS = 20, math.log(3) - 2 / 3 * math.log(2)
-START = {
-    "pairs": "towers tied by least squares at the start",
-    "linear": "linear least-squares start",
-    "fresh": "fresh start",
-}
-TEXT, PICTURE, GROUP = "retrieval/itc/txt_r1", "retrieval/itc/img_r1", "retrieval/levels/group/txt_r1"
-KINDS = (("text", "txt"), ("picture", "img"))
-LENGTH, ERROR = "radius/caption_length/spearman", "radius/scores/radius/error_auroc"
-# Title of a table, what it needs, its note, and (title, where) of its columns; "answers" are those after re-ranking, if there was any.
-TABLES = (
-    ("Retrieval", "retrieval", "In percent; of the subgroup and the group any text counts.",
-     [*((f"{what} in the first {k}", f"retrieval/answers/{name}_r{k}") for what, name in KINDS for k in (1, 5, 10)),
-      ("subgroup of the first text", "retrieval/levels/subgroup/txt_r1"), ("group of the first text", GROUP),
-      ("first text, contrastive alone", TEXT), ("first picture, contrastive alone", PICTURE)]),
-    ("The matching head", "start",
-     "How often it puts the own text above a wrong candidate, among the candidates that the contrastive similarity finds (0.5 is chance); "
-     "first answers by the contrastive similarity at the least-squares start, after training and after re-ranking.",
-     [("own text above a wrong one", "retrieval/matching"), ("first text, start", "start/itc/txt_r1"), ("trained", TEXT),
-      ("re-ranked", "retrieval/itm/txt_r1"), ("first picture, start", "start/itc/img_r1"), ("trained", PICTURE),
-      ("re-ranked", "retrieval/itm/img_r1")]),
-    ("Ranked by the cosine of the same features", "retrieval",
-     "In percent, by the contrastive similarity. A text that is the first answer of many pictures is a hub: for a distance, texts of small "
-     "radius are near to everything.",
-     [("first text", TEXT), ("by cosine", "retrieval/cosine/txt_r1"), ("first picture", PICTURE), ("by cosine", "retrieval/cosine/img_r1"),
-      ("commonest first answer, share", "retrieval/commonest_answer")]),
-    ("Photographs of COCO, never seen in training", "coco_mini", "In percent.",
-     [(f"{what} in the first {k}", f"coco_mini/answers/{name}_r{k}") for what, name in KINDS for k in (1, 5)]),
-    ("Captions", "captions",
-     "Only what comes after the given prompt is scored. Four in five references have fewer than four words then: BLEU-2 stands in "
-     "the place of BLEU-4. The same pictures get three other captions: what was said of another picture, one caption for all, and that of "
-     "the nearest training picture.",
-     [("BLEU-2", "captions/bleu_2"), ("ROUGE-L", "captions/rouge_l"), ("CIDEr", "captions/cider"),
-      *((f"{score}, {title}", f"captions/controls/{name}/{key}") for name, title in
-        (("other", "other picture"), ("constant", "constant"), ("neighbour", "nearest picture"))
-        for score, key in (("BLEU-2", "bleu_2"), ("CIDEr", "cider"))),
-      ("exactly right, share", "captions/exact"), ("different captions, share", "captions/distinct")]),
-    ("The radius", "radius",
-     "Rank correlations of the radius (of texts with their length, of pictures with a crop or blur); how well a small "
-     "radius tells wrong first answers (0.5 is noise); area under risk against coverage (lower is better); straightness of recall over ten "
-     "bins of the radius (1 is a rising line); shares of texts nearer to the origin than their picture, and of group words nearer than "
-     "their text. In the Euclidean row the radius is a monotone function of the Euclidean norm: it is the control.",
-     [("with caption length", LENGTH), ("with crop", "radius/crop/spearman"), ("with blur", "radius/blur/spearman"),
-      ("tells errors", ERROR), ("risk", "radius/scores/radius/aurc"), ("risk, random", "radius/scores/random/aurc"),
-      ("risk, largest softmax", "radius/scores/largest softmax/aurc"),
-      ("straightness", "radius/scores/radius/minus_s_r2"), ("straightness, largest softmax", "radius/scores/largest softmax/minus_s_r2"),
-      ("text below picture", "radius/text_below_image"), ("group word below text", "radius/group_word_below_caption")]),
-    ("At the last step", "diagnostics", "", [(title, f"diagnostics/{key}") for key, title in DIAGNOSTICS.items()]),
-)  # fmt: skip
-# (claim, row, its number, other row, its number); without another row the number itself is judged.
-CLAIMS = (
-    ("hyperbolic cosine against Euclidean, first text right, %", "cosine", TEXT, "euclidean", TEXT),
-    ("Lorentz distance alone against Euclidean, first text right, %", "lorentz_plain", TEXT, "euclidean", TEXT),
-    ("Lorentz distance + RQS + RTP against Euclidean, first text right, %", "lorentz", TEXT, "euclidean", TEXT),
-    ("the same, group of the first text right, %", "lorentz", GROUP, "euclidean", GROUP),
-    ("Lorentz features ranked by cosine against by distance, first text right, %", "lorentz", "retrieval/cosine/txt_r1", "lorentz", TEXT),
-    ("Lorentz distance alone: its features ranked by cosine against by distance, first text right, %", "lorentz_plain",
-     "retrieval/cosine/txt_r1", "lorentz_plain", TEXT),
-    ("Euclidean against its least-squares start, first text right, %", "euclidean", TEXT, "euclidean", "start/itc/txt_r1"),
-    ("Euclidean against ridge regression on the same features, first text right, %", "euclidean", TEXT, "euclidean",
-     "controls/ridge/itc/txt_r1"),
-    ("RQS added to Lorentz + RTP, first text right, %", "lorentz", TEXT, "lorentz_max", TEXT),
-    ("RTP added to Lorentz + RQS, first text right, %", "lorentz", TEXT, "lorentz_whole", TEXT),
-    ("RQS and RTP added to Lorentz, correlation of radius and caption length", "lorentz", LENGTH, "lorentz_plain", LENGTH),
-    ("radius of Lorentz against Euclidean, telling wrong first answers", "lorentz", ERROR, "euclidean", ERROR),
-    ("correlation of a picture's radius with the share that a crop keeps, Lorentz", "lorentz", "radius/crop/spearman", "", ""),
-    ("correlation of a picture's radius with blur, Lorentz (lower is better)", "lorentz", "radius/blur/spearman", "", ""),
-    ("re-ranking by the matching head, Euclidean, first text right, %", "euclidean", "retrieval/itm/txt_r1", "euclidean", TEXT),
-    ("matching head of Euclidean: own text above a wrong candidate, share beyond one half", "euclidean", "retrieval/matching", "half", ""),
-    *((f"captions of Euclidean against {title}, CIDEr", "euclidean", "captions/cider", "euclidean", f"captions/controls/{name}/cider")
-      for name, title in (("other", "captions of other pictures"), ("constant", "one caption for all"),
-                          ("neighbour", "that of the nearest training picture"))),
-)  # fmt: skip
-TERMS = {
-    "RQS": "random query selection: one query at random in place of the best",
-    "RTP": "random text pruning: captions are cut short at random",
-    "CIDEr": "agreement of word sequences, rare ones counting more",
-    "BLEU-4": "precision of word sequences up to four",
-    "ROUGE-L": "longest common word sequence",
-    "COCO": "Common Objects in Context",
-}
+from app_eval.show.stories.blip import plan
 
 
 def collect(sources: Sequence[Path]) -> dict[str, dict]:
@@ -153,8 +39,9 @@ def _read(source: Path) -> list[dict]:
         for row, found in rows.items():
             records = source / f"seed-{seed}" / row / "train-1" / "metrics.jsonl"
             if records.exists():
-                lines = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()[-LAST_STEPS:]]
-                found["diagnostics"] = {key: lines[-1][key] for key in DIAGNOSTICS}
+                text = records.read_text(encoding="utf-8").splitlines()
+                lines = [json.loads(line) for line in text[-plan.LAST_STEPS :]]
+                found["diagnostics"] = {key: lines[-1][key] for key in plan.DIAGNOSTICS}
                 found["diagnostics"]["loss/itm"] = statistics.fmean(line["loss/itm"] for line in lines)
     return [{"settings": settings, "result": result}]
 
@@ -166,17 +53,13 @@ def tell(content: Mapping[str, dict]) -> Page:
     runs, num = first["runs"], first["n"]
     # Claims of studies from another start stand beside their tables: the page stays short.
     here = [study for study in studies if study["settings"]["config"].get("start") == config.get("start")]
-    rows = [row for row in FIRST if row in runs[0]]
+    rows = [row for row in plan.FIRST if row in runs[0]]
     known = {**first.get("controls", {}), **({"start": None} if runs[0].get("euclidean", {}).get("start") else {})}
-    controls = [name for name in CONTROLS if name in known]
-    listed = rows if controls else FIRST
-    shown = [
-        ("first text right, %", TEXT),
-        ("first picture right, %", PICTURE),
-        ("group of the first text right, %", GROUP),
-    ]
-    right = {row: f"{statistics.fmean(_numbers(runs, row, TEXT)):.1f} %" for row in rows}
-    said = [f"{name} for {right[row]}" for row, name in SPOKEN.items() if row in rows]
+    controls = [name for name in plan.CONTROLS if name in known]
+    listed = rows if controls else plan.FIRST
+    shown = list(plan.SHOWN.items())
+    right = {row: f"{statistics.fmean(_numbers(runs, row, plan.TEXT)):.1f} %" for row in rows}
+    said = [f"{name} for {right[row]}" for row, name in plan.SPOKEN.items() if row in rows]
     if "ridge" in controls:
         said.append(f"ridge regression on the same features for {_get(known['ridge'], 'itc/txt_r1'):.1f} %")
     values = {r: tuple(over_seeds(_numbers(runs, r, where)) for _, where in shown) for r in rows}
@@ -186,27 +69,28 @@ def tell(content: Mapping[str, dict]) -> Page:
     if "start" in controls:
         places = [where.replace("retrieval/", "start/", 1) for _, where in shown]
         values["start"] = tuple(over_seeds(_numbers(runs, "euclidean", where)) for where in places)
-    last = [*(Row(CONTROLS[name], values[name]) for name in controls), Row(GUESS, (100 / num, 100 / num, None))]
+    last = [Row(plan.CONTROLS[name], values[name]) for name in controls]
+    last.append(Row(plan.GUESS, (100 / num, 100 / num, None)))
     return Page(
         title="hyper-blip: a small BLIP-2 on emoji",
         outcome=f"Given a picture by an artist never seen, {_list(said)} of the pictures: that often the first of {num} texts is right.",
         figure=Figure(
             f"first answers that are right, {_title(studies[0])}",
-            tuple((title, {ROWS[r]: values[r][i] for r in rows}) for i, (title, _) in enumerate(shown)),
+            tuple((title, {plan.ROWS[r]: values[r][i] for r in rows}) for i, (title, _) in enumerate(shown)),
         ),
         table=Table(
             tuple(Column(title, 1) for title, _ in shown),
-            (*(Row(ROWS[r], values.get(r, ()), _command(studies[0], [r])) for r in listed), *last)[:FIRST_ROWS],
+            (*(Row(plan.ROWS[r], values.get(r, ()), _command(studies[0], [r])) for r in listed), *last)[:FIRST_ROWS],
             first=_title(studies[0]),
             note=f"Means over {first['seeds']} seeds, by the contrastive similarity; brackets are 95 % intervals over seeds (Student's t).",
         ),
-        control=CONTROLS[controls[0]] if controls else ROWS["euclidean"],
+        control=plan.CONTROLS[controls[0]] if controls else plan.ROWS["euclidean"],
         body=(_setting(config), *(_judged(study, study is studies[0]) for study in here), _not_run(studies)),
         tables=tuple(
             section for number, study in enumerate(studies) for section in _tables(study, number + 1, study not in here)
         ),
         commands=(_command(studies[0]), "hier page blip RUN... docs/results/hyper-blip.md"),
-        terms=TERMS,
+        terms=plan.TERMS,
         credits=(EMOJI_CREDIT,),
     )  # fmt: skip
 
@@ -237,8 +121,8 @@ def _title(study: Mapping) -> str:
     losses = "stage 1 in full" if {"itc", "itm", "lm"} <= set(config["losses"]) else "contrastive loss alone"
     if config.get("match", {}).get("epochs"):
         losses = "contrastive loss first, matching last"
-    tested = f"; tested on {config['test_artist']}" if config.get("test_artist", ARTIST) != ARTIST else ""
-    start = START[config.get("start", "fresh")]
+    tested = f"; tested on {config['test_artist']}" if config.get("test_artist", plan.ARTIST) != plan.ARTIST else ""
+    start = plan.START[config.get("start", "fresh")]
     return f"{losses}{', then captions' if config['stage2']['epochs'] and config.get('captioned', True) else ''}; {start}{tested}"
 
 
@@ -254,23 +138,23 @@ def _command(study: Mapping, rows: Sequence[str] = ()) -> str:
     words |= {f"{s}.{key}": config[s][key] for s in stages for key in ("epochs", "batch_size", "lr")}
     words |= {key: config[key] for key in ("num_layers", "num_queries", "max_tokens", "num_captions", "k_test")}
     # Settings that runs before them do not have, where they are not the defaults.
-    words |= {key: config[key] for key, default in LATER.items() if config.get(key, default) != default}
+    words |= {key: config[key] for key, default in plan.LATER.items() if config.get(key, default) != default}
     if (pictures := config["stage2"].get("pictures")) is not None:
         words["stage2.pictures"] = pictures
     words |= {f"temperature.{k}": v for k, v in config.get("temperature", {}).items() if v not in (None, 0.07)}
-    if "captioned" in config and set(config["captioned"]) != set(ROWS):
+    if "captioned" in config and set(config["captioned"]) != set(plan.ROWS):
         words["captioned"] = " ".join(config["captioned"])
     if config.get("radius") is False:
         words["no-radius"] = ""
-    if config.get("test_artist", ARTIST) != ARTIST:
+    if config.get("test_artist", plan.ARTIST) != plan.ARTIST:
         words |= {"artists": " ".join(config["artists"]), "test_artist": config["test_artist"]}
     words |= {"coco_mini": "FILE"} if "coco_mini" in next(iter(result["runs"][0].values())) else {}
     return "hier train blip-mini " + " ".join(f"--{k.replace('_', '-')} {v}".strip() for k, v in words.items())
 
 
 def _setting(config: Mapping) -> Section:
-    size, pool, views = (config.get(key, LATER[key]) for key in ("size", "pool", "views"))
-    width, reader = config.get("width", LATER["width"]), config.get("text", LATER["text"])
+    size, pool, views = (config.get(key, plan.LATER[key]) for key in ("size", "pool", "views"))
+    width, reader = config.get("width", plan.LATER["width"]), config.get("text", plan.LATER["text"])
     seen = f"{size} pixels" + (f", {pool} x {pool} places to a token" if pool > 1 else "")
     seen += f", {views} views of each" if views > 1 else ""
     lines = [
@@ -306,17 +190,12 @@ def _judged(study: Mapping, whole: bool = True) -> Section:
     known = {"controls": result.get("controls", {})}
     runs = [{"half": {}} | {row: {**found, **known} for row, found in seed.items()} for seed in runs]
     claims = []
-    for text, ours, where, other, place in CLAIMS:
+    for text, ours, where, other, place in plan.CLAIMS:
         items = seeds = None
         if {ours, other or ours} <= runs[0].keys():
             values = _numbers(runs, ours, where)
-            rest = (
-                [0.5] * len(values)
-                if other == "half"
-                else _numbers(runs, other, place)
-                if other
-                else [0.0] * len(values)
-            )
+            constant = {"half": 0.5, "": 0.0}.get(other)
+            rest = _numbers(runs, other, place) if constant is None else [constant] * len(values)
             differences = [a - b for a, b in zip(values, rest, strict=True)]
             items = _over_pictures([seed[ours] for seed in runs], place)
             # A place that no seed has was not measured; one that some seed lacks is undefined.
@@ -326,9 +205,9 @@ def _judged(study: Mapping, whole: bool = True) -> Section:
     runs = result["runs"]
     plain = "euclidean" if "euclidean" in runs[0] else next(iter(runs[0]))
     premise = Claim(
-        f"{ROWS[plain]} against guessing, first text right",
+        f"{plan.ROWS[plain]} against guessing, first text right",
         None,
-        over_seeds([x - guess for x in _numbers(runs, plain, TEXT)]),
+        over_seeds([x - guess for x in _numbers(runs, plain, plan.TEXT)]),
     )
     return Section(_title(study).capitalize(), (Claims(tuple(claims), premise=premise), *_warnings(runs)))
 
@@ -352,17 +231,16 @@ def _warnings(runs: Sequence[Mapping]) -> list[str]:
     if losses := [one["diagnostics"]["loss/itm"] for one in found]:
         mean = statistics.fmean(losses)
         said.append(
-            ("The matching head saw few steps: its" if mean > 0.98 * CONSTANT_LOSS else "The matching head's")
-            + f" loss over the last {LAST_STEPS} is {mean:.3f}, and a constant has {CONSTANT_LOSS:.3f}."
+            ("The matching head saw few steps: its" if mean > 0.98 * plan.CONSTANT_LOSS else "The matching head's")
+            + f" loss over the last {plan.LAST_STEPS} is {mean:.3f}, and a constant has {plan.CONSTANT_LOSS:.3f}."
         )
-    clipped = [ROWS[row] for row in rows if min(_numbers(runs, row, "diagnostics/clipped_text")) > 0.5]
+    clipped = [plan.ROWS[row] for row in rows if min(_numbers(runs, row, "diagnostics/clipped_text")) > 0.5]
     if clipped:
         said.append(
             f"In training, more than half of the texts sit at the largest radius in: {'; '.join(clipped)}. There the radius was not "
-            f"trained, and "
-            "distances are distances to one sphere."
+            "trained, and distances are distances to one sphere."
         )
-    same = [ROWS[row] for row in rows if statistics.fmean(_numbers(runs, row, "captions/distinct")) < 0.5]
+    same = [plan.ROWS[row] for row in rows if statistics.fmean(_numbers(runs, row, "captions/distinct")) < 0.5]
     if same:
         said.append(
             f"The captions hardly depend on the picture (fewer than half of them differ) in: {'; '.join(same)}."
@@ -373,7 +251,7 @@ def _warnings(runs: Sequence[Mapping]) -> list[str]:
 def _not_run(studies: Sequence[Mapping]) -> Section:
     lines = []
     for study in studies:
-        absent = [title for row, title in ROWS.items() if row not in study["result"]["runs"][0]]
+        absent = [title for row, title in plan.ROWS.items() if row not in study["result"]["runs"][0]]
         lines.append(f"{_title(study)}: {'; '.join(absent) or 'nothing of the planned rows'}")
         row = next(iter(study["result"]["runs"][0].values()))
         if "samples" in row and "captions" not in row:
@@ -394,29 +272,23 @@ def _not_run(studies: Sequence[Mapping]) -> Section:
 
 def _tables(study: Mapping, number: int, claims: bool = False) -> list[Section]:
     runs, sections = study["result"]["runs"], []
-    absent = [row for row in ROWS if row not in runs[0]]
-    for title, needs, note, columns in TABLES:
+    absent = [row for row in plan.ROWS if row not in runs[0]]
+    for title, needs, note, columns in plan.TABLES:
         heads = tuple(Column(head, 1 if "_r" in where and "minus" not in where else 3) for head, where in columns)
-        rows = [
-            Row(
-                name,
-                tuple(over_seeds(_numbers(runs, row, where)) for _, where in columns)
-                if needs in runs[0].get(row, {})
-                else (),
-            )
-            for row, name in ROWS.items()
-            if row in runs[0]
-        ]
+        rows = []
+        for row in (row for row in plan.ROWS if row in runs[0]):
+            places = [where for _, where in columns] if needs in runs[0][row] else []
+            rows.append(Row(plan.ROWS[row], tuple(over_seeds(_numbers(runs, row, where)) for where in places)))
         if absent and not sections:
-            rows.append(Row("; ".join(ROWS[row] for row in absent), command=_command(study, absent)))
+            rows.append(Row("; ".join(plan.ROWS[row] for row in absent), command=_command(study, absent)))
         if any(row.values for row in rows):
             sections.append(Table(heads, tuple(rows), title=title, note=note))
-    samples = {row: runs[0][row]["samples"][:6] for row in ROWS if runs[0].get(row, {}).get("samples")}
+    samples = {row: runs[0][row]["samples"][:6] for row in plan.ROWS if runs[0].get(row, {}).get("samples")}
     if samples:
         lines = zip(*samples.values(), strict=True)
         told = tuple(Row(line[0]["reference"], tuple(s["caption"] for s in line)) for line in lines)
         sections.append(
-            Table(tuple(Column(ROWS[row]) for row in samples), told, "What the first seed says", "reference")
+            Table(tuple(Column(plan.ROWS[row]) for row in samples), told, "What the first seed says", "reference")
         )
     judged = _judged(study, whole=False).parts if claims else ()
     return [Section(f"Study {number}: {_title(study)}", (*judged, *sections), _command(study))]
