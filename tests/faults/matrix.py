@@ -94,7 +94,8 @@ def faults(family: Family, density: float = 1.0) -> Iterator[Fault]:
     every = max(1, round(1 / density))
     for file, how in _damages(family, where)[::every]:
         yield Fault("damaged", f"{file}, {how}", lambda f, p, a=file, b=how: _damaged(f, p, where, a, b))
-    for file, how in [(file, how) for file in family.kept for how in ("flipped", "cut")][::every]:
+    filled = [file for file in family.kept if (family.root / "whole" / "run" / file).stat().st_size]
+    for file, how in [(file, how) for file in filled for how in ("flipped", "cut")][::every]:
         yield Fault("damaged at the end", f"{file}, {how}", lambda f, p, a=file, b=how: _damaged_end(f, p, a, b))
     yield Fault("other version", "the caches", _other_version, cold=True)
     yield Fault("clock", "three days back", lambda f, p: _killed(f, p, [where], back=3 * 86400.0))
