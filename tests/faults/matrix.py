@@ -419,7 +419,10 @@ def _ranks(family: Family, folder: Path, asked: tuple[int, ...]) -> str:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     ends = pair(folder, family.command, [ask if rank in asked else None for rank in range(2)])
-    if [end.status for end in ends] != [143, 143] or any("Traceback" in end.said for end in ends):
+    # Outside of training a process waits for the first one, and is left by it.
+    left = [end.status == 2 and "another process of this run has ended" in end.sentence for end in ends]
+    well = [end.status == 143 or alone for end, alone in zip(ends, left, strict=True)]
+    if not all(well) or all(left) or any("Traceback" in end.said for end in ends):
         return f"ended with {[end.status for end in ends]}: {[end.said[-200:] for end in ends]}"
     ends = pair(folder, family.command)
     if any(end.status for end in ends):

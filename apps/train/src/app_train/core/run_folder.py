@@ -104,8 +104,17 @@ class Run:
         self.stop.check()
 
     def wait(self) -> None:
-        """Wait for all processes."""
-        self.accelerator.wait_for_everyone()
+        """Wait for all processes.
+
+        Raises:
+            RunError: another one has ended.
+        """
+        try:
+            self.accelerator.wait_for_everyone()
+        except RuntimeError as error:  # of the backend, each with words of its own
+            raise RunError(
+                "another process of this run has ended: see what it said; the same command goes on from here"
+            ) from error
 
     def claim(self, data: str) -> None:
         """Lock the folder and write the settings into it, or check that they are there already.
