@@ -33,6 +33,7 @@ KINDS = {
     "ranks": "two processes: SIGTERM to the first, to the second, to both; then the same command",
 }
 SIZES = 10
+COMMON = 12  # steps of the recipe folder that both processes take, the last of all
 SENTENCE = re.compile(r"error: [^\n]+")
 
 
@@ -104,8 +105,13 @@ def faults(family: Family, density: float = 1.0) -> Iterator[Fault]:
             label = f"{what}, after {share:.0%} of the steps"
             yield Fault("not a number", label, lambda f, p, a=what, b=share: _not_finite(f, p, a, b))
     if family.name == "folder":
-        for ranks in ((0,), (1,), (0, 1)):
-            yield Fault("ranks", f"SIGTERM to {ranks}", lambda f, p, ranks=ranks: _ranks(f, p, ranks))
+        # The first process has stages of its own, before and after those of both.
+        ours = sum(what == "step" for what, _ in family.moments) - COMMON // 2
+        for name, asked in {
+            "the first": {0: ours}, "the second": {1: COMMON // 2}, "both": {0: ours, 1: COMMON // 2},
+            "the first, while the second waits": {0: 5},
+        }.items():  # fmt: skip
+            yield Fault("ranks", f"SIGTERM to {name}", lambda f, p, asked=asked: _ranks(f, p, asked))
 
 
 def _named(moments: list[children.Moment], n: int) -> str:
@@ -404,21 +410,24 @@ def _spoil_step(loop, what: str) -> None:
 # -- ranks ------------------------------------------------------------------------------------------------------------------------
 
 
-def _ranks(family: Family, folder: Path, asked: tuple[int, ...]) -> str:
+def _ranks(family: Family, folder: Path, asked: dict[int, int]) -> str:
     whole = folder.with_name(f"{folder.name}-whole")
     shutil.copytree(folder / "work", whole / "work")
     ends = pair(whole, family.command)
     if any(end.status for end in ends):
         return f"two undisturbed processes ended with {[end.status for end in ends]}: {ends[0].said[-300:]}"
-    seen = []
 
-    def ask(n: int, moment: children.Moment) -> None:
-        if moment[0] == "step":
-            seen.append(n)
-            if len(seen) == 20:
+    def ask_at(step: int) -> Inject:
+        seen = []
+
+        def ask(n: int, moment: children.Moment) -> None:
+            seen.extend([n] if moment[0] == "step" else [])
+            if moment[0] == "step" and len(seen) == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    ends = pair(folder, family.command, [ask if rank in asked else None for rank in range(2)])
+        return ask
+
+    ends = pair(folder, family.command, [ask_at(asked[rank]) if rank in asked else None for rank in range(2)])
     # Outside of training a process waits for the first one, and is left by it.
     left = [end.status == 2 and "another process of this run has ended" in end.sentence for end in ends]
     well = [end.status == 143 or alone for end, alone in zip(ends, left, strict=True)]
