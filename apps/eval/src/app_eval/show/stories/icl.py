@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from app_data.store.errors import DataError
-from app_eval.ask.demonstration_task import BLIND, OURS, SEEDED, ZERO
+from app_eval.ask.demonstration_task import BLIND, OURS, UNSEEDED, ZERO
 from app_eval.measure.interval import Interval, mean_over_seeds, over_seeds, resamples, unpaired
 from app_eval.show.commands import read_json
 from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table, tally
@@ -146,7 +146,7 @@ def _claim(text: str, task: Mapping, ours: Cell, other: Cell) -> Claim:
     if a is None or b is None:
         return Claim(text, None, None, digits=1)
     seeds = None
-    if ours[0] in SEEDED or other[0] in SEEDED:
+    if not {ours[0], other[0]} <= set(UNSEEDED):
         # What has no chance in it stands against every seed; runs that were cut short are compared on the seeds both have.
         pairs = zip(a, b, strict=False) if min(len(a), len(b)) > 1 else ((x, y) for x in a for y in b)
         seeds = over_seeds([100 * (x.mean() - y.mean()) for x, y in pairs])

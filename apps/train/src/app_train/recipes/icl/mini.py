@@ -18,7 +18,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ def run(config: IclMiniConfig) -> dict:
                 )
         run.claim(fingerprint)
         if (known := run.result()) is not None:
-            return _show(known, config.out)
+            return _show(known, config)
         begun = time.monotonic()
         model = make_model(config, language, tokenizer, sources)
         _align(config, run, model, sources)
@@ -71,7 +70,8 @@ def run(config: IclMiniConfig) -> dict:
             "lora_scale": config.lora_alpha / config.rank if config.rank else 0.0,
             "eye_width": model.llava.config.vision_config.hidden_size,
             "shots": list(config.shots),
-            "options": f"--num-episodes {config.num_episodes} --align.epochs {config.align.epochs}",
+            "options": ("--data taxonomy " if config.data == "taxonomy" else "")
+            + f"--num-episodes {config.num_episodes} --align.epochs {config.align.epochs}",
             "questions": config.data,
             "emoji_answers_held_out": list(answers),
         }
@@ -91,13 +91,14 @@ def run(config: IclMiniConfig) -> dict:
         for stage in ("train-1", "train-2"):
             remove_checkpoints(config.out / stage)
         run.seal()
-    return _show(result, config.out)
+    return _show(result, config)
 
 
-def _show(result: dict, out: Path) -> dict:
+def _show(result: dict, config: IclMiniConfig) -> dict:
+    kind = "taxonomy" if config.data == "taxonomy" else "model"
     print(  # noqa: T201
         f"{result['steps']} steps, loss of the last tenth {result['loss_of_last_tenth']}\n"
-        f"study: hier eval icl {out} --out docs/results/hyper-icl-model.json"
+        f"study: hier eval icl {config.out} --out docs/results/hyper-icl-{kind}.json"
     )
     return result
 
