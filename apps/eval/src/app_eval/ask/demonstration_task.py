@@ -1,7 +1,7 @@
 """What `icl-study` asks: queries and a pool, as the language model and the selectors see them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from app_eval.measure.answers import AnswerReader, ExactReader
 from hyper_icl import (
     DemoSelection,
     HyperbolicDemoIndex,
+    HyperbolicLift,
     MmicesSelector,
     RandomSelector,
     RicesSelector,
@@ -62,6 +63,7 @@ class Task:
         pool_images, query_images: Centred picture features, for the selectors.
         pool_texts, query_texts: Centred embeddings of the questions; None where all questions are one.
         train_lift: Trains a lift; only what needs one calls it.
+        lifts: Those that are trained.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Task:
     pool_texts: Tensor | None = None
     query_texts: Tensor | None = None
     train_lift: TrainLift | None = None
+    lifts: dict[tuple, HyperbolicLift] = field(default_factory=dict, repr=False)
 
     @cached_property
     def joint(self) -> tuple[Tensor, Tensor]:
@@ -80,22 +83,21 @@ class Task:
         sides = ((self.pool_images, self.pool_texts), (self.query_images, self.query_texts))
         return tuple(F.normalize(torch.cat([x for x in side if x is not None], dim=-1), dim=-1) for side in sides)
 
-    @cached_property
-    def _lifts(self) -> dict[tuple, tuple[Tensor, Tensor]]:
-        return {}
-
     def reader(self, model: IclMini) -> AnswerReader | ExactReader:
         """What judges answers."""
         return AnswerReader(model, self.answers)
 
     def lifted(self, c: float, seed: int) -> tuple[Tensor, Tensor]:
         """Tangents of pool and queries under a lift that is trained on the pool's answers."""
-        if (c, seed) not in self._lifts:
-            pool, query = self.joint
-            lift = self.train_lift(pool, codes(self.pool.answers), c=c, seed=seed)
-            with torch.no_grad():
-                self._lifts[c, seed] = lift(pool).clone(), lift(query).clone()
-        return self._lifts[c, seed]
+        return self._lifted((c, seed), codes(self.pool.answers))
+
+    def _lifted(self, key: tuple, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """What the lift of this curvature, seed and so on makes of pool and queries; it is trained when first asked for."""
+        pool, query = self.joint
+        if key not in self.lifts:
+            self.lifts[key] = self.train_lift(pool, classes, c=key[0], seed=key[1])
+        with torch.no_grad():
+            return self.lifts[key](pool).clone(), self.lifts[key](query).clone()
 
     def selectors(self) -> tuple[str, ...]:
         """The names that apply here."""

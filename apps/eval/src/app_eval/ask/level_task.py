@@ -57,7 +57,7 @@ class LevelTask(Task):
         return ExactReader(model)
 
     def first(self, num: int) -> "LevelTask":
-        """The same pool with so many of the queries, as many of each level as there are pictures."""
+        """The same pool and lifts with the first queries."""
         rows = range(min(num, len(self.query)))
         return replace(
             self,
@@ -79,14 +79,8 @@ class LevelTask(Task):
 
     def lifted(self, c: float, seed: int, own_tree: bool = True) -> tuple[Tensor, Tensor]:
         """Tangents of pool and queries under a lift that is trained on all levels of the tree, the pool's own or a shuffled one."""
-        key = (c, seed, own_tree)
-        if key not in self._lifts:
-            paths = self.pool_paths if own_tree else shuffled_paths(self.pool_paths, seed)
-            pool, query = self.joint
-            lift = self.train_lift(pool, level_codes(self.pool.kinds, paths), c=c, seed=seed)
-            with torch.no_grad():
-                self._lifts[key] = lift(pool).clone(), lift(query).clone()
-        return self._lifts[key]
+        paths = self.pool_paths if own_tree else shuffled_paths(self.pool_paths, seed)
+        return self._lifted((c, seed, own_tree), level_codes(self.pool.kinds, paths))
 
     def choose(self, name: str, k: int, seed: int) -> DemoSelection:
         """See `Task.choose`."""
@@ -186,7 +180,9 @@ def level_task(size: int, cache_dir: Path | None, train_lift: TrainLift) -> Leve
     (pool, *pool_side), (query, *query_side) = found
     answers = tuple(sorted(set(pool.answers) | set(query.answers)))
     images, asked, paths = zip(pool_side, query_side, strict=True)
-    return LevelTask("taxonomy", pool, query, answers, *images, *asked, train_lift, *paths)
+    return LevelTask(
+        "taxonomy", pool, query, answers, *images, *asked, train_lift, pool_paths=paths[0], query_paths=paths[1]
+    )
 
 
 def _drawn(items: IclItems) -> IclItems:
