@@ -67,7 +67,7 @@ def test_train_and_judge_from_the_command_line(made, tmp_path, capsys):
     assert f"hier eval icl {out} --out docs/results/hyper-icl-taxonomy.json" in said
     card = json.loads((out / "model" / "card.json").read_text())
     assert card["questions"] == "taxonomy"
-    assert card["options"].startswith("--data taxonomy --num-episodes 8 ")
+    assert card["options"].startswith("--num-episodes 8 ")
     assert hier(["eval", "icl", str(out), "--out", str(path), "--quick"]) == 0
     found = json.loads(path.read_text())
     assert (found["study"], found["complete"]) == ("icl-taxonomy", True)

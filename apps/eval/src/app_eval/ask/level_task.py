@@ -57,8 +57,8 @@ class LevelTask(Task):
         return ExactReader(model)
 
     def first(self, num: int) -> "LevelTask":
-        """The same pool and lifts with the first queries."""
-        rows = range(min(num, len(self.query)))
+        """The same pool and lifts with the first queries, those of whole pictures."""
+        rows = range(max(1, min(num, len(self.query)) // len(QUESTIONS)) * len(QUESTIONS))
         return replace(
             self,
             query=self.query.select(rows),

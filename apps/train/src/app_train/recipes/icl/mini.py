@@ -70,8 +70,7 @@ def run(config: IclMiniConfig) -> dict:
             "lora_scale": config.lora_alpha / config.rank if config.rank else 0.0,
             "eye_width": model.llava.config.vision_config.hidden_size,
             "shots": list(config.shots),
-            "options": ("--data taxonomy " if config.data == "taxonomy" else "")
-            + f"--num-episodes {config.num_episodes} --align.epochs {config.align.epochs}",
+            "options": f"--num-episodes {config.num_episodes} --align.epochs {config.align.epochs}",
             "questions": config.data,
             "emoji_answers_held_out": list(answers),
         }

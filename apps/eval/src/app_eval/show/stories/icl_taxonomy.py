@@ -1,0 +1,148 @@
+"""The part of the page `icl` that tells the study of a taxonomy: whether the model reads, and which selectors help it at which level."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from app_data.sets.levels import QUESTIONS
+from app_eval.ask.demonstration_task import COSINE, OURS, UNSEEDED, ZERO
+from app_eval.ask.level_task import ANCHORS, EUCLIDEAN, SHUFFLED, WITH, WITHOUT
+from app_eval.measure.interval import Interval
+from app_eval.show.page import Claim, Claims, Column, Row, Section, Table, tally
+from app_eval.show.stories.icl_cells import bits, difference, mean
+
+__all__ = ["commands", "short", "tables"]
+
+_PATH, _TITLE = "docs/results/hyper-icl-taxonomy.json", "A pool with a real taxonomy"
+_FIRST = ("random", "RICES", COSINE, EUCLIDEAN, OURS, SHUFFLED)
+_LEVELS = {"all levels": None, **{level: at for at, level in enumerate(QUESTIONS)}}
+# What is compared: with the model, or "share" and "vote" of the chosen demonstrations without it.
+_COMPARED = (
+    (OURS, EUCLIDEAN),
+    (OURS, COSINE),
+    (OURS, SHUFFLED),
+    (OURS, f"{OURS}, mu 0"),
+    (OURS, f"{OURS}, c 0.1"),
+    (f"{OURS}, mu 0", EUCLIDEAN),
+)
+
+
+def commands(content: Mapping) -> tuple[str, ...]:
+    """How it is made."""
+    card, task = content["model"], content["tasks"][0]
+    shots = " ".join(map(str, card["shots"]))
+    return (
+        f"hier train icl-mini --data taxonomy {card['options']} --shots {shots} --out runs/icl-taxonomy",
+        f"hier eval icl runs/icl-taxonomy --queries {task['num_queries']} --out {_PATH}",
+    )
+
+
+def _found(task: Mapping, selector: str, what: str, level: int | None) -> np.ndarray | None:
+    """(seeds, pictures) in [0, 1], the mean over the levels if none is given; None if it was not run.
+
+    Args:
+        task: Of the study's JSON.
+        selector: Name.
+        what: "model" for right answers; without a model "share" or "some" of the demonstrations being right, or "vote".
+        level: Position in `QUESTIONS`.
+    """
+    k = task["cells"][-1]["k"]
+    if what == "model":
+        found = bits(task, selector, 0 if selector == ZERO else k)
+    else:
+        cells = [
+            c["vote" if what == "vote" else "hits"] for c in task["selection"]["cells"] if c["selector"] == selector
+        ]
+        found = np.array([[float(digit) for digit in cell] for cell in cells]) if cells else None
+        if found is not None:
+            found = found / k if what == "share" else np.minimum(found, 1)
+    if found is None:
+        return None
+    # Three queries of one picture stand together; pictures are what is drawn again for an interval.
+    by_level = found.reshape(len(found), -1, len(QUESTIONS))
+    return by_level.mean(-1) if level is None else by_level[..., level]
+
+
+def _claim(task: Mapping, ours: str, other: str, what: str, level: int | None = None) -> Claim:
+    a, b = (_found(task, name, what, level) for name in (ours, other))
+    return difference(f"{ours} against {other}", a, b, not {ours, other} <= set(UNSEEDED))
+
+
+def short(content: Mapping) -> Section:
+    """Whether the model reads, a table of selectors, and the comparisons that were asked for."""
+    task = content["tasks"][0]
+    read = [
+        f"{words} {_said(mean(_found(task, name, 'model', None)))}"
+        for words, name in ((WITH, WITH), (WITHOUT, WITHOUT), ("none at all", ZERO))
+    ]
+    reads = _claim(task, WITH, WITHOUT, "model")
+    selection = task["selection"]
+    text = (
+        f"Read or not, percent right over all levels: {', '.join(read)} (a right one against none right: {reads.word()}). "
+        f"Emoji of subgroups that never trained are asked what they are, of what kind (subgroup) and of what sort (group); "
+        f"{task['num_queries']} queries of an unseen artist, {task['num_pool']:,} demonstrations by three others, "
+        f"{task['cells'][-1]['k']} shown; exact answers in the model's own words. One model, {content['model']['steps']} steps, "
+        f"{len(content['seeds'])} seeds. Anchors train on the pool's answers at all levels; the shuffled tree puts each leaf in another's "
+        f"place. Share and vote need no model: {selection['num_queries']:,} queries, "
+        f"{len({c['seed'] for c in selection['cells']})} seeds."
+    )
+    columns = ("right, %", "right demonstrations, %", "vote, %")
+    rows = tuple(
+        Row(name, tuple(mean(_found(task, name, what, None)) for what in ("model", "share", "vote"))) for name in _FIRST
+    )
+    first = tuple(_claim(task, *pair, "model") for pair in _COMPARED[:3])
+    every = [
+        _claim(task, *pair, what, level)
+        for pair in _COMPARED
+        for what in ("model", "share", "vote")
+        for level in _LEVELS.values()
+    ]
+    share = tuple(_claim(task, *pair, "share") for pair in (_COMPARED[-1], *_COMPARED[1:3]))
+    return Section(
+        _TITLE,
+        (
+            text,
+            Table(tuple(Column(name, 1) for name in columns), rows),
+            Claims(first, "With the model, percent right"),
+            Claims(share, "Without a model, percent of demonstrations that are right"),
+            f"Level by level and by every score: {tally(every)}; {_twins(task)}.",
+        ),
+    )
+
+
+def _twins(task: Mapping) -> str:
+    pairs = [pair for pair in _COMPARED if pair[1] == EUCLIDEAN]
+    claims = [
+        _claim(task, *p, what, level)
+        for p in pairs
+        for what in ("model", "share", "vote")
+        for level in _LEVELS.values()
+    ]
+    return f"hyperbolic against Euclidean alone {tally(claims)}"
+
+
+def _said(value: Interval | None) -> str:
+    return "not run" if value is None else f"{value.value:.1f} [{value.low:.1f}, {value.high:.1f}]"
+
+
+def tables(content: Mapping) -> Section:
+    """Every selector at every level, and every comparison."""
+    task, parts = content["tasks"][0], []
+    for what, said, names in (
+        ("model", "right, %", (ZERO, *task["selectors"])),
+        ("share", "right demonstrations, %, no model", ("random", "RICES", COSINE, *ANCHORS)),
+        ("some", "queries with a right demonstration, %, no model", ("random", "RICES", COSINE, *ANCHORS)),
+        ("vote", "vote, % right, no model", ("random", "RICES", COSINE, *ANCHORS)),
+    ):
+        rows = []
+        for name in names:
+            cells = tuple(mean(_found(task, name, what, level)) for level in _LEVELS.values())
+            known = _found(task, name, what, None)
+            rows.append(Row(name, () if known is None else (len(known), *cells)))
+        heads = (Column("seeds"), *(Column(name, 1) for name in _LEVELS))
+        parts.append(Table(heads, tuple(rows), title=said))
+        if what != "some":
+            for name, level in _LEVELS.items():
+                claims = tuple(_claim(task, *pair, what, level) for pair in _COMPARED)
+                parts.append(Claims(claims, f"{said}: {name}"))
+    return Section(_TITLE, tuple(parts))
