@@ -293,7 +293,7 @@ def _cell(
         warnings.simplefilter("ignore", UserWarning)
         found = task.choose(selector, k, seed)
     biases: dict[str, Tensor | None] = {"none": None}
-    if k == CALIBRATED_K:
+    if k == CALIBRATED_K and isinstance(reader, AnswerReader):
         biases |= {kind: task.bias(kind, found, seed, lam) for kind, lam in strength.items()}
     cell["right"] = read_cell(reader, task, found, biases, **more)
     voted = knn_vote(found, task.pool.answers)

@@ -145,7 +145,10 @@ class ExactReader:
 
     @torch.no_grad()
     def right(
-        self, demos: Sequence[Sequence[Shown]], queries: Sequence[Shown], biases: Mapping[str, None]
+        self,
+        demos: Sequence[Sequence[Shown]],
+        queries: Sequence[Shown],
+        biases: Mapping[str, Float[Tensor, "batch k"] | None],
     ) -> dict[str, list[bool]]:
         """Whether the model would answer each query rightly, its line ending there.
 
@@ -153,7 +156,12 @@ class ExactReader:
             demos: Of every query, in prompt order.
             queries: What is asked, with answers.
             biases: Names; nothing is calibrated here.
+
+        Raises:
+            ValueError: A bias is given.
         """
+        if any(bias is not None for bias in biases.values()):
+            raise ValueError(f"biases must be None, as exact answers are not calibrated, got {sorted(biases)}")
         model = self.model
         batch = model.episode_batch(
             [[*(replace(d, asked=False) for d in row), q] for row, q in zip(demos, queries, strict=True)]

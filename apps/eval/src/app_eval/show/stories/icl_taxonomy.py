@@ -46,7 +46,7 @@ def _found(task: Mapping, selector: str, what: str, level: int | None) -> np.nda
         what: "model" for right answers; without a model "share" or "some" of the demonstrations being right, or "vote".
         level: Position in `QUESTIONS`.
     """
-    k = task["cells"][-1]["k"]
+    k = _k(task)
     if what == "model":
         found = bits(task, selector, 0 if selector == ZERO else k)
     else:
@@ -63,6 +63,10 @@ def _found(task: Mapping, selector: str, what: str, level: int | None) -> np.nda
     return by_level.mean(-1) if level is None else by_level[..., level]
 
 
+def _k(task: Mapping) -> int:
+    return task["selection"]["cells"][0]["k"]
+
+
 def _claim(task: Mapping, ours: str, other: str, what: str, level: int | None = None) -> Claim:
     a, b = (_found(task, name, what, level) for name in (ours, other))
     return difference(f"{ours} against {other}", a, b, not {ours, other} <= set(UNSEEDED))
@@ -75,13 +79,14 @@ def short(content: Mapping) -> Section:
         f"{words} {_said(mean(_found(task, name, 'model', None)))}"
         for words, name in ((WITH, WITH), (WITHOUT, WITHOUT), ("none at all", ZERO))
     ]
-    reads = _claim(task, WITH, WITHOUT, "model")
+    word, chance = _claim(task, WITH, WITHOUT, "model").word(), 100 / _k(task)
     selection = task["selection"]
     text = (
-        f"Read or not, percent right over all levels: {', '.join(read)} (a right one against none right: {reads.word()}). "
+        f"Read or not, percent right over all levels: {', '.join(read)} (one right against none: {word}; copying any of them would give "
+        f"{chance:g}). "
         f"Emoji of subgroups that never trained are asked what they are, of what kind (subgroup) and of what sort (group); "
         f"{task['num_queries']} queries of an unseen artist, {task['num_pool']:,} demonstrations by three others, "
-        f"{task['cells'][-1]['k']} shown; exact answers in the model's own words. One model, {content['model']['steps']} steps, "
+        f"{_k(task)} shown; exact answers in the model's own words. One model, {content['model']['steps']} steps, "
         f"{len(content['seeds'])} seeds. Anchors train on the pool's answers at all levels; the shuffled tree puts each leaf in another's "
         f"place. Share and vote need no model: {selection['num_queries']:,} queries, "
         f"{len({c['seed'] for c in selection['cells']})} seeds."
@@ -90,7 +95,7 @@ def short(content: Mapping) -> Section:
     rows = tuple(
         Row(name, tuple(mean(_found(task, name, what, None)) for what in ("model", "share", "vote"))) for name in _FIRST
     )
-    first = tuple(_claim(task, *pair, "model") for pair in _COMPARED[:3])
+    first = (*(_claim(task, *pair, "model") for pair in _COMPARED[:3]), _against_vote(task))
     every = [
         _claim(task, *pair, what, level)
         for pair in _COMPARED
@@ -108,6 +113,14 @@ def short(content: Mapping) -> Section:
             f"Level by level and by every score: {tally(every)}; {_twins(task)}.",
         ),
     )
+
+
+def _against_vote(task: Mapping) -> Claim:
+    """The model and the vote, of the same demonstrations for the same pictures."""
+    ours, vote = _found(task, OURS, "model", None), _found(task, OURS, "vote", None)
+    if ours is not None and vote is not None:
+        vote = vote[: len(ours), : ours.shape[1]]
+    return difference(f"{OURS} against their vote", ours, vote, True)
 
 
 def _twins(task: Mapping) -> str:

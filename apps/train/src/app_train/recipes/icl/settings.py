@@ -68,7 +68,7 @@ class IclDistillConfig(RunConfig):
     out: Path = Path("runs/icl-distill")
     seed: int = Field(0, ge=0)
     strength: float = Field(1.0, gt=0)
-    """lambda of the calibration; icl-study chooses it on held-out questions."""
+    """lambda of the calibration; 1 in `hier eval icl` too."""
     shots: int = Field(4, ge=1)
     """Demonstrations."""
     num_questions: int = Field(160, ge=1)
