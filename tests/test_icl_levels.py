@@ -11,7 +11,8 @@ from app_data.sets.episodes import IGNORED, IMAGE_TOKEN, IclMini, Shown, build_l
 from app_data.sets.levels import held_out_subgroups, picture_paths, shuffled_paths
 from app_data.store.errors import DataError
 from app_eval.ask import demonstration_study, level_task
-from app_eval.ask.level_task import WITH, WITHOUT, level_codes
+from app_eval.ask.demonstration_task import WITH, WITHOUT
+from app_eval.ask.level_task import level_codes
 from app_eval.measure.answers import ExactReader
 from app_train.cli import hier
 from app_train.recipes.icl import mini, sources

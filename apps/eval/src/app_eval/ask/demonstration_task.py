@@ -37,8 +37,8 @@ from hyper_icl import (
 )
 
 __all__ = [
-    "BLIND", "COSINE", "CURVATURES", "MU", "OURS", "POOL_ARTISTS", "SELECTORS", "UNSEEDED", "ZERO", "Task", "centred", "easy_vqa_tasks",
-    "emoji_task",
+    "BLIND", "COSINE", "CURVATURES", "MU", "OURS", "POOL_ARTISTS", "SELECTORS", "UNSEEDED", "WITH", "WITHOUT", "ZERO", "Task", "centred",
+    "easy_vqa_tasks", "emoji_task",
 ]  # fmt: skip
 
 # The distance of tangents at curvature c tends to the Euclidean one as c -> 0: one code for both.
@@ -46,8 +46,9 @@ CURVATURES = {"lorentz": 1.0, "euclidean": 1e-6}
 MU = 0.3
 ZERO, BLIND, OURS = "no demonstrations", "no demonstrations, no picture", "anchors, hyperbolic"
 COSINE = "cosine of picture and question"
+WITH, WITHOUT = "one right demonstration", "no right demonstration"
 # Nothing in these depends on a seed; the others choose by chance, or by a lift that was trained.
-UNSEEDED = (ZERO, BLIND, "RICES", "MMICES", "TopK-CLIP", COSINE)
+UNSEEDED = (ZERO, BLIND, WITH, WITHOUT, "RICES", "MMICES", "TopK-CLIP", COSINE)
 SELECTORS = ("random", OURS, "anchors, Euclidean", "RICES", "MMICES", "TopK-CLIP")
 POOL_ARTISTS = ("openmoji", "noto-300", "noto-700")
 

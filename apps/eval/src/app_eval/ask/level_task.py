@@ -18,21 +18,31 @@ from app_data.sets.episodes import IclItems, IclMini, eye_features
 from app_data.sets.levels import QUESTIONS, held_out_subgroups, level_items, picture_paths, shuffled_paths
 from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import MiniLM
-from app_eval.ask.demonstration_task import COSINE, CURVATURES, MU, OURS, POOL_ARTISTS, UNSEEDED, Task, centred
+from app_eval.ask.demonstration_task import (
+    COSINE,
+    CURVATURES,
+    MU,
+    OURS,
+    POOL_ARTISTS,
+    UNSEEDED,
+    WITH,
+    WITHOUT,
+    Task,
+    centred,
+)
 from app_eval.ask.pool import TrainLift, codes
 from app_eval.measure.answers import ExactReader
 from hyper_icl import DemoSelection, HyperbolicDemoIndex, RicesSelector, knn_vote
 
-__all__ = ["ANCHORS", "EUCLIDEAN", "SHUFFLED", "WITH", "WITHOUT", "LevelTask", "level_codes", "level_task"]
+__all__ = ["ANCHORS", "CURVED", "EUCLIDEAN", "SHUFFLED", "LevelTask", "level_codes", "level_task"]
 
-WITH, WITHOUT = "one right demonstration", "no right demonstration"
-EUCLIDEAN, SHUFFLED = "anchors, Euclidean", "anchors, hyperbolic, shuffled tree"
+CURVED, EUCLIDEAN, SHUFFLED = f"{OURS}, c 0.1", "anchors, Euclidean", "anchors, hyperbolic, shuffled tree"
 # Curvature, weight of the depth, and whether the tree is the pool's own.
 ANCHORS = {
     EUCLIDEAN: (CURVATURES["euclidean"], 0.0, True),
     f"{OURS}, mu 0": (1.0, 0.0, True),
     OURS: (1.0, MU, True),
-    f"{OURS}, c 0.1": (0.1, MU, True),
+    CURVED: (0.1, MU, True),
     SHUFFLED: (1.0, MU, False),
 }
 
@@ -49,8 +59,8 @@ class LevelTask(Task):
     query_paths: tuple[tuple[str, str, str], ...] = ()
 
     def selectors(self) -> tuple[str, ...]:
-        """Controls of reading, then selectors."""
-        return WITH, WITHOUT, "random", "RICES", COSINE, *ANCHORS
+        """What the model reads: controls, then selectors. A second curvature is judged without it alone."""
+        return WITH, WITHOUT, "random", "RICES", COSINE, *(name for name in ANCHORS if name != CURVED)
 
     def reader(self, model: IclMini) -> ExactReader:
         """Answers are the model's own words."""
@@ -85,7 +95,7 @@ class LevelTask(Task):
     def choose(self, name: str, k: int, seed: int) -> DemoSelection:
         """See `Task.choose`."""
         if name in (WITH, WITHOUT):
-            return self._by_answer(k, seed, right=name == WITH)
+            return self._by_answer(k, right=name == WITH)
         if name == COSINE:
             pool, query = self.joint
             return RicesSelector(pool).search(query, k)
@@ -99,9 +109,9 @@ class LevelTask(Task):
             return _chosen(ids.flip(-1))
         return HyperbolicDemoIndex(pool, c, mu).search(query, k)
 
-    def _by_answer(self, k: int, seed: int, right: bool) -> DemoSelection:
+    def _by_answer(self, k: int, right: bool) -> DemoSelection:
         """K demonstrations that ask what the query asks; one of them, at a random place, has its answer, or none."""
-        draw, rows = np.random.default_rng([seed, 3]), []
+        draw, rows = np.random.default_rng(3), []
         asked = np.array(self.pool.questions)
         for question, hit in zip(self.query.questions, self.hits.numpy(), strict=True):
             others = np.flatnonzero((asked == question) & ~hit)
@@ -118,7 +128,7 @@ class LevelTask(Task):
     def judged(self, seeds: Sequence[int], k: int) -> dict:
         """What selectors find without a model: of each seed a digit a query, its right demonstrations, and whether the vote is right."""
         found = []
-        for name in self.selectors()[2:]:
+        for name in ("random", "RICES", COSINE, *ANCHORS):
             for seed in seeds[:1] if name in UNSEEDED else seeds:
                 chosen = self.choose(name, k, seed)
                 hits = self.hits.gather(1, chosen.ids).sum(-1)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from app_data.sets.levels import QUESTIONS
-from app_eval.ask.demonstration_task import COSINE, OURS, UNSEEDED, ZERO
-from app_eval.ask.level_task import ANCHORS, EUCLIDEAN, SHUFFLED, WITH, WITHOUT
+from app_eval.ask.demonstration_task import COSINE, OURS, UNSEEDED, WITH, WITHOUT, ZERO
+from app_eval.ask.level_task import ANCHORS, CURVED, EUCLIDEAN, SHUFFLED
 from app_eval.measure.interval import Interval
 from app_eval.show.page import Claim, Claims, Column, Row, Section, Table, tally
 from app_eval.show.stories.icl_cells import bits, difference, mean
@@ -22,7 +22,7 @@ _COMPARED = (
     (OURS, COSINE),
     (OURS, SHUFFLED),
     (OURS, f"{OURS}, mu 0"),
-    (OURS, f"{OURS}, c 0.1"),
+    (OURS, CURVED),
     (f"{OURS}, mu 0", EUCLIDEAN),
 )
 
@@ -72,6 +72,17 @@ def _claim(task: Mapping, ours: str, other: str, what: str, level: int | None = 
     return difference(f"{ours} against {other}", a, b, not {ours, other} <= set(UNSEEDED))
 
 
+def _claims(task: Mapping, what: str, level: int | None) -> tuple[Claim, ...]:
+    """Every comparison; the model reads one curvature alone."""
+    return tuple(_claim(task, *pair, what, level) for pair in _COMPARED if what != "model" or CURVED not in pair)
+
+
+def _tally(task: Mapping, other: str | None = None) -> str:
+    """The words of every comparison at every level and by every score; of those with one other alone, if it is named."""
+    told = [c for what in ("model", "share", "vote") for at in _LEVELS.values() for c in _claims(task, what, at)]
+    return tally([c for c in told if other is None or c.text.endswith(f" against {other}")])
+
+
 def short(content: Mapping) -> Section:
     """Whether the model reads, a table of selectors, and the comparisons that were asked for."""
     task = content["tasks"][0]
@@ -96,12 +107,6 @@ def short(content: Mapping) -> Section:
         Row(name, tuple(mean(_found(task, name, what, None)) for what in ("model", "share", "vote"))) for name in _FIRST
     )
     first = (*(_claim(task, *pair, "model") for pair in _COMPARED[:3]), _against_vote(task))
-    every = [
-        _claim(task, *pair, what, level)
-        for pair in _COMPARED
-        for what in ("model", "share", "vote")
-        for level in _LEVELS.values()
-    ]
     share = tuple(_claim(task, *pair, "share") for pair in (_COMPARED[-1], *_COMPARED[1:3]))
     return Section(
         _TITLE,
@@ -110,7 +115,7 @@ def short(content: Mapping) -> Section:
             Table(tuple(Column(name, 1) for name in columns), rows),
             Claims(first, "With the model, percent right"),
             Claims(share, "Without a model, percent of demonstrations that are right"),
-            f"Level by level and by every score: {tally(every)}; {_twins(task)}.",
+            f"At every level and by every score: {_tally(task)}; hyperbolic against Euclidean alone: {_tally(task, EUCLIDEAN)}.",
         ),
     )
 
@@ -121,17 +126,6 @@ def _against_vote(task: Mapping) -> Claim:
     if ours is not None and vote is not None:
         vote = vote[: len(ours), : ours.shape[1]]
     return difference(f"{OURS} against their vote", ours, vote, True)
-
-
-def _twins(task: Mapping) -> str:
-    pairs = [pair for pair in _COMPARED if pair[1] == EUCLIDEAN]
-    claims = [
-        _claim(task, *p, what, level)
-        for p in pairs
-        for what in ("model", "share", "vote")
-        for level in _LEVELS.values()
-    ]
-    return f"hyperbolic against Euclidean alone {tally(claims)}"
 
 
 def _said(value: Interval | None) -> str:
@@ -156,6 +150,5 @@ def tables(content: Mapping) -> Section:
         parts.append(Table(heads, tuple(rows), title=said))
         if what != "some":
             for name, level in _LEVELS.items():
-                claims = tuple(_claim(task, *pair, what, level) for pair in _COMPARED)
-                parts.append(Claims(claims, f"{said}: {name}"))
+                parts.append(Claims(_claims(task, what, level), f"{said}: {name}"))
     return Section(_TITLE, tuple(parts))
