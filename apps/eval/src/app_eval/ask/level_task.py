@@ -189,9 +189,19 @@ def level_task(size: int, cache_dir: Path | None, train_lift: TrainLift) -> Leve
         found.append((items, images, asked, tuple(paths[row] for row in items.rows.tolist())))
     (pool, *pool_side), (query, *query_side) = found
     answers = tuple(sorted(set(pool.answers) | set(query.answers)))
-    images, asked, paths = zip(pool_side, query_side, strict=True)
+    (images, asked, paths), (query_images, query_asked, query_paths) = pool_side, query_side
     return LevelTask(
-        "taxonomy", pool, query, answers, *images, *asked, train_lift, pool_paths=paths[0], query_paths=paths[1]
+        "taxonomy",
+        pool,
+        query,
+        answers,
+        images,
+        query_images,
+        asked,
+        query_asked,
+        train_lift,
+        pool_paths=paths,
+        query_paths=query_paths,
     )
 
 
