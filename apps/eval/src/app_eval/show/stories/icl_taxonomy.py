@@ -1,6 +1,7 @@
 """The part of the page `icl` that tells the study of a taxonomy: whether the model reads, and which selectors help it at which level."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -86,35 +87,29 @@ def _tally(task: Mapping, other: str | None = None) -> str:
 def short(content: Mapping) -> Section:
     """Whether the model reads, a table of selectors, and the comparisons that were asked for."""
     task = content["tasks"][0]
-    read = [
-        f"{words} {_said(mean(_found(task, name, 'model', None)))}"
-        for words, name in ((WITH, WITH), (WITHOUT, WITHOUT), ("none at all", ZERO))
-    ]
-    word, chance = _claim(task, WITH, WITHOUT, "model").word(), 100 / _k(task)
-    selection = task["selection"]
+    read = [f"{name} {_said(mean(_found(task, name, 'model', None)))}" for name in (WITH, WITHOUT)]
+    word, chance, selection = _claim(task, WITH, WITHOUT, "model").word(), 100 / _k(task), task["selection"]
+    num_seeds = len({cell["seed"] for cell in selection["cells"]})
     text = (
-        f"Read or not, percent right over all levels: {', '.join(read)} (one right against none: {word}; copying any of them would give "
-        f"{chance:g}). "
-        f"Emoji of subgroups that never trained are asked what they are, of what kind (subgroup) and of what sort (group); "
-        f"{task['num_queries']} queries of an unseen artist, {task['num_pool']:,} demonstrations by three others, "
-        f"{_k(task)} shown; exact answers in the model's own words. One model, {content['model']['steps']} steps, "
-        f"{len(content['seeds'])} seeds. Anchors train on the pool's answers at all levels; the shuffled tree puts each leaf in another's "
-        f"place. Share and vote need no model: {selection['num_queries']:,} queries, "
-        f"{len({c['seed'] for c in selection['cells']})} seeds."
+        f"Percent right: {', '.join(read)} (one against none: {word}; copying any of them would give {chance:g}). Emoji of subgroups that "
+        f"never trained are asked what they are, of what kind (subgroup) and of what sort (group): {task['num_queries']} queries of an "
+        f"unseen artist, {task['num_pool']:,} demonstrations by three others, {_k(task)} shown, exact answers. One model, "
+        f"{content['model']['steps']} steps, {len(content['seeds'])} seeds; without it {selection['num_queries']:,} queries, {num_seeds} "
+        "seeds. Anchors train on the pool's answers at all levels; the shuffled tree puts each leaf in another's place. RICES shows the "
+        "nearest picture under every question, which only what reads the question can use."
     )
-    columns = ("right, %", "right demonstrations, %", "vote, %")
+    columns = ("right, %", "vote, no language model, %")
     rows = tuple(
-        Row(name, tuple(mean(_found(task, name, what, None)) for what in ("model", "share", "vote"))) for name in _FIRST
+        Row(name, tuple(mean(_found(task, name, what, None)) for what in ("model", "vote"))) for name in _FIRST
     )
-    first = (*(_claim(task, *pair, "model") for pair in _COMPARED[:3]), _against_vote(task))
-    share = tuple(_claim(task, *pair, "share") for pair in (_COMPARED[-1], *_COMPARED[1:3]))
+    claims = tuple(_claim(task, *pair, "model") for pair in _COMPARED[:3])
+    share = _claim(task, *_COMPARED[-1], "share")
     return Section(
         _TITLE,
         (
             text,
             Table(tuple(Column(name, 1) for name in columns), rows),
-            Claims(first, "With the model, percent right"),
-            Claims(share, "Without a model, percent of demonstrations that are right"),
+            Claims((*claims, replace(share, text=f"share of right demonstrations: {share.text}"))),
             f"At every level and by every score: {_tally(task)}; hyperbolic against Euclidean alone: {_tally(task, EUCLIDEAN)}.",
         ),
     )
@@ -151,4 +146,6 @@ def tables(content: Mapping) -> Section:
         if what != "some":
             for name, level in _LEVELS.items():
                 parts.append(Claims(_claims(task, what, level), f"{said}: {name}"))
-    return Section(_TITLE, tuple(parts))
+    return Section(
+        _TITLE, (*parts, Claims((_against_vote(task),), "The model against the vote of the same demonstrations"))
+    )
