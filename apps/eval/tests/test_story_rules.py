@@ -433,7 +433,7 @@ def test_the_page_of_icl_tells_the_taxonomy(tmp_path):
         in text
     )
     assert said("anchors, hyperbolic against anchors, Euclidean", text) == ("+25.0", "+25.0", "better")
-    assert said("anchors, hyperbolic against their vote", tables)[:2] == ("-25.0", "-25.0")
+    assert said("anchors, hyperbolic against their vote", tables)[:2] == ("+25.0", "+25.0")
     # Without a model: (1 + 1 + 3) / 12 against (1 + 1 + 2) / 12, all of it at the leaf.
     share = tables.partition("right demonstrations, %, no model: all levels")[2]
     assert said("anchors, hyperbolic against anchors, Euclidean", share)[0] == "+8.3"
