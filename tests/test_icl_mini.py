@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from app_data.read.pictures import StoredPictures
 from app_data.sets.episodes import (
@@ -43,6 +41,7 @@ from app_train.recipes.icl import distill as icl_distill
 from app_train.recipes.icl import mini as icl_mini
 from app_train.recipes.icl.lift import train_lift
 from app_train.recipes.icl.settings import IclMiniConfig
+from helpers.language import tiny_language
 from helpers.stops import terminated_in_step
 from hyper_icl import CalibrationPlan, RandomSelector, SegmentMap, calibrate, insert_demos
 
@@ -51,30 +50,6 @@ WIDTH = 8
 COLOURS = ("red", "green", "gray")
 ANSWERS = (*COLOURS, "yes", "no")
 LIFT = partial(train_lift, steps=5)
-
-
-def tiny_language(seed=0):
-    """A random Llama over bytes: answers have several tokens, and some begin alike."""
-    specials = ("<pad>", "<s>", IMAGE_TOKEN)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate((*specials, *letters))}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in specials])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>")
-    config = LlamaConfig(
-        vocab_size=len(specials) + len(letters), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
-        eos_token_id=None, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.ndim > 1:
-                value.mul_(4)
-    return model, tokenizer
 
 
 def items(num_pictures=22, seed=0, name="easy-vqa"):
@@ -256,7 +231,7 @@ def tasks(model):
     texts = [torch.eye(4)[[len(q) % 4 for q in x.questions]] for x in (pool, query)]
     made = Task("easy-vqa", pool, query, ANSWERS, *images, *texts, LIFT)
     bare = Task("emoji", pool, query, ANSWERS, *images, train_lift=LIFT)
-    return [made, bare], made
+    return [made, bare]
 
 
 def test_run_study_and_go_on(patched, tmp_path, capsys, monkeypatch):
@@ -288,7 +263,7 @@ def test_run_study_and_go_on(patched, tmp_path, capsys, monkeypatch):
     found = run_icl_study(out, path, LIFT, **settings)
     assert found["complete"]
     # Two tasks: two rows without demonstrations each, six and five selectors.
-    assert len(lines) == 1 + 8 + 7
+    assert len(lines) == 8 + 7
     first = found["tasks"][0]
     assert {row["calibration"] for row in first["rows"]} == {"none", "lorentz", "euclidean"}
     assert "partial" not in found
@@ -379,7 +354,7 @@ def test_distil(patched, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(icl_distill, "load_model", lambda config: load_icl_mini(config.model, tiny_language()))
 
     def both(config, model):
-        task = tasks(model)[1]
+        task = tasks(model)[0]
         training = items(seed=2).select(range(12))
         images = training.item_features - task.pool.item_features.mean(0)
         texts = torch.eye(4)[[len(q) % 4 for q in training.questions]]
@@ -437,7 +412,7 @@ def test_bad_input(patched, tmp_path, capsys, monkeypatch):
     assert hier(["eval", "icl", str(tmp_path / "empty"), "--out", target]) == 2
     assert "--data names no folder for vqav2" in capsys.readouterr().err
     assert hier(["eval", "icl", str(tmp_path / "empty"), "--out", target, "--queries", "1"]) == 2
-    task = tasks(None)[0][0]
+    task = tasks(None)[0]
     for name in task.selectors():
         with pytest.raises(DataError, match="at most 44"):
             task.choose(name, 45, 0)
@@ -488,7 +463,7 @@ def test_intervals_are_paired():
 
 
 def test_the_blind_row_hides_the_picture():
-    model, (task, *_) = tiny_model(), tasks(None)[0]
+    model, (task, *_) = tiny_model(), tasks(None)
     reader = AnswerReader(model, ANSWERS)
     seen = read_cell(reader, task, None, {"none": None})["none"]
     blind = read_cell(reader, task, None, {"none": None}, blind=True)["none"]

@@ -25,6 +25,7 @@ SOURCES = {
     "icl": (
         "hyper-icl.json",
         "hyper-icl-six.json",
+        "hyper-icl-taxonomy.json",
         "--model",
         "hyper-icl-model.json",
         "--distilled",

@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from app_eval.ask.demonstration_task import COSINE
+from app_eval.ask.level_task import ANCHORS
 from app_eval.show.page import Claims, Table
 from app_eval.show.stories import blip, icl, mat
 from app_train.cli import hier as main
@@ -387,3 +389,63 @@ def test_captions_become_cells():
     assert isinstance(last, Table)
     assert [row.values for row in last.rows] == [(sample["caption"],)] * 6
     assert "--rows euclidean cosine" in section.parts[0].rows[-1].command
+
+
+def taxonomy_json(ours=0.75, seeds=3):
+    """Two levels are as they are; at the leaf the anchors find one demonstration more."""
+    pictures, names = 20, ("one right demonstration", "no right demonstration", "random", "RICES", COSINE, *ANCHORS)
+
+    def bits(share):
+        return "".join("111" if i < round(share * pictures) else "000" for i in range(pictures))
+
+    shares = {"no right demonstration": 0.0, icl.OURS: ours}
+    cells = [{"selector": "no demonstrations", "seed": 0, "k": 0, "right": {"none": bits(0.0)}}]
+    chosen = []
+    for name in names:
+        for seed in range(1 if name in ("RICES", COSINE) else seeds):
+            cells.append({"selector": name, "seed": seed, "k": 4, "right": {"none": bits(shares.get(name, 0.5))}})
+            hits = ("113" if name == icl.OURS else "112") * 2 * pictures
+            chosen.append({"selector": name, "seed": seed, "k": 4, "hits": hits, "vote": bits(0.5) * 2})
+    selection = {"num_queries": 6 * pictures, "kinds": [], "cells": chosen[2 * seeds :]}
+    task = {
+        "name": "taxonomy", "num_pool": 9, "num_queries": 3 * pictures, "selectors": list(names), "cells": cells, "rows": [1],
+        "selection": selection,
+    }  # fmt: skip
+    card = {"steps": 7, "options": "--num-episodes 9 --align.epochs 2", "shots": [4]}
+    return {
+        "format": 1,
+        "study": "icl-taxonomy",
+        "quick": False,
+        "seeds": list(range(seeds)),
+        "model": card,
+        "tasks": [task],
+    }
+
+
+def test_the_page_of_icl_tells_the_taxonomy(tmp_path):
+    for name, content in (("a", SELECTION), ("b", study_json((0.2, 0.5, 0.9))), ("c", taxonomy_json())):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert main(["page", "icl", *(str(tmp_path / f"{n}.json") for n in "abc"), str(tmp_path / "page.md")]) == 0
+    text, tables = (tmp_path / "page.md").read_text(), (tmp_path / "page-tables.md").read_text()
+    assert "one right demonstration 50.0 [25.0, 70.0], no right demonstration 0.0 [0.0, 0.0]" in text
+    assert "(one against none: better; copying any of them would give 25)" in text
+    assert "60 queries of an unseen artist" in text
+    assert (
+        "hier train icl-mini --data taxonomy --num-episodes 9 --align.epochs 2 --shots 4 --out runs/icl-taxonomy"
+        in text
+    )
+    assert said("anchors, hyperbolic against anchors, Euclidean", text) == ("+25.0", "+25.0", "better")
+    assert said("anchors, hyperbolic against their vote", tables)[:2] == ("+25.0", "+25.0")
+    # Without a model: (1 + 1 + 3) / 12 against (1 + 1 + 2) / 12, all of it at the leaf.
+    share = tables.partition("right demonstrations, %, no model: all levels")[2]
+    assert said("anchors, hyperbolic against anchors, Euclidean", share)[0] == "+8.3"
+    assert said("anchors, hyperbolic against anchors, Euclidean", share.partition(": leaf")[2])[0] == "+25.0"
+    assert said("anchors, hyperbolic against anchors, Euclidean", share.partition(": group")[2])[0] == "+0.0"
+
+
+def test_the_strength_of_the_calibration_is_told_as_it_was_set(tmp_path):
+    _, text = icl_page(tmp_path, study_json((0.2, 0.5, 0.9)))
+    assert "was chosen on 9 questions, which is noise" in text
+    fixed = study_json((0.2, 0.5, 0.9)) | {"lambda": {kind: {"lambda": 1.0} for kind in ("lorentz", "euclidean")}}
+    _, text = icl_page(tmp_path, fixed)
+    assert "its strength, 1 (lorentz), 1 (euclidean), is fixed." in text

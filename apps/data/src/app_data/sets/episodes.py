@@ -139,11 +139,12 @@ def build_llava(
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture with a question and, for demonstrations and training, its answer."""
+    """One picture with a question and, for demonstrations and training, its answer; `asked` says whether training asks for it."""
 
     features: Float[Tensor, " width"]
     question: str
     answer: str = ""
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -285,14 +286,15 @@ class IclMini(nn.Module):
         return [*self.question_ids(shown), *self.answer_ids(shown.answer), *self.ids("\n")]
 
     def episode_batch(self, episodes: Sequence[Sequence[Shown]]) -> dict[str, Tensor]:
-        """Episodes as one batch, padded on the right; every answer is a target, as each has the ones before as context."""
+        """Episodes as one batch, padded on the right; every answer asked for is a target, with the ones before as context."""
         rows, targets = [], []
         for episode in episodes:
             row, wanted = list(self.start), [IGNORED]
             for shown in episode:
                 asked, answer, end = self.question_ids(shown), self.answer_ids(shown.answer), self.ids("\n")
                 row += [*asked, *answer, *end]
-                wanted += [IGNORED] * len(asked) + answer + [IGNORED] * len(end)
+                wanted += [IGNORED] * len(asked) + (answer if shown.asked else [IGNORED] * len(answer))
+                wanted += [IGNORED] * len(end)
             rows.append(row)
             targets.append(wanted)
         length = max(map(len, rows))

@@ -1,7 +1,8 @@
 """Selection and calibration judged by a small language model that reads the demonstrations (recipe `icl-mini`).
 
 Easy-VQA: questions about test pictures, demonstrations from the training part. Emoji: names that never trained, demonstrations by
-two artists for the pictures of a third. An answer counts as right if it is the likeliest of the closed set.
+two artists for the pictures of a third. An answer counts as right if it is the likeliest of the closed set. Of a model that was
+trained on a taxonomy: questions at three levels, answered in the model's own words.
 """
 
 import functools
@@ -28,33 +29,35 @@ from app_eval.ask.demonstration_task import (
     CURVATURES,
     MU,
     OURS,
-    SEEDED,
+    UNSEEDED,
     ZERO,
     Task,
     easy_vqa_tasks,
     emoji_task,
 )
+from app_eval.ask.level_task import LevelTask, level_task
 from app_eval.ask.pool import TrainLift
 from app_eval.ask.settings import EvalIcl
-from app_eval.measure.answers import AnswerReader
+from app_eval.measure.answers import AnswerReader, ExactReader
 from app_eval.measure.interval import resamples
 from hyper_icl import (
     DemoSelection,
     knn_vote,
 )
 
-__all__ = ["choose_lambda", "read_cell", "run_icl_study", "summary"]
+__all__ = ["read_cell", "run_icl_study", "summary"]
 
 FORMAT = 1
 KS = (4, 2, 8)  # the middle one first, should the study be cut short
-SEEDS = (0, 1, 2)
-LAMBDAS = (0.5, 1.0, 2.0, 4.0)
+SEEDS, SELECTION_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
+# Of the calibration. Chosen among four on 50 questions it was noise: the candidates differed by two answers.
+STRENGTH = 1.0
 CALIBRATED_K = 4  # calibration is tried at one K: three ways at every K would double the cost
 _BATCH = 25
 
 
 def read_cell(
-    reader: AnswerReader,
+    reader: AnswerReader | ExactReader,
     task: Task,
     found: DemoSelection | None,
     biases: dict[str, Tensor | None],
@@ -82,35 +85,10 @@ def read_cell(
             queries = [Shown(mean, shown.question, shown.answer) for shown in queries]
         demos = [[] if found is None else [task.pool[j] for j in found.ids[i].tolist()] for i in rows]
         batch = {name: None if bias is None else bias[rows.start : rows.stop] for name, bias in biases.items()}
-        for name, scores in reader.read(demos, queries, batch).items():
-            best = [reader.answers[i] for i in scores.argmax(-1).tolist()]
-            right[name] += "".join(str(int(a == q.answer)) for a, q in zip(best, queries, strict=True))
+        for name, found_right in reader.right(demos, queries, batch).items():
+            right[name] += "".join(str(int(one)) for one in found_right)
         keep(right)
     return right
-
-
-def choose_lambda(reader: AnswerReader, task: Task, k: int = CALIBRATED_K) -> dict[str, dict]:
-    """The strength of each calibration that answers most held-out training questions, the smaller one in a tie.
-
-    Args:
-        reader: Of the task's answers.
-        task: Its queries must be training questions that the model never saw.
-        k: Random demonstrations.
-
-    Returns:
-        By calibration "lambda", and the "accuracy" of each candidate.
-    """
-    found = task.choose("random", k, 0)
-    biases = {
-        f"{kind} {lam:g}": task.bias(kind, found, 0, lam) for kind in CURVATURES for lam in LAMBDAS
-    }  # fmt: skip
-    right = {name: _share(bits) for name, bits in read_cell(reader, task, found, {"none": None, **biases}).items()}
-    chosen = {}
-    for kind in CURVATURES:
-        tried = {lam: right[f"{kind} {lam:g}"] for lam in LAMBDAS}
-        best = max(tried, key=lambda lam, tried=tried: (tried[lam], -lam))
-        chosen[kind] = {"lambda": best, "accuracy": {f"{lam:g}": value for lam, value in tried.items()}}
-    return {**chosen, "none": {"accuracy": right["none"]}, "n": len(task.query), "k": k}
 
 
 def _share(bits: str) -> float:
@@ -123,7 +101,7 @@ def _cells(tasks: Sequence[Task], seeds: Sequence[int], ks: Sequence[int]) -> li
     for seed in seeds:
         for k in ks:
             for task in tasks:
-                names = [name for name in task.selectors() if seed == seeds[0] or name in SEEDED]
+                names = [name for name in task.selectors() if seed == seeds[0] or name not in UNSEEDED]
                 cells += [(task, name, seed, k) for name in names]
     return cells
 
@@ -192,7 +170,7 @@ def run_icl_study(
     seeds: Sequence[int] = SEEDS,
     emoji: bool = True,
     cache_dir: Path | None = None,
-    make_tasks: Callable[[IclMini], tuple[list[Task], Task]] | None = None,
+    make_tasks: Callable[[IclMini], list[Task]] | None = None,
     language: tuple | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict:
@@ -207,7 +185,7 @@ def run_icl_study(
         seeds: Of random demonstrations and of the lift.
         emoji: Also name emoji; a file that was begun without them takes them up.
         cache_dir: Where pictures and features are kept.
-        make_tasks: Gives tasks, and the held-out questions on which lambda is chosen; the real ones if None.
+        make_tasks: Gives tasks; the real ones if None.
         language: Language model and tokenizer; SmolLM2-135M if None.
         log: Called with a line for every cell.
 
@@ -216,11 +194,12 @@ def run_icl_study(
         MissingAssetError: A package is not installed.
     """
     model = load_icl_mini(run, language)
-    num_queries, ks = (min(num_queries, 6), (2,)) if quick else (num_queries, KS)
+    levels = model.card.get("questions") == "taxonomy"
+    num_queries, ks = (min(num_queries, 6), (2,)) if quick else (num_queries, KS[:1] if levels else KS)
     seeds = tuple(seeds)[:1] if quick else tuple(seeds)
     settings = {
         "format": FORMAT,
-        "study": "icl-mini",
+        "study": "icl-taxonomy" if levels else "icl-mini",
         "quick": quick,
         "model": model.card,
         "num_queries": num_queries,
@@ -231,13 +210,14 @@ def run_icl_study(
     result = _resumed(path, settings)
     if make_tasks is None:
         size, lift = model.card["size"], functools.partial(train_lift, steps=5 if quick else 150)
-        numbers = (60, num_queries, 4) if quick else (4000, num_queries, 50)
-        main, tuning, _ = easy_vqa_tasks(size, cache_dir, *numbers, lift)
-        tasks = [main]
+        if levels:
+            tasks: list[Task] = [level_task(size, cache_dir, lift)]
+        else:
+            tasks = [easy_vqa_tasks(size, cache_dir, 60 if quick else 4000, num_queries, lift)[0]]
         if emoji and model.card.get("emoji_answers_held_out"):
             tasks.append(emoji_task(model, size, cache_dir, num_queries, lift))
     else:
-        tasks, tuning = make_tasks(model)
+        tasks = make_tasks(model)
     begun, before = time.monotonic(), result.get("seconds", 0)
 
     def save() -> None:
@@ -252,13 +232,10 @@ def run_icl_study(
         result["partial"] = partial
         write_json(path, result)
 
-    if "lambda" not in result:
-        result["lambda"] = choose_lambda(AnswerReader(model, tuning.answers), tuning)
-        save()
-        log(f"lambda: {result['lambda']}")
+    result.setdefault("lambda", {kind: {"lambda": STRENGTH} for kind in CURVATURES})
     strength = {kind: result["lambda"][kind]["lambda"] for kind in CURVATURES}
     contents, readers = {}, {}
-    for task in tasks:
+    for at, task in enumerate(tasks):
         content = next((t for t in result["tasks"] if t["name"] == task.name), None)
         if content is None:
             content = {
@@ -271,7 +248,15 @@ def run_icl_study(
                 "cells": [],
             }
             result["tasks"].append(content)
-        contents[task.name], readers[task.name] = content, AnswerReader(model, task.answers)
+        if isinstance(task, LevelTask):
+            # Without a model every query is cheap; the model reads the first of them.
+            if "selection" not in content:
+                content["selection"] = task.judged(SEEDS[:1] if quick else SELECTION_SEEDS, ks[0])
+                save()
+                log(f"{task.name}: {len(content['selection']['cells'])} selections judged without a model")
+            tasks[at] = task = task.first(num_queries)
+            content |= {"num_queries": len(task.query), "kinds": list(task.query.kinds)}
+        contents[task.name], readers[task.name] = content, task.reader(model)
     for task, selector, seed, k in _cells(tasks, seeds, ks):
         cells = contents[task.name]["cells"]
         if not any((c["selector"], c["seed"], c["k"]) == (selector, seed, k) for c in cells):
@@ -286,7 +271,7 @@ def run_icl_study(
 
 
 def _cell(
-    reader: AnswerReader,
+    reader: AnswerReader | ExactReader,
     task: Task,
     selector: str,
     seed: int,
@@ -308,7 +293,7 @@ def _cell(
         warnings.simplefilter("ignore", UserWarning)
         found = task.choose(selector, k, seed)
     biases: dict[str, Tensor | None] = {"none": None}
-    if k == CALIBRATED_K:
+    if k == CALIBRATED_K and isinstance(reader, AnswerReader):
         biases |= {kind: task.bias(kind, found, seed, lam) for kind, lam in strength.items()}
     cell["right"] = read_cell(reader, task, found, biases, **more)
     voted = knn_vote(found, task.pool.answers)

@@ -1,6 +1,7 @@
 """What `icl-study` asks: queries and a pool, as the language model and the selectors see them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import MiniLM
 from app_data.weights.towers import LITE0_WIDTHS
 from app_eval.ask.pool import TrainLift, codes
+from app_eval.measure.answers import AnswerReader, ExactReader
 from hyper_icl import (
     DemoSelection,
     HyperbolicDemoIndex,
+    HyperbolicLift,
     MmicesSelector,
     RandomSelector,
     RicesSelector,
@@ -33,14 +36,19 @@ from hyper_icl import (
     hierarchy_bias,
 )
 
-__all__ = ["BLIND", "CURVATURES", "MU", "OURS", "SEEDED", "SELECTORS", "ZERO", "Task", "easy_vqa_tasks", "emoji_task"]
+__all__ = [
+    "BLIND", "COSINE", "CURVATURES", "MU", "OURS", "POOL_ARTISTS", "SELECTORS", "UNSEEDED", "WITH", "WITHOUT", "ZERO", "Task", "centred",
+    "easy_vqa_tasks", "emoji_task",
+]  # fmt: skip
 
 # The distance of tangents at curvature c tends to the Euclidean one as c -> 0: one code for both.
 CURVATURES = {"lorentz": 1.0, "euclidean": 1e-6}
 MU = 0.3
 ZERO, BLIND, OURS = "no demonstrations", "no demonstrations, no picture", "anchors, hyperbolic"
-# Selectors whose choice depends on the seed: by chance, or by the training of the lift.
-SEEDED = ("random", OURS, "anchors, Euclidean")
+COSINE = "cosine of picture and question"
+WITH, WITHOUT = "one right demonstration", "no right demonstration"
+# Nothing in these depends on a seed; the others choose by chance, or by a lift that was trained.
+UNSEEDED = (ZERO, BLIND, WITH, WITHOUT, "RICES", "MMICES", "TopK-CLIP", COSINE)
 SELECTORS = ("random", OURS, "anchors, Euclidean", "RICES", "MMICES", "TopK-CLIP")
 POOL_ARTISTS = ("openmoji", "noto-300", "noto-700")
 
@@ -56,6 +64,7 @@ class Task:
         pool_images, query_images: Centred picture features, for the selectors.
         pool_texts, query_texts: Centred embeddings of the questions; None where all questions are one.
         train_lift: Trains a lift; only what needs one calls it.
+        lifts: Those that are trained.
     """
 
     name: str
@@ -67,6 +76,7 @@ class Task:
     pool_texts: Tensor | None = None
     query_texts: Tensor | None = None
     train_lift: TrainLift | None = None
+    lifts: dict[tuple, HyperbolicLift] = field(default_factory=dict, repr=False)
 
     @cached_property
     def joint(self) -> tuple[Tensor, Tensor]:
@@ -74,18 +84,21 @@ class Task:
         sides = ((self.pool_images, self.pool_texts), (self.query_images, self.query_texts))
         return tuple(F.normalize(torch.cat([x for x in side if x is not None], dim=-1), dim=-1) for side in sides)
 
-    @cached_property
-    def _lifts(self) -> dict[tuple[float, int], tuple[Tensor, Tensor]]:
-        return {}
+    def reader(self, model: IclMini) -> AnswerReader | ExactReader:
+        """What judges answers."""
+        return AnswerReader(model, self.answers)
 
     def lifted(self, c: float, seed: int) -> tuple[Tensor, Tensor]:
         """Tangents of pool and queries under a lift that is trained on the pool's answers."""
-        if (c, seed) not in self._lifts:
-            pool, query = self.joint
-            lift = self.train_lift(pool, codes(self.pool.answers), c=c, seed=seed)
-            with torch.no_grad():
-                self._lifts[c, seed] = lift(pool).clone(), lift(query).clone()
-        return self._lifts[c, seed]
+        return self._lifted((c, seed), codes(self.pool.answers))
+
+    def _lifted(self, key: tuple, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """What the lift of this curvature, seed and so on makes of pool and queries; it is trained when first asked for."""
+        pool, query = self.joint
+        if key not in self.lifts:
+            self.lifts[key] = self.train_lift(pool, classes, c=key[0], seed=key[1])
+        with torch.no_grad():
+            return self.lifts[key](pool).clone(), self.lifts[key](query).clone()
 
     def selectors(self) -> tuple[str, ...]:
         """The names that apply here."""
@@ -122,24 +135,17 @@ def easy_vqa_tasks(
     cache_dir: Path | None,
     num_pool: int,
     num_queries: int,
-    num_held_out: int,
     train_lift: TrainLift,
     num_training: int = 0,
-) -> tuple[Task, Task, Task]:
-    """Test questions, held-out training questions, and training questions outside the pool; the pool is the same for all."""
+) -> tuple[Task, Task]:
+    """Test questions, and training questions outside the pool; the pool is the same for both."""
     data = load_easy_vqa()
     train, test = (easy_vqa_items(data[p], eye_features(data[p], size, cache_dir)) for p in ("train", "test"))
     draw = np.random.default_rng(0)
-
-    def take(items: IclItems, among: np.ndarray, num: int) -> IclItems:
-        return items.select(np.sort(draw.permutation(among)[:num]))
-
-    held = held_out_pictures(train)
-    order = draw.permutation(np.flatnonzero(~held))
+    order = draw.permutation(np.flatnonzero(~held_out_pictures(train)))
     pool, rest = train.select(np.sort(order[:num_pool])), train.select(order[num_pool : num_pool + num_training])
-    query = take(test, np.arange(len(test)), num_queries)
-    tuning = take(train, np.flatnonzero(held), num_held_out)
-    parts = (pool, query, tuning, rest)
+    query = test.select(np.sort(draw.permutation(len(test))[:num_queries]))
+    parts = (pool, query, rest)
     unique = sorted({q for items in parts for q in items.questions})
     embedded = MiniLM()(unique)
     at = {question: row for row, question in enumerate(unique)}
@@ -161,13 +167,23 @@ def emoji_task(model: IclMini, size: int, cache_dir: Path | None, num_queries: i
     for artists in (POOL_ARTISTS, ("twemoji",)):
         data = load_emoji(artists, size=size, cache_dir=cache_dir)
         items = emoji_items(data, eye_features(data, size, cache_dir), answers)
-        styles = np.array(data.styles)[items.rows]
-        images = items.item_features[:, -LITE0_WIDTHS[-1] :].clone()
-        # Each artist shifts all pictures alike; the mean of a set takes that out.
-        for style in sorted(set(styles)):
-            rows = torch.from_numpy(np.flatnonzero(styles == style))
-            images[rows] -= images[rows].mean(0)
-        found.append((items, F.normalize(images, dim=-1)))
+        found.append((items, centred(items, data.styles)))
     (pool, pool_images), (query, query_images) = found
     rows = np.sort(np.random.default_rng(0).permutation(len(query))[:num_queries])
     return Task("emoji", pool, query.select(rows), answers, pool_images, query_images[rows], train_lift=train_lift)
+
+
+def centred(items: IclItems, styles: Sequence[str]) -> Tensor:
+    """Picture features for the selectors: each artist shifts all pictures alike, and the mean of a set takes that out.
+
+    Args:
+        items: Questions about pictures.
+        styles: The artist of each picture, by the row of its features.
+    """
+    drawn = np.array(styles)[items.rows]
+    # The network's own pooled features stand in for CLIP's.
+    images = items.item_features[:, -LITE0_WIDTHS[-1] :].clone()
+    for style in sorted(set(drawn)):
+        rows = torch.from_numpy(np.flatnonzero(drawn == style))
+        images[rows] -= images[rows].mean(0)
+    return F.normalize(images, dim=-1)

@@ -6,13 +6,14 @@ as calibration changes the query's rows alone.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from app_data.sets.episodes import IclMini, Shown
+from app_data.sets.episodes import IGNORED, IclMini, Shown
 from app_data.store.errors import DataError
 from hyper_icl import CalibrationPlan, SegmentMap, calibrate, use_calibrated_attention
 
@@ -79,6 +80,19 @@ class AnswerReader:
                 found[name] = self._score(queries, mask, cache)
         return found
 
+    def right(
+        self,
+        demos: Sequence[Sequence[Shown]],
+        queries: Sequence[Shown],
+        biases: Mapping[str, Float[Tensor, "batch k"] | None],
+    ) -> dict[str, list[bool]]:
+        """Whether the likeliest answer is that of each query; see `read`."""
+        found = {name: scores.argmax(-1).tolist() for name, scores in self.read(demos, queries, biases).items()}
+        return {
+            name: [self.answers[i] == query.answer for i, query in zip(best, queries, strict=True)]
+            for name, best in found.items()
+        }
+
     def _segments(self, demos: Sequence[Sequence[Shown]], length: int) -> Tensor:
         rows = []
         for row in demos:
@@ -115,3 +129,49 @@ class AnswerReader:
                     parts = [log_p[:, place, token] for place, token in enumerate(ids_of)]
                     found[:, column] = torch.stack(parts).sum(0)
         return found
+
+
+class ExactReader:
+    """Greedy answers without a closed set: one pass says whether every token of the answer is the likeliest.
+
+    Args:
+        model: A trained model.
+    """
+
+    def __init__(self, model: IclMini) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def right(
+        self,
+        demos: Sequence[Sequence[Shown]],
+        queries: Sequence[Shown],
+        biases: Mapping[str, Float[Tensor, "batch k"] | None],
+    ) -> dict[str, list[bool]]:
+        """Whether the model would answer each query rightly, its line ending there.
+
+        Args:
+            demos: Of every query, in prompt order.
+            queries: What is asked, with answers.
+            biases: Names; nothing is calibrated here.
+
+        Raises:
+            ValueError: A bias is given.
+        """
+        if any(bias is not None for bias in biases.values()):
+            raise ValueError(f"biases must be None, as exact answers are not calibrated, got {sorted(biases)}")
+        model = self.model
+        batch = model.episode_batch(
+            [[*(replace(d, asked=False) for d in row), q] for row, q in zip(demos, queries, strict=True)]
+        )
+        ids, targets = batch["input_ids"], batch["targets"]
+        states = model.llava.model(
+            input_ids=ids, attention_mask=batch["attention_mask"], pixel_values=batch["features"], use_cache=False
+        ).last_hidden_state
+        known = targets != IGNORED
+        # The token behind the answer is the line break.
+        known[:, 1:] |= known[:, :-1].clone()
+        rows, places = known.nonzero(as_tuple=True)
+        said = model.llava.lm_head(states[rows, places - 1]).argmax(-1) == ids[rows, places]
+        right = torch.ones(len(queries), dtype=torch.bool).scatter_reduce(0, rows, said, "amin")
+        return {name: right.tolist() for name in biases}

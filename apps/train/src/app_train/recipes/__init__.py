@@ -114,7 +114,7 @@ RECIPES: dict[str, Recipe] = {
         "--annotations FILE --pictures DIR, weights from the Hugging Face hub, eight cards; not run here",
     ),
     "icl-mini": Recipe(
-        "a small LLaVA that reads demonstrations: easy-VQA and emoji",
+        "a small LLaVA that reads demonstrations: easy-VQA and emoji, or a taxonomy",
         "icl.settings:IclMiniConfig",
         "icl.mini:run",
         "pip packages; an hour on one core",

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from app_data.store.errors import DataError
-from app_eval.ask.demonstration_task import BLIND, OURS, SEEDED, ZERO
-from app_eval.measure.interval import Interval, mean_over_seeds, over_seeds, resamples, unpaired
+from app_eval.ask.demonstration_task import BLIND, OURS, ZERO
+from app_eval.measure.interval import unpaired
 from app_eval.show.commands import read_json
 from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table, tally
-from app_eval.show.stories import icl_six
+from app_eval.show.stories import icl_six, icl_taxonomy
+from app_eval.show.stories.icl_cells import bits, claim, mean
 
 __all__ = [
     "OURS",
@@ -21,6 +22,7 @@ __all__ = [
 ]  # the recipe icl-distill takes the name of the selector from here
 
 EUCLIDEAN, KS = "anchors, Euclidean", 4
+TURNED = "TopK-CLIP"  # RICES in the other order: the tables have it
 TITLES = {"random": "random demonstrations", OURS: "hyperbolic anchors", EUCLIDEAN: "Euclidean anchors"}
 VOTE = "vote of the best selector, no language model (control)"
 FIRST = (ZERO, "random", "RICES", EUCLIDEAN, OURS)
@@ -47,15 +49,14 @@ TERMS = {
     "MMICES": "nearest pictures, then nearest questions",
     "LoRA": "low-rank adaptation of the weights",
 }
-Cell = tuple[str, int, str]
 
 
 def collect(sources: Sequence[Path]) -> dict[str, dict]:
-    """The JSON of selection-study and of icl-study; if they are given, that of icl-distill on the same model and the table of six tasks."""
+    """The JSON of selection-study and of icl-study; if given, those of icl-distill on that model, of the taxonomy and of six tasks."""
     found: dict[str, dict] = {}
     for source in sources:
         stored = read_json(source / "result.json" if source.is_dir() else source)
-        kinds = {"icl-distill": "-distilled", "icl-mini": "-model", "icl-table": "-six"}
+        kinds = {"icl-distill": "-distilled", "icl-mini": "-model", "icl-table": "-six", "icl-taxonomy": "-taxonomy"}
         kind = kinds.get(stored.get("recipe") or stored.get("study"), "")
         if stored.get("format") != 1 or (not kind and "studies" not in stored):
             raise DataError(
@@ -77,12 +78,12 @@ def collect(sources: Sequence[Path]) -> dict[str, dict]:
 def tell(content: Mapping[str, dict]) -> Page:
     """The page."""
     chosen, model, distilled = content[""], content["-model"], content.get("-distilled")
-    six = [content["-six"]] if "-six" in content else []
+    six, tree = ([content[key]] if key in content else [] for key in ("-six", "-taxonomy"))
     tasks = [task for task in model["tasks"] if task["rows"]]
     columns = tuple(Column(f"{t['name']} with {_k(t)} demonstrations: right, %", 1) for t in tasks)
-    values = {s: tuple(_mean(_bits(t, s, 0 if s == ZERO else _k(t))) for t in tasks) for s in FIRST}
+    values = {s: tuple(mean(bits(t, s, 0 if s == ZERO else _k(t))) for t in tasks) for s in FIRST}
     votes = [
-        [_mean(_bits(t, s, _k(t), "vote")) for s in t["selectors"] if _bits(t, s, _k(t), "vote") is not None]
+        [mean(bits(t, s, _k(t), "vote")) for s in t["selectors"] if bits(t, s, _k(t), "vote") is not None]
         for t in tasks
     ]
     values[VOTE] = tuple(max(found, key=lambda v: v.value) if found else None for found in votes)
@@ -105,11 +106,13 @@ def tell(content: Mapping[str, dict]) -> Page:
         ),
         control=VOTE,
         body=(
-            _setting(model), *map(_judged, tasks), distilled_section(distilled), *(icl_six.short(x) for x in six), _selection(chosen),
+            _setting(model), *map(_judged, tasks), distilled_section(distilled), *(icl_six.short(x) for x in six),
+            *(icl_taxonomy.short(x) for x in tree), _selection(chosen),
             _not_run(tasks),
         ),
         tables=(
             *map(_task_tables, tasks), *(section for x in six for section in icl_six.tables(x)),
+            *(icl_taxonomy.tables(x) for x in tree),
             *map(_study_tables, chosen["studies"]),
         ),
         commands=(
@@ -118,39 +121,13 @@ def tell(content: Mapping[str, dict]) -> Page:
             STUDY,
             "hier train icl-distill",
             *(icl_six.COMMAND for _ in six),
-            f"hier page icl docs/results/hyper-icl.json {'docs/results/hyper-icl-six.json ' * len(six)}docs/results/hyper-icl.md --model "
+            *(line for x in tree for line in icl_taxonomy.commands(x)),
+            f"hier page icl docs/results/hyper-icl.json {'docs/results/hyper-icl-six.json ' * len(six)}"
+            f"{'docs/results/hyper-icl-taxonomy.json ' * len(tree)}docs/results/hyper-icl.md --model "
             "docs/results/hyper-icl-model.json --distilled docs/results/hyper-icl-distilled.json",
         ),
         terms=TERMS,
     )  # fmt: skip
-
-
-def _bits(task: Mapping, selector: str, k: int, calibration: str = "none") -> np.ndarray | None:
-    """1 where a query was answered rightly, (seeds, queries); None if it was not run. A "vote" needs no language model."""
-    cells = [c for c in task["cells"] if (c["selector"], c["k"]) == (selector, k)]
-    found = [bits for c in cells if (bits := c.get("vote") if calibration == "vote" else c["right"].get(calibration))]
-    return np.array([[float(b) for b in bits] for bits in found]) if found else None
-
-
-def _mean(bits: np.ndarray | None) -> Interval | None:
-    """Percent of right answers, seeds averaged first, and its interval over queries."""
-    if bits is None:
-        return None
-    values = bits.mean(0)
-    return mean_over_seeds([(values, np.ones(len(values)))], resamples(len(values))).times(100)
-
-
-def _claim(text: str, task: Mapping, ours: Cell, other: Cell) -> Claim:
-    """Two ways to answer the same queries; over seeds only where a choice depends on the seed."""
-    a, b = (_bits(task, *cell) for cell in (ours, other))
-    if a is None or b is None:
-        return Claim(text, None, None, digits=1)
-    seeds = None
-    if ours[0] in SEEDED or other[0] in SEEDED:
-        # What has no chance in it stands against every seed; runs that were cut short are compared on the seeds both have.
-        pairs = zip(a, b, strict=False) if min(len(a), len(b)) > 1 else ((x, y) for x in a for y in b)
-        seeds = over_seeds([100 * (x.mean() - y.mean()) for x, y in pairs])
-    return Claim(text, _mean(np.atleast_2d(a.mean(0) - b.mean(0))), seeds, digits=1)
 
 
 def _k(task: Mapping) -> int:
@@ -166,15 +143,17 @@ def _setting(model: Mapping) -> Section:
         f"{card['steps']} steps" if planned == card["steps"] else f"stopped after {card['steps']} of {planned} steps"
     )
     chosen = ", ".join(f"{strength[kind]['lambda']:g} ({kind})" for kind in ("lorentz", "euclidean"))
+    how = (
+        f"was chosen on {strength['n']} questions, which is noise; `hier eval icl` now fixes it at 1"
+        if "n" in strength
+        else "is fixed"
+    )
     said = (
         f"One model was trained (EfficientNet-Lite0 and SmolLM2-135M frozen; a connector and LoRA of rank {card['rank']}, {steps}), so "
-        f"nothing "
-        "here says how another training would come out. A seed draws random demonstrations and trains the anchors; "
+        "nothing here says how another training would come out. A seed draws random demonstrations and trains the anchors; "
         f"{len(model['seeds'])} were planned. Anchors train on the answers of the pool, so their choice is a classifier already: compare "
-        f"it "
-        "with the vote. Answers are scored by likelihood over the closed set. Calibration weighs demonstrations by their distance in the "
-        f"attention; its strength, {chosen}, was chosen on {strength['n']} held-out training questions with {strength['k']} random "
-        "demonstrations.",
+        "it with the vote. Answers are scored by likelihood over the closed set. Calibration weighs demonstrations by their distance in "
+        f"the attention; its strength, {chosen}, {how}.",
     )
     cut = "The study was cut short: selectors and numbers of demonstrations that are missing were not run."
     return Section("What was held fixed", (*said, *(() if model["complete"] else (cut,))))
@@ -183,20 +162,19 @@ def _setting(model: Mapping) -> Section:
 def _judged(task: Mapping) -> Section:
     k = _k(task)
     plain = {
-        s: _claim(f"{TITLES.get(s, s)} against none", task, (s, k, "none"), (ZERO, 0, "none"))
-        for s in task["selectors"]
+        s: claim(f"{TITLES.get(s, s)} against none", task, (s, k, "none"), (ZERO, 0, "none")) for s in task["selectors"]
     }
     others = [
         (f"hyperbolic anchors against {TITLES.get(s, s)}", (OURS, k, "none"), (s, k, "none"))
         for s in task["selectors"]
-        if s != OURS
+        if s not in (OURS, TURNED)
     ]
     others += [
         (f"calibration of {TITLES[s]} against none", (s, k, "lorentz"), (s, k, "none")) for s in ("random", OURS)
     ]
-    plain["vote"] = _claim("hyperbolic anchors against their vote", task, (OURS, k, "none"), (OURS, k, "vote"))
-    ranked = tuple(_claim(text, task, a, b) for text, a, b in others)
-    zero, blind = (_mean(_bits(task, name, 0)) for name in (ZERO, BLIND))
+    plain["vote"] = claim("hyperbolic anchors against their vote", task, (OURS, k, "none"), (OURS, k, "vote"))
+    ranked = tuple(claim(text, task, a, b) for text, a, b in others)
+    zero, blind = (mean(bits(task, name, 0)) for name in (ZERO, BLIND))
     facts = f"{task['num_queries']} queries, a pool of {task['num_pool']:,}, {task['num_answers']} answers, {k} demonstrations."
     if zero and blind:
         facts += (
@@ -218,7 +196,7 @@ def distilled_section(result: Mapping | None) -> Section:
         task = {"cells": [{**cell, "k": 0} for cell in result["cells"] if cell["selector"] == selector]}
         for a, b in (("calibrated", "the model"), ("distilled", "calibrated")):
             cells = ((selector, 0, "model" if name == "the model" else name) for name in (a, b))
-            claims.append(_claim(f"{a} against {b}, {TITLES.get(selector, selector)}", task, *cells))
+            claims.append(claim(f"{a} against {b}, {TITLES.get(selector, selector)}", task, *cells))
     text = (
         f"A student learns the attention of the calibrated model (strength {options['strength']:g}) by LoRA of rank {options['rank']}, in "
         f"{options['steps']} steps of {options['batch_size']} questions. Over {masses['n']} test questions its attention diverges from the "
@@ -235,51 +213,54 @@ def _votes(row: Mapping, queries: int) -> tuple[tuple, tuple]:
     return (share, math.sqrt(share * (1 - share)), queries), (share, widest, seeds)
 
 
+def _compared(study: Mapping) -> Claims:
+    largest, claims = max((row["k"] for row in study["rows"]), default=0), []
+    rows = {row["name"]: _votes(row, study["num_queries"]) for row in study["rows"] if row["k"] == largest}
+    for text, ours, other in COMPARED:
+        if {ours, other} <= rows.keys():
+            items, seeds = (unpaired(a, b).times(100) for a, b in zip(rows[ours], rows[other], strict=True))
+            claims.append(Claim(text, items, seeds, digits=1))
+    return Claims(tuple(claims), f"{study['name']}, vote of {largest} demonstrations, percent right")
+
+
 def _selection(chosen: Mapping) -> Section:
-    blocks = []
-    for study in chosen["studies"]:
-        largest, claims = max(row["k"] for row in study["rows"]), []
-        rows = {row["name"]: _votes(row, study["num_queries"]) for row in study["rows"] if row["k"] == largest}
-        for text, ours, other in COMPARED:
-            if {ours, other} <= rows.keys():
-                items, seeds = (unpaired(a, b).times(100) for a, b in zip(rows[ours], rows[other], strict=True))
-                claims.append(Claim(text, items, seeds, digits=1))
-        blocks.append(Claims(tuple(claims), f"{study['name']}, vote of {largest} demonstrations, percent right"))
+    told = "; ".join(f"{study['name']} {tally(_compared(study).claims)}" for study in chosen["studies"])
     text = (
         f"Features are frozen (EfficientNet-Lite0, MiniLM); only the anchors are trained, {chosen['steps']} steps, with "
-        f"{len(chosen['seeds'])} seeds. The vote is the most frequent answer of the chosen demonstrations. Answers were not kept query by "
-        "query, so these intervals are unpaired, wider than paired ones: over queries from the shares, over seeds from the stored ranges."
+        f"{len(chosen['seeds'])} seeds. The vote is the most frequent answer of the chosen demonstrations."
+        + (f" Comparisons of votes, by selector, depth and curvature: {told} (all in the tables)." if told else "")
     )
-    return Section("Without a language model", (text, *blocks))
+    return Section("Without a language model", (text,))
 
 
 def _not_run(tasks: Sequence[Mapping]) -> Section:
-    absent = [f"{t['name']}: {s} ({STUDY})" for t in tasks for s in t["selectors"] if _bits(t, s, _k(t)) is None]
+    absent = [f"{t['name']}: {s} ({STUDY})" for t in tasks for s in t["selectors"] if bits(t, s, _k(t)) is None]
     lines = (
         "the published adapter with a frozen teacher, Idefics-9B and Idefics2-8B (their weights are out of reach)",
-        "held-out groups in the pool; a fixed scale of the lift against a learned one",
+        "a fixed scale of the lift against a learned one",
     )
     return Section("Not run", ((*lines, *absent),))
 
 
 def _task_tables(task: Mapping) -> Section:
     heads = ("right, %", "with Lorentz calibration", "with Euclidean calibration", "vote, no language model")
-    kinds, none, zero = np.array(task["kinds"]), (ZERO, 0, "none"), _bits(task, ZERO, 0)
+    kinds, none, zero = np.array(task["kinds"]), (ZERO, 0, "none"), bits(task, ZERO, 0)
     shares = [f"{kind} {100 * zero.mean(0)[kinds == kind].mean():.1f} %" for kind in dict.fromkeys(task["kinds"])]
     parts: list = [f"Without demonstrations, by kind of question: {', '.join(shares)}."]
     for k in sorted({cell["k"] for cell in task["cells"]} - {0}):
         rows, claims = [], []
         for s in task["selectors"]:
-            bits = _bits(task, s, k)
-            cells = tuple(_mean(_bits(task, s, k, c)) for c in ("none", "lorentz", "euclidean", "vote"))
-            rows.append(Row(s, () if bits is None else (len(bits), *cells), STUDY))
+            known = bits(task, s, k)
+            cells = tuple(mean(bits(task, s, k, c)) for c in ("none", "lorentz", "euclidean", "vote"))
+            rows.append(Row(s, () if known is None else (len(known), *cells), STUDY))
             claims += [
-                _claim(f"{s} against {w}", task, (s, k, "none"), o)
+                claim(f"{s} against {w}", task, (s, k, "none"), o)
                 for w, o in (("none", none), ("its vote", (s, k, "vote")))
             ]
         table = Table((Column("seeds"), *(Column(h, 1) for h in heads)), tuple(rows), title=f"{k} demonstrations")
-        parts += [table, f"In all: {tally(claims)}.", Claims(tuple(claims))]
-    against = [_claim(title, task, (s, _k(task), c), none) for title, s, c in ABLATION]
+        turned = claim(f"{OURS} against {TURNED}", task, (OURS, k, "none"), (TURNED, k, "none"))
+        parts += [table, f"In all: {tally(claims)}.", Claims((*claims, turned))]
+    against = [claim(title, task, (s, _k(task), c), none) for title, s, c in ABLATION]
     parts.append(Claims(tuple(against), f"The parts one by one, {_k(task)} demonstrations, against none"))
     return Section(f"{task['name']}, with a language model", tuple(parts))
 
@@ -298,4 +279,8 @@ def _study_tables(study: Mapping) -> Section:
             rows.append(Row(row["name"], (row["seeds"], *cells)))
         tables.append(Table(tuple(map(Column, heads)), tuple(rows), title=f"{k} demonstrations"))
     note = f"Pool {study['num_pool']:,}, queries {study['num_queries']:,}. Shares; behind +- stands the largest difference between seeds."
-    return Section(f"{study['name']}, without a language model", (note, *tables))
+    unpaired_note = (
+        "Answers were not kept query by query, so these intervals are unpaired, wider than paired ones: over queries from the shares, over "
+        "seeds from the stored ranges."
+    )
+    return Section(f"{study['name']}, without a language model", (note, *tables, unpaired_note, _compared(study)))

@@ -176,11 +176,8 @@ def load_model(config: IclDistillConfig) -> IclMini:
 
 def load_tasks(config: IclDistillConfig, model: IclMini) -> tuple[Task, Task]:
     """Test questions and training questions with one pool."""
-    numbers = (config.num_pool, config.num_queries, 0)
-    test, _, training = easy_vqa_tasks(
-        model.card["size"], config.cache_dir, *numbers, train_lift, num_training=config.num_questions
-    )
-    return test, training
+    numbers = (config.num_pool, config.num_queries)
+    return easy_vqa_tasks(model.card["size"], config.cache_dir, *numbers, train_lift, num_training=config.num_questions)
 
 
 def _prompts(task: Task, rows: Sequence[int], found) -> tuple[list[list[Shown]], list[Shown]]:

@@ -26,7 +26,8 @@ def train_lift(
 
     Args:
         features: Rows of features.
-        codes: Their classes; classes of one item only take part as negatives.
+        codes: Their classes (n,); classes of one item only take part as negatives. Of several columns (n, levels), such as the
+            levels of a taxonomy, each gives a loss, and the mean is trained.
         out_dim: Width of the tangent vectors.
         c: Curvature.
         tau: Temperature of the loss.
@@ -37,7 +38,8 @@ def train_lift(
     Raises:
         DataError: No two items share a class.
     """
-    if len(codes.unique()) == len(codes):
+    codes = codes.reshape(len(codes), -1)
+    if all(len(column.unique()) == len(column) for column in codes.mT):
         raise DataError("no two items share an answer: a lift cannot be trained on them")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
@@ -47,9 +49,9 @@ def train_lift(
     def forward(wrapped: HyperbolicLift, step: Step, _: np.ndarray):
         rows = torch.randperm(len(features), generator=generator)[:batch]
         same = codes[rows, None] == codes[rows]
-        if int(same.sum()) == len(rows):
+        if int(same.sum()) == codes.shape[1] * len(rows):
             # A random batch of many small classes may hold no pair; add the partners of its first half.
-            partner = (codes[rows[: len(rows) // 2], None] == codes).float()
+            partner = (codes[rows[: len(rows) // 2], None] == codes).any(-1).float()
             partner[torch.arange(len(partner)), rows[: len(rows) // 2]] = 0
             has = partner.sum(-1) > 0
             if not has.any():
@@ -57,7 +59,8 @@ def train_lift(
             drawn = torch.multinomial(partner[has], 1, generator=generator).squeeze(-1)
             rows = torch.cat((rows[: len(rows) // 2], drawn)).unique()
             same = codes[rows, None] == codes[rows]
-        return anchor_loss(wrapped(features[rows]), same, c, tau), {}
+        tangent, paired = wrapped(features[rows]), [one for one in same.unbind(-1) if int(one.sum()) > len(rows)]
+        return torch.stack([anchor_loss(tangent, one, c, tau) for one in paired]).mean(), {}
 
     stage = Stage(
         "lift", StageConfig(epochs=1, lr=5e-3, batch_size=1), steps, forward, clip_grad=None, rate=lambda step: 1.0,

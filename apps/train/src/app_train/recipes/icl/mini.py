@@ -7,7 +7,10 @@ Frozen EfficientNet-Lite0 and frozen SmolLM2-135M; trained are the connector and
 connector alone maps pictures to the embeddings of their words, which costs no language model. Then episodes: 0, 2 or 4
 demonstrations and a query, with a loss on every answer. So that the context is worth reading, a share of the demonstrations asks
 what the query asks, and a share of the emoji episodes shows the query's emoji by another artist. Every tenth picture and half of
-the emoji names never train.
+the emoji names never train. With `--data taxonomy` all episodes ask what an emoji is, of what kind and of what sort:
+
+    hier train icl-mini --data taxonomy --num-episodes 800 --shots 4 --out runs/icl-taxonomy
+    hier eval icl runs/icl-taxonomy --out docs/results/hyper-icl-taxonomy.json
 """
 
 import resource
@@ -15,9 +18,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,20 +25,7 @@ from peft import inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from app_data.sets.emoji import load_emoji
-from app_data.sets.episodes import (
-    IMAGE_TOKEN,
-    WEIGHTS,
-    IclItems,
-    IclMini,
-    build_llava,
-    easy_vqa_items,
-    emoji_items,
-    emoji_names,
-    eye_features,
-    held_out_pictures,
-)
-from app_data.sets.vqa import load_easy_vqa
+from app_data.sets.episodes import IMAGE_TOKEN, WEIGHTS, IclMini, build_llava
 from app_data.store.atomic import new_folder
 from app_data.store.sealed import is_whole, new_sealed_folder
 from app_data.weights.smollm2 import load_smollm2
@@ -50,72 +37,8 @@ from app_train.core.run_folder import Run
 from app_train.core.schedule import Forward, Step
 from app_train.recipes.blip.stage import blip_stage
 from app_train.recipes.icl.settings import IclMiniConfig
+from app_train.recipes.icl.sources import Source, load_sources
 from hyper_icl import lora_config
-
-ARTISTS = ("openmoji", "noto-300", "noto-700")
-# Half of the questions are yes/no; in the data they are three of four.
-KINDS = {"yes/no": 0.5, "shape": 0.25, "color": 0.25}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Items to draw episodes from, by kind and by what makes a demonstration related."""
-
-    items: IclItems
-
-    @cached_property
-    def by_kind(self) -> dict[str, np.ndarray]:
-        """Positions of each kind."""
-        return self._by(self.items.kinds)
-
-    @cached_property
-    def by_relation(self) -> dict[str, np.ndarray]:
-        """Positions of each question; of emoji, whose question is one, of each answer."""
-        return self._by(self._relations)
-
-    @property
-    def _relations(self) -> tuple[str, ...]:
-        return self.items.answers if self.is_emoji else self.items.questions
-
-    @property
-    def is_emoji(self) -> bool:
-        """Whether relation goes by answer."""
-        return self.items.name == "emoji"
-
-    @staticmethod
-    def _by(labels: Sequence[str]) -> dict[str, np.ndarray]:
-        found = defaultdict(list)
-        for position, label in enumerate(labels):
-            found[label].append(position)
-        return {label: np.array(positions) for label, positions in found.items()}
-
-    def draw(self, num_demos: int, related: float, draw: np.random.Generator) -> list[int]:
-        """Demonstrations and a query, whose picture is not among them.
-
-        Args:
-            num_demos: K.
-            related: Share of related demonstrations (of emoji: of episodes with one).
-            draw: Source of chance.
-        """
-        kinds = [kind for kind in self.by_kind if self.is_emoji or kind in KINDS]
-        weights = np.array([KINDS.get(kind, 1.0) for kind in kinds])
-
-        def any_item() -> int:
-            kind = kinds[draw.choice(len(kinds), p=weights / weights.sum())]
-            return int(draw.choice(self.by_kind[kind]))
-
-        query = any_item()
-        row, same = self.items.rows[query], self.by_relation[self._relations[query]]
-        same = same[self.items.rows[same] != row]
-        demos = []
-        while len(demos) < num_demos:
-            wanted = not self.is_emoji and len(same) and draw.random() < related
-            one = int(draw.choice(same)) if wanted else any_item()
-            if self.items.rows[one] != row:
-                demos.append(one)
-        if self.is_emoji and demos and len(same) and draw.random() < related:
-            demos[int(draw.integers(num_demos))] = int(draw.choice(same))
-        return [*demos, query]
 
 
 def run(config: IclMiniConfig) -> dict:
@@ -131,7 +54,7 @@ def run(config: IclMiniConfig) -> dict:
                 )
         run.claim(fingerprint)
         if (known := run.result()) is not None:
-            return _show(known, config.out)
+            return _show(known, config)
         begun = time.monotonic()
         model = make_model(config, language, tokenizer, sources)
         _align(config, run, model, sources)
@@ -148,6 +71,7 @@ def run(config: IclMiniConfig) -> dict:
             "eye_width": model.llava.config.vision_config.hidden_size,
             "shots": list(config.shots),
             "options": f"--num-episodes {config.num_episodes} --align.epochs {config.align.epochs}",
+            "questions": config.data,
             "emoji_answers_held_out": list(answers),
         }
         with new_folder(config.out / "model") as target:
@@ -166,13 +90,14 @@ def run(config: IclMiniConfig) -> dict:
         for stage in ("train-1", "train-2"):
             remove_checkpoints(config.out / stage)
         run.seal()
-    return _show(result, config.out)
+    return _show(result, config)
 
 
-def _show(result: dict, out: Path) -> dict:
+def _show(result: dict, config: IclMiniConfig) -> dict:
+    kind = "taxonomy" if config.data == "taxonomy" else "model"
     print(  # noqa: T201
         f"{result['steps']} steps, loss of the last tenth {result['loss_of_last_tenth']}\n"
-        f"study: hier eval icl {out} --out docs/results/hyper-icl-model.json"
+        f"study: hier eval icl {config.out} --out docs/results/hyper-icl-{kind}.json"
     )
     return result
 
@@ -180,20 +105,6 @@ def _show(result: dict, out: Path) -> dict:
 def load_language() -> tuple[torch.nn.Module, object]:
     """The language model and its tokenizer."""
     return load_smollm2()
-
-
-def load_sources(config: IclMiniConfig, tokenizer: object) -> tuple[list[Source], str, tuple[str, ...]]:
-    """What episodes are drawn from, the data's fingerprint, and the emoji names that never train."""
-    train = load_easy_vqa()["train"]
-    vqa = easy_vqa_items(train, eye_features(train, config.size, config.cache_dir))
-    found, prints, answers = [Source(vqa.select(np.flatnonzero(~held_out_pictures(vqa))))], [train.fingerprint], ()
-    if config.emoji_share:
-        drawn = load_emoji(ARTISTS, size=config.size, cache_dir=config.cache_dir)
-        features = eye_features(drawn, config.size, config.cache_dir)
-        names, answers = emoji_names(drawn.names, tokenizer)
-        found.append(Source(emoji_items(drawn, features, names)))
-        prints.append(drawn.fingerprint)
-    return found, "-".join(prints), answers
 
 
 def make_model(config: IclMiniConfig, language: torch.nn.Module, tokenizer, sources: Sequence[Source]) -> IclMini:
@@ -267,7 +178,7 @@ def _episodes(config: IclMiniConfig, run: Run, model: IclMini, sources: Sequence
         for row in rows.tolist():
             draw = np.random.default_rng([config.seed, 2, step.epoch, row])
             source = sources[-1] if len(sources) > 1 and draw.random() < config.emoji_share else sources[0]
-            episodes.append([source.items[i] for i in source.draw(num_demos, config.related, draw)])
+            episodes.append(source.episode(num_demos, config.related, draw))
         batch = {name: value.to(run.device) for name, value in model.episode_batch(episodes).items()}
         return wrapped(**batch), {"num_demos": float(num_demos)}
 

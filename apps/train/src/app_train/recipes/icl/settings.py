@@ -31,6 +31,9 @@ class IclMiniConfig(RunConfig):
 
     out: Path = Path("runs/icl-mini")
     seed: int = Field(0, ge=0)
+    data: Literal["easy-vqa", "taxonomy"] = "easy-vqa"
+    """easy-vqa: its questions, and names of emoji. taxonomy: what an emoji is, of what kind and of what sort; half of the kinds never
+    train, and in half of the episodes names trade places, so that only the demonstrations tell them."""
     size: int = Field(96, ge=32)
     """Height and width to which pictures are enlarged for the eye."""
     align: AlignStage = AlignStage()
@@ -65,7 +68,7 @@ class IclDistillConfig(RunConfig):
     out: Path = Path("runs/icl-distill")
     seed: int = Field(0, ge=0)
     strength: float = Field(1.0, gt=0)
-    """lambda of the calibration; icl-study chooses it on held-out questions."""
+    """lambda of the calibration; 1 in `hier eval icl` too."""
     shots: int = Field(4, ge=1)
     """Demonstrations."""
     num_questions: int = Field(160, ge=1)
