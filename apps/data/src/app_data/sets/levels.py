@@ -68,7 +68,7 @@ def shuffled_paths(paths: Sequence[Path], seed: int) -> tuple[Path, ...]:
         paths: Of pictures; those of one leaf stay together.
         seed: Of the draw.
 
-    >>> shuffled_paths([("food", "fruit", "pear"), ("life", "bug", "bee"), ("food", "fruit", "pear")], 2)
+    >>> shuffled_paths([("food", "fruit", "pear"), ("life", "bug", "bee"), ("food", "fruit", "pear")], 3)
     (('life', 'bug', 'pear'), ('food', 'fruit', 'bee'), ('life', 'bug', 'pear'))
     """
     leaves = sorted(set(paths))
