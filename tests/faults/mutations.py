@@ -50,7 +50,7 @@ MUTATIONS = (
         "mini-clip",  # mat-clip trains by SGD without momentum, which has no state
     ),
     Mutation("records are cut after the checkpoint", f"{_CORE}/records.py", "os.truncate(self.path, len(before))", "pass", "killed"),
-    Mutation("records are those that were written", f"{_CORE}/records.py", "if known and", "if False and", "damaged"),
+    Mutation("records are those that were written", f"{_CORE}/records.py", "if known and", "if False and", "damaged", "mini-clip"),
     Mutation("spoilt weights are not kept", f"{_CORE}/fit.py", "loop.check(step)", "pass", "not a number"),
     Mutation(
         "a cache index is sealed",
