@@ -47,7 +47,7 @@ MUTATIONS = (
         "made.load_state_dict(state)",
         "pass",
         "killed",
-        "mini-clip",  # mat-clip trains by SGD without momentum, which has no state
+        "mini-clip",  # mat-clip trains by SGD without momentum, which has no state to lose
     ),
     Mutation("records are cut after the checkpoint", f"{_CORE}/records.py", "os.truncate(self.path, len(before))", "pass", "killed"),
     Mutation("records are those that were written", f"{_CORE}/records.py", "if known and", "if False and", "damaged", "mini-clip"),

@@ -260,6 +260,8 @@ class StudyConfig(RunConfig):
     """The experiments of the hier-lora results page."""
 
     out: Path = Path("runs/lora-study")
+    save_every: int = Field(10, ge=1)
+    """Steps between two checkpoints."""
     data: Path | None = None
     """Folder of the few-shot CIFAR-100 set (cifar100_fewshot.tar.gz and trees/cifar100.json); without it emoji alone."""
     only: tuple[Literal["emoji", "cifar100"], ...] = ("emoji", "cifar100")

@@ -33,7 +33,6 @@ Outcomes = dict[str, tuple[Outcome, dict]]
 # The second stage of the `towers` runs: short, because the text tower reads every prompt in every step.
 LORA_STAGE = StageConfig(epochs=1, lr=2e-3, batch_size=64)
 TOWERS_TEST_SHOTS = 20
-SAVE_EVERY = 10
 
 
 @dataclass
@@ -248,7 +247,7 @@ def _towers(run: Trial, bank: Bank, data: StudyData, rate: float) -> Outcomes:
     model, folder = build_model(task, config, run.seed), Path(run.options["folder"])
     fit(
         Objective(model, run.loss).to(bank.run.device),
-        stages(model, task.train, task.features, config, save_every=SAVE_EVERY), folder,
+        stages(model, task.train, task.features, config, save_every=bank.run.config.save_every), folder,
         seed=run.seed, label=run.folder, stop=bank.run.stop, accelerator=bank.run.accelerator,
     )  # fmt: skip
     logits = node_logits(model, test, centred=data.centred, check=bank.run.check)

@@ -1,7 +1,6 @@
 """How a row of the recipe `mat` is trained on cached features: one stage, curvatures at a rate of their own."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ def feature_stage(
     targets: tuple[Tensor, ...],
     config: MATFitConfig,
     seed: int,
+    save_every: int = 200,
 ) -> Stage:
     """The stage that trains a row.
 
@@ -34,6 +34,7 @@ def feature_stage(
         targets: for each objective, (n,) node ids.
         config: the settings.
         seed: fixes the order of the data and the tree cuts.
+        save_every: steps between two checkpoints.
     """
     draw = step_seed(seed)
 
@@ -52,7 +53,7 @@ def feature_stage(
             weight_decay=config.weight_decay,
         )
 
-    stage = Stage("features", config, len(features), forward, optimizer=optimizer, order=shuffled(len(features), seed))
-    return replace(
-        stage, draw=draw, after_step=model.head.clamp_, clip_grad=config.clip_grad, save_every=5 * stage.per_epoch
-    )
+    return Stage(
+        "features", config, len(features), forward, optimizer=optimizer, order=shuffled(len(features), seed), draw=draw,
+        after_step=model.head.clamp_, clip_grad=config.clip_grad, save_every=save_every,
+    )  # fmt: skip

@@ -10,7 +10,6 @@ The result is a folder that `open_clip.create_model("local-dir:FOLDER")` loads. 
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +172,11 @@ def distil_stage(
     def clamp() -> None:
         model.clip.logit_scale.clamp_(0, _MOST_SCALE)
 
-    stage = Stage(
+    return Stage(
         "distil", config, len(np.unique(pictures.targets)), forward,
         order=lambda epoch: epoch_pictures(pictures.targets, config.seed, epoch),
-        after_step=clamp, clip_grad=config.clip_grad,
+        after_step=clamp, clip_grad=config.clip_grad, save_every=config.save_every,
     )  # fmt: skip
-    return replace(stage, save_every=10 * stage.per_epoch)
 
 
 def epoch_pictures(targets: np.ndarray, seed: int, epoch: int) -> np.ndarray:

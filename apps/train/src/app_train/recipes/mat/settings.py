@@ -56,6 +56,8 @@ class MATConfig(RunConfig):
     """Train and score variants of Modality Alignment across Trees on cached features."""
 
     out: Path = Path("runs/mat")
+    save_every: int = Field(200, ge=1)
+    """Steps between two checkpoints."""
     data: Literal["emoji", "cifar100-fewshot"] = "emoji"
     source: Path | None = None
     """Folder with cifar100_fewshot.tar.gz and trees/cifar100.json."""
@@ -117,6 +119,8 @@ class MATClipConfig(RunConfig):
     """The paper's table on CLIP weights: a cell for each data set, number of shots, base, row and seed."""
 
     out: Path = Path("runs/mat-clip")
+    save_every: int = Field(200, ge=1)
+    """Steps between two checkpoints."""
     data: Annotated[tuple[str, ...], _listed(str, "{" + ",".join(DATA) + "}")] = ("cifar100",)
     """Data sets, with commas between them."""
     source: Path = Path("data")
@@ -186,6 +190,8 @@ class MATMiniConfig(RunConfig):
     clip: Path = Path("runs/mini-clip/model")
     """Folder that the recipe `mini-clip` wrote."""
     out: Path = Path("runs/mat/emoji-mini")
+    save_every: int = Field(200, ge=1)
+    """Steps between two checkpoints."""
     method: Literal["maple", "promptsrc"] = "maple"
     variant: tuple[VariantName, ...] = VARIANTS
     """Variants to train."""
@@ -211,6 +217,8 @@ class MiniClipConfig(StageConfig, RunConfig):
     """Train a small CLIP on emoji of the training artists."""
 
     out: Path = Path("runs/mini-clip")
+    save_every: int = Field(200, ge=1)
+    """Steps between two checkpoints."""
     epochs: int = Field(30, ge=1)
     """Passes over the leaves; each shows one artist's picture of every leaf."""
     batch_size: int = Field(128, ge=2)

@@ -217,7 +217,7 @@ def train_prompts(
     )  # fmt: skip
     average = Average(settings, model, stage.per_epoch) if source else None
     stage = replace(
-        stage, save_every=stage.per_epoch, keeper=average, after_epoch=None if average is None else average.update
+        stage, save_every=run.config.save_every, keeper=average, after_epoch=None if average is None else average.update
     )
     fit(model, [stage], folder, seed=settings.seed, label=label, stop=run.stop, tensorboard=run.config.tensorboard)
     if average is not None:

@@ -230,7 +230,7 @@ def train_row(shared: Shared, row: Row, folder: Path, seed: int, name: str, conf
         model.load_state_dict(load_tensors(saved), strict=False)
     else:
         objectives, targets = zip(*sides, strict=True)
-        stage = feature_stage(model, objectives, inputs, targets, config, seed)
+        stage = feature_stage(model, objectives, inputs, targets, config, seed, shared.config.save_every)
         fit(model, [stage], folder, seed=seed, label=f"{name}, seed {seed}", stop=run.stop)
         with new_file(saved) as unfinished:
             save_tensors({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, unfinished)
