@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -196,6 +197,24 @@ def test_one_process_recipes_refuse_several(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="runs in one process"):
         Run("test", config(tmp_path / "run"), processes=False)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:16259", RunError),
+        ("NCCL error: remote process exited", RunError),
+        ("mat1 and mat2 shapes cannot be multiplied", RuntimeError),
+    ],
+)
+def test_a_process_that_is_left_says_so(tmp_path, said, kind):
+    """Another one was stopped while this one waited for it; an error of our own stays what it is."""
+    with pytest.raises(kind) as caught, Run("test", config(tmp_path / "run"), ("seeds",)) as run:
+        run.accelerator = SimpleNamespace(num_processes=2)
+        raise RuntimeError(said)
+    assert type(caught.value) is kind
+    if kind is RunError:
+        assert "another process of this run has ended" in str(caught.value)
 
 
 def test_a_file_merges_into_the_recipes_own_defaults(tmp_path):

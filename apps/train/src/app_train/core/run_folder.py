@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ VERSIONS_OF = (
     "app-eval",
     "app-train",
 )
+# What gloo and NCCL say where a peer is gone.
+_LEFT = re.compile(r"(?i)gloo|nccl|connection (closed|reset|refused)|socket")
 
 
 class Run:
@@ -83,11 +86,16 @@ class Run:
         self.stop.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.stop.__exit__(*error)
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.stop.__exit__(kind, error, trace)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        # Outside of common steps a process that is stopped or fails leaves the others waiting for it.
+        if self.accelerator.num_processes > 1 and isinstance(error, RuntimeError) and _LEFT.search(str(error)):
+            raise RunError(
+                "another process of this run has ended: see what it said; the same command goes on from here"
+            ) from error
 
     @property
     def main(self) -> bool:
@@ -104,17 +112,8 @@ class Run:
         self.stop.check()
 
     def wait(self) -> None:
-        """Wait for all processes.
-
-        Raises:
-            RunError: another one has ended.
-        """
-        try:
-            self.accelerator.wait_for_everyone()
-        except RuntimeError as error:  # of the backend, each with words of its own
-            raise RunError(
-                "another process of this run has ended: see what it said; the same command goes on from here"
-            ) from error
+        """Wait for all processes."""
+        self.accelerator.wait_for_everyone()
 
     def claim(self, data: str) -> None:
         """Lock the folder and write the settings into it, or check that they are there already.
