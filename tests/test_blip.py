@@ -428,7 +428,7 @@ def test_views_are_chosen_by_seed_epoch_and_picture():
 
 def test_temperature_by_similarity_and_at_its_own_rate():
     from app_train.recipes.blip.mini import hyperbolic
-    from app_train.recipes.blip.settings import FirstStage, Temperatures
+    from app_train.recipes.blip.settings import BlipMiniConfig, Temperatures
     from app_train.recipes.blip.stage import blip_stage
 
     tau = Temperatures(cosine=0.05, distance=0.2, lr=0.01)
@@ -436,16 +436,18 @@ def test_temperature_by_similarity_and_at_its_own_rate():
     assert found == {"euclidean": 0.05, "cosine": 0.05, "lorentz": 0.2, "mix": 0.2}
     model = torch.nn.ModuleDict({"temperature": torch.nn.Linear(1, 1, bias=False), "rest": torch.nn.Linear(2, 2)})
     parameters = dict(model.named_parameters())
-    plain = {"temperature.weight", "rest.bias"}
+    plain, first = {"temperature.weight", "rest.bias"}, BlipMiniConfig().stage1
     for rate, rates in ((None, [1e-4, 1e-4]), (0.01, [1e-4, 1e-4, 0.01])):
-        stage = blip_stage(model, "x", FirstStage(), 4, lambda *_: None, 0, 1, no_decay=plain, tau_lr=rate)
+        stage = blip_stage(model, "x", first, 4, lambda *_: None, 0, 1, no_decay=plain, tau_lr=rate)
         groups = stage.optimizer(parameters).param_groups
         assert [g["lr"] for g in groups] == rates
         assert [g["weight_decay"] for g in groups] == [0.05] + [0.0] * (len(rates) - 1)
         assert sorted(p.numel() for g in groups for p in g["params"]) == [1, 2, 4]
     assert groups[-1]["params"] == [parameters["temperature.weight"]]
     # An epoch of fewer pictures takes others each time.
-    some = blip_stage(model, "x", FirstStage(batch_size=2), 40, lambda *_: None, 0, 1, no_decay=plain, pictures=4)
+    some = blip_stage(
+        model, "x", first.model_copy(update={"batch_size": 2}), 40, lambda *_: None, 0, 1, no_decay=plain, pictures=4
+    )
     assert (some.per_epoch, [len(some.order(epoch)) for epoch in (0, 1)]) == (2, [4, 4])
     assert len({*some.order(0), *some.order(1), *some.order(2)}) > 6
 
