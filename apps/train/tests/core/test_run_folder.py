@@ -209,8 +209,9 @@ def test_one_process_recipes_refuse_several(tmp_path, monkeypatch):
 )
 def test_a_process_that_is_left_says_so(tmp_path, said, kind):
     """Another one was stopped while this one waited for it; an error of our own stays what it is."""
-    with pytest.raises(kind) as caught, Run("test", config(tmp_path / "run"), ("seeds",)) as run:
-        run.accelerator = SimpleNamespace(num_processes=2)
+    run = Run("test", config(tmp_path / "run"), ("seeds",))
+    run.accelerator = SimpleNamespace(num_processes=2)
+    with pytest.raises(kind) as caught, run:
         raise RuntimeError(said)
     assert type(caught.value) is kind
     if kind is RunError:
