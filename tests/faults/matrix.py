@@ -428,8 +428,8 @@ def _ranks(family: Family, folder: Path, asked: dict[int, int]) -> str:
         return ask
 
     ends = pair(folder, family.command, [ask_at(asked[rank]) if rank in asked else None for rank in range(2)])
-    # Outside of training a process waits for the first one, and is left by it.
-    left = [end.status == 2 and "another process of this run has ended" in end.sentence for end in ends]
+    # Outside of training a process waits for the first one, and is left by it; the first speaks for all.
+    left = [rank > 0 and end.status == 2 for rank, end in enumerate(ends)]
     well = [end.status == 143 or alone for end, alone in zip(ends, left, strict=True)]
     if not all(well) or all(left) or any("Traceback" in end.said for end in ends):
         return f"ended with {[end.status for end in ends]}: {[end.said[-200:] for end in ends]}"
