@@ -78,7 +78,7 @@ def sample_nodes(target: Int[Tensor, " batch"], tax: Taxonomy, num_negatives: in
         Ascending node ids and their weights.
 
     Raises:
-        ValueError: a target that holds no integers.
+        ValueError: a target that holds no node ids.
 
     >>> tax = Taxonomy.from_paths([("a", "x"), ("a", "y"), ("b", "z"), ("b", "w")])
     >>> sample_nodes(torch.tensor([2]), tax, 0).nodes.tolist()
@@ -86,6 +86,8 @@ def sample_nodes(target: Int[Tensor, " batch"], tax: Taxonomy, num_negatives: in
     """
     if target.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"target must hold integer node ids, got {target.dtype}")
+    if not bool(((target >= 0) & (target < tax.num_nodes)).all()):
+        raise ValueError(f"target must hold node ids in [0, {tax.num_nodes}), got {target.tolist()}")
     path = tax.paths[target]
     groups = torch.unique(tax.parent[path[path >= 0]] + 1)
     kept = torch.isin(tax.parent + 1, groups)

@@ -236,7 +236,12 @@ def query_diversity_penalty(v: Float[Tensor, "batch queries dim"]) -> Float[Tens
 
     Returns:
         In [0, 1]; 0 for a single query.
+
+    Raises:
+        ValueError: v that is not (batch, queries, dim).
     """
+    if v.ndim != 3:
+        raise ValueError(f"v must have shape (batch, queries, dim), got {tuple(v.shape)}")
     queries = v.shape[1]
     if queries < 2:
         return v.sum() * 0.0

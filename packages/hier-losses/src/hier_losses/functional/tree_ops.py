@@ -163,7 +163,7 @@ def leaves_to_nodes(
     Raises:
         ValueError: the last dimension is not K.
     """
-    if leaf_values.shape[-1] != tax.num_leaves:
+    if not leaf_values.ndim or leaf_values.shape[-1] != tax.num_leaves:
         raise ValueError(f"leaf_values must have {tax.num_leaves} columns, got shape {tuple(leaf_values.shape)}")
     tax = tax.to(leaf_values.device)
     if tax.leaves_on_one_level:
