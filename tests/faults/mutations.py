@@ -51,7 +51,7 @@ MUTATIONS = (
     ),
     Mutation("records are cut after the checkpoint", f"{_CORE}/records.py", "os.truncate(self.path, len(before))", "pass", "killed"),
     Mutation("records are those that were written", f"{_CORE}/records.py", "if known and", "if False and", "damaged", "mini-clip"),
-    Mutation("spoilt weights are not kept", f"{_CORE}/fit.py", "loop.check(step)", "pass", "not a number"),
+    Mutation("spoilt weights are not kept", f"{_CORE}/fit.py", "loop.check(step)", "pass", "not a number", "mini-clip"),
     Mutation(
         "a cache index is sealed",
         f"{_STORE}/cache.py",
