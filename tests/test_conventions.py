@@ -117,3 +117,16 @@ def test_tested_versions_are_pinned_by_name_alone():
 def test_no_version_is_a_release_candidate():
     lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9.]+(\.post[0-9]+)?", line)] == []
+
+
+def test_no_file_of_the_apps_carries_the_name_of_a_method_as_prefix():
+    """`icl_six.py` is `icl/six.py`: a method is a folder."""
+    names: dict[Path, list[str]] = {}
+    for path in LIBRARIES:
+        if path.relative_to(ROOT).parts[0] == "apps" and "_" in path.stem.strip("_"):
+            names.setdefault(path.parent, []).append(path.stem.split("_")[0])
+    methods = {"lora", "mat", "blip", "blip2", "icl"}
+    found = {
+        f"{folder.relative_to(ROOT)}/{word}_" for folder, words in names.items() for word in words if word in methods
+    }
+    assert found == set()

@@ -21,11 +21,11 @@ from transformers import (
 
 from app_data.sets.six_tasks import TASKS as SIX
 from app_data.store.errors import DataError
-from app_eval.ask import table_cost
 from app_eval.ask.models import PLAIN, LocalModel
 from app_eval.ask.settings import EvalIcl, TaskName
+from app_eval.ask.table import cost as table_cost
 from app_eval.ask.table import each_score, table
-from app_eval.ask.table_rows import resolved, rows
+from app_eval.ask.table.rows import resolved, rows
 from app_eval.measure.cells import kept
 from app_train.cli import hier
 from helpers import releases
@@ -71,8 +71,8 @@ class Reader(nn.Module):
 
 @pytest.fixture(autouse=True)
 def encoders(monkeypatch):
-    monkeypatch.setattr("app_eval.ask.table_choices.lite0", lambda num_classes: Eye())
-    for module in ("table_choices", "select"):
+    monkeypatch.setattr("app_eval.ask.table.choices.lite0", lambda num_classes: Eye())
+    for module in ("table.choices", "select"):
         monkeypatch.setattr(f"app_eval.ask.{module}.MiniLM", Reader)
 
 

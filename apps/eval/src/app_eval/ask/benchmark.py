@@ -19,7 +19,7 @@ from app_data.store.atomic import write_json
 from app_data.store.cache import fingerprint
 from app_data.store.digests import content_digests
 from app_data.store.errors import DataError
-from app_data.weights.blip2_files import stages, weight_files
+from app_data.weights.blip2.files import stages, weight_files
 from app_eval.ask.benchmark_tables import CAPTIONS, RETRIEVAL, Tables, read_json, read_table
 from app_eval.ask.settings import EvalBlip
 from app_eval.measure.image_text import (

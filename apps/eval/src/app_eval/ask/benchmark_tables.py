@@ -24,7 +24,7 @@ from app_data.sets.captions import CaptionedFile
 from app_data.store.atomic import new_file, write_json
 from app_data.store.errors import DataError, UnreadablePicture
 from app_data.store.progress import Progress
-from app_data.weights.blip2_files import Loaded, load_stage
+from app_data.weights.blip2.files import Loaded, load_stage
 from app_eval.ask.settings import EvalBlip
 from app_eval.measure.captions import write_captions
 from app_eval.measure.image_text import caption_table, rank_table

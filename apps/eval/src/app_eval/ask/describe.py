@@ -12,7 +12,7 @@ from transformers import Blip2Processor
 
 from app_data.read.pictures import load_picture
 from app_data.store.errors import DataError
-from app_data.weights.blip2_files import find_stage, load_stage
+from app_data.weights.blip2.files import find_stage, load_stage
 from app_eval.ask.settings import Caption, Search
 from hyper_blip import generate_captions
 

@@ -171,10 +171,10 @@ def test_recipe_and_its_row_in_the_table(tiny, tmp_path, capsys, monkeypatch):
     assert f"--adapter {out}" in capsys.readouterr().out
     assert train(argv) == 0
     monkeypatch.setattr(
-        "app_eval.ask.table_choices.lite0",
+        "app_eval.ask.table.choices.lite0",
         lambda num: torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()),
     )
-    monkeypatch.setattr("app_eval.ask.table_choices.MiniLM", lambda: lambda texts: torch.ones(len(texts), 2))
+    monkeypatch.setattr("app_eval.ask.table.choices.MiniLM", lambda: lambda texts: torch.ones(len(texts), 2))
     table = [
         "eval",
         "icl",

@@ -16,9 +16,9 @@ from app_train.recipes.lora.heads import TreeLoss
 from app_train.recipes.lora.losses import loss_parts
 from app_train.recipes.lora.retree import permute_parents, rewire, with_parents
 from app_train.recipes.lora.settings import StudyConfig
-from app_train.recipes.lora.study_data import Split, StudyData
-from app_train.recipes.lora.study_plan import ROWS, estimate, plan, tuning_plan
-from app_train.recipes.lora.study_runs import Bank, carry_out, hidden_nodes
+from app_train.recipes.lora.study.data import Split, StudyData
+from app_train.recipes.lora.study.plan import ROWS, estimate, plan, tuning_plan
+from app_train.recipes.lora.study.runs import Bank, carry_out, hidden_nodes
 from app_train.recipes.lora.task import cuts_for
 from hier_losses import Taxonomy
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Idefics2Config
 from app_data.sets.six_tasks import TASKS
 from app_data.store.errors import DataError
 from app_eval.ask.settings import EvalIcl
-from app_eval.ask.table_rows import NOT_HERE, Row, rows
+from app_eval.ask.table.rows import NOT_HERE, Row, rows
 
 # Words of a question with its answer, as tokens; of NLVR2 and caption editing, whose prompts hold a sentence, twice that.
 _TEXT = {"caption-editing": 48, "visual-reasoning": 48, "image-text-matching": 36}

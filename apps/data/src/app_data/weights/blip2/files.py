@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import Blip2Processor
 
-import app_data.weights.blip2  # noqa: F401  (the locators of small runs)
 from app_data.store.errors import DataError, MissingAssetError
 from hyper_blip import HyperBlip2ForConditionalGeneration, HyperBlip2ForPretraining, HyperbolicConfig
 from hyper_blip.weights import load_into, read_lavis

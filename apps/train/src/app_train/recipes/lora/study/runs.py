@@ -23,8 +23,8 @@ from app_train.recipes.lora.heads import TreeLoss, head_logits, head_state, set_
 from app_train.recipes.lora.objective import Objective, stages
 from app_train.recipes.lora.retree import permute_parents, rewire
 from app_train.recipes.lora.settings import FitConfig, HeadsConfig
-from app_train.recipes.lora.study_data import Split, StudyData
-from app_train.recipes.lora.study_plan import SHOTS, Trial
+from app_train.recipes.lora.study.data import Split, StudyData
+from app_train.recipes.lora.study.plan import SHOTS, Trial
 from app_train.recipes.lora.task import Task, build_model, cuts_for
 from hier_lora import HierLoraCLIP, PromptSet
 from hier_losses import Taxonomy

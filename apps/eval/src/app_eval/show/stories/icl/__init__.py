@@ -11,8 +11,9 @@ from app_eval.ask.demonstration_task import BLIND, OURS, ZERO
 from app_eval.measure.interval import unpaired
 from app_eval.show.commands import read_json
 from app_eval.show.page import Claim, Claims, Column, Figure, Page, Row, Section, Table, tally
-from app_eval.show.stories import icl_six, icl_taxonomy
-from app_eval.show.stories.icl_cells import bits, claim, mean
+from app_eval.show.stories.icl import six as six_tasks
+from app_eval.show.stories.icl import taxonomy
+from app_eval.show.stories.icl.cells import bits, claim, mean
 
 __all__ = [
     "OURS",
@@ -106,13 +107,13 @@ def tell(content: Mapping[str, dict]) -> Page:
         ),
         control=VOTE,
         body=(
-            _setting(model), *map(_judged, tasks), distilled_section(distilled), *(icl_six.short(x) for x in six),
-            *(icl_taxonomy.short(x) for x in tree), _selection(chosen),
+            _setting(model), *map(_judged, tasks), distilled_section(distilled), *(six_tasks.short(x) for x in six),
+            *(taxonomy.short(x) for x in tree), _selection(chosen),
             _not_run(tasks),
         ),
         tables=(
-            *map(_task_tables, tasks), *(section for x in six for section in icl_six.tables(x)),
-            *(icl_taxonomy.tables(x) for x in tree),
+            *map(_task_tables, tasks), *(section for x in six for section in six_tasks.tables(x)),
+            *(taxonomy.tables(x) for x in tree),
             *map(_study_tables, chosen["studies"]),
         ),
         commands=(
@@ -120,8 +121,8 @@ def tell(content: Mapping[str, dict]) -> Page:
             f"hier train icl-mini {model['model'].get('options', '')}".strip(),
             STUDY,
             "hier train icl-distill",
-            *(icl_six.COMMAND for _ in six),
-            *(line for x in tree for line in icl_taxonomy.commands(x)),
+            *(six_tasks.COMMAND for _ in six),
+            *(line for x in tree for line in taxonomy.commands(x)),
             f"hier page icl docs/results/hyper-icl.json {'docs/results/hyper-icl-six.json ' * len(six)}"
             f"{'docs/results/hyper-icl-taxonomy.json ' * len(tree)}docs/results/hyper-icl.md --model "
             "docs/results/hyper-icl-model.json --distilled docs/results/hyper-icl-distilled.json",

@@ -20,7 +20,7 @@ from app_data.store.features import cached_features, weights_digest
 from app_data.weights.lite0_minilm import MiniLM, lite0, lite0_preprocess
 from app_eval.ask.pool import SIZE, DemoPool, PoolItem, TrainLift
 from app_eval.ask.select import Request, selected
-from app_eval.ask.table_rows import Row
+from app_eval.ask.table.rows import Row
 from hyper_icl import DemoSelection, hierarchy_bias
 
 _BATCH = 64

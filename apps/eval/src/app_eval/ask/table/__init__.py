@@ -21,12 +21,13 @@ from app_data.store.atomic import write_json, write_text
 from app_data.store.cache import fingerprint
 from app_data.store.errors import DataError
 from app_data.store.features import weights_digest
-from app_eval.ask import demonstration_study, table_cost
+from app_eval.ask import demonstration_study
 from app_eval.ask.models import LocalModel, is_icl_mini
 from app_eval.ask.pool import TrainLift
 from app_eval.ask.settings import EvalIcl
-from app_eval.ask.table_choices import Choices
-from app_eval.ask.table_rows import NOT_HERE, Row, resolved, rows
+from app_eval.ask.table import cost
+from app_eval.ask.table.choices import Choices
+from app_eval.ask.table.rows import NOT_HERE, Row, resolved, rows
 from app_eval.measure import cells
 from app_eval.measure.captions import cider_d
 from app_eval.measure.vqa import exact_match, vqa_accuracy_each
@@ -273,7 +274,7 @@ def run(config: EvalIcl, train_lift: TrainLift) -> int:
         return demonstration_study.run(config, train_lift)
     config = resolved(config)
     if config.plan:
-        _say(table_cost.plan(config))
+        _say(cost.plan(config))
         return 0
     _say(table(run_table(config, train_lift)))
     return 0

@@ -22,9 +22,9 @@ from app_train.core.config import StageConfig, config_hash
 from app_train.core.errors import RunError
 from app_train.core.run_folder import Run
 from app_train.recipes.lora.settings import LITE0, StudyConfig
-from app_train.recipes.lora.study_data import CIFAR_SIZE, EMOJI_SIZE, StudyData, load_study_data
-from app_train.recipes.lora.study_plan import RATES, Trial, estimate, plan, tuning_plan
-from app_train.recipes.lora.study_runs import Bank, carry_out
+from app_train.recipes.lora.study.data import CIFAR_SIZE, EMOJI_SIZE, StudyData, load_study_data
+from app_train.recipes.lora.study.plan import RATES, Trial, estimate, plan, tuning_plan
+from app_train.recipes.lora.study.runs import Bank, carry_out
 from app_train.recipes.lora.task import load_base
 
 RESULT = "run.json"

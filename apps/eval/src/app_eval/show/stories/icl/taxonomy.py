@@ -10,7 +10,7 @@ from app_eval.ask.demonstration_task import COSINE, OURS, UNSEEDED, WITH, WITHOU
 from app_eval.ask.level_task import ANCHORS, CURVED, EUCLIDEAN, SHUFFLED
 from app_eval.measure.interval import Interval
 from app_eval.show.page import Claim, Claims, Column, Row, Section, Table, tally
-from app_eval.show.stories.icl_cells import bits, difference, mean
+from app_eval.show.stories.icl.cells import bits, difference, mean
 
 __all__ = ["commands", "short", "tables"]
 
