@@ -141,6 +141,14 @@ def test_lca_of_inconsistent_paths_stops_at_the_first_difference():
     assert F.path_lca_depth(a, b).tolist() == [0, 1, 1]
 
 
+@pytest.mark.parametrize("function", [F.lca_depth, F.lca_height])
+@pytest.mark.parametrize(("a", "b", "named"), [([0, 99], [0], "a"), ([0], [1, -1], "b")])
+def test_only_nodes_have_a_common_ancestor(function, a, b, named, t11):
+    """-1 would wrap around to the last leaf, and a number beyond the tree is no index."""
+    with pytest.raises(ValueError, match=rf"^{named} must lie in \[0, {t11.num_nodes}\), got (99|-1)"):
+        function(torch.tensor(a), torch.tensor(b), t11)
+
+
 def test_wrong_width(t11):
     for op in (F.subtree_sum, F.subtree_max, F.subtree_logsumexp, F.ancestor_sum, F.group_logsumexp, F.mcm):
         with pytest.raises(ValueError, match=r"11 columns, got shape \(2, 10\)"):

@@ -269,3 +269,9 @@ def test_presets():
     plain = HyperbolicConfig.euclidean(temperature=0.1)
     assert (plain.similarity, plain.rqs_prob, plain.rtp_prob, plain.temperature) == ("cosine", 0.0, 0.0, 0.1)
     assert HyperbolicConfig(loss_weights={"entail": 0.2}).loss_weights["itc"] == 1.0
+
+
+@pytest.mark.parametrize("c", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_ball_has_a_positive_curvature(c):
+    with pytest.raises(ValueError, match="c must be positive and finite, got"):
+        ball_radius(torch.ones(3), c)

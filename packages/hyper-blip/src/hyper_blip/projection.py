@@ -166,7 +166,7 @@ def ball_radius(radius: Float[Tensor, "*batch"], c: Tensor | float = 1.0) -> Flo
         Norms `(*batch)` in [0, 1/sqrt(c)].
 
     Raises:
-        ValueError: c does not broadcast with radius.
+        ValueError: c does not broadcast with radius, or is a number that is not positive.
 
     >>> ball_radius(torch.tensor(1.0, dtype=torch.float64))
     tensor(0.4621, dtype=torch.float64)
@@ -178,6 +178,8 @@ def ball_radius(radius: Float[Tensor, "*batch"], c: Tensor | float = 1.0) -> Flo
             raise ValueError(
                 f"c must broadcast with radius, got shapes {tuple(c.shape)} and {tuple(radius.shape)}"
             ) from None
+    elif not 0 < c < math.inf:
+        raise ValueError(f"c must be positive and finite, got {c}")
     k = c**0.5
     return (0.5 * k * radius).tanh() / k
 

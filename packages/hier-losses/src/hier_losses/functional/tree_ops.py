@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from hier_losses._tree import Tree
+from hier_losses.functional._inputs import require
 from hier_losses.functional._kernels import (
     REACH,
     can_look,
@@ -182,9 +183,12 @@ def lca_depth(a: Int[Tensor, "*#batch"], b: Int[Tensor, "*#batch"], tax: Tree) -
 
     Returns:
         Integers in [0, D]; 0 where only the virtual root is common.
+
+    Raises:
+        ValueError: a or b holds other numbers than node ids, or shapes do not broadcast.
     """
     tax = tax.to(a.device)
-    _check_nodes(a, b)
+    _check_nodes(a, b, tax)
     return path_lca_depth(tax.paths[a], tax.paths[b])
 
 
@@ -214,6 +218,9 @@ def lca_height(a: Int[Tensor, "*#batch"], b: Int[Tensor, "*#batch"], tax: Tree) 
 
     Returns:
         Integers in [0, D]; D where only the virtual root is common.
+
+    Raises:
+        ValueError: as `lca_depth`.
     """
     tax = tax.to(a.device)
     depth = lca_depth(a, b, tax)
@@ -229,11 +236,15 @@ def _check_joint(a: Tensor, b: Tensor) -> None:
         raise ValueError(f"a and b must broadcast, got shapes {tuple(a.shape)} and {tuple(b.shape)}") from None
 
 
-def _check_nodes(a: Tensor, b: Tensor) -> None:
+def _check_nodes(a: Tensor, b: Tensor, tax: Tree) -> None:
     for name, nodes in (("a", a), ("b", b)):
         if nodes.is_floating_point() or nodes.dtype == torch.bool:
             raise ValueError(f"{name} must hold integer node ids, got {nodes.dtype}")
-    _check_joint(a, b)
+        flat = nodes.flatten()
+        require(
+            (flat >= 0) & (flat < tax.num_nodes),
+            lambda row, name=name, flat=flat: f"{name} must lie in [0, {tax.num_nodes}), got {int(flat[row])}",  # type: ignore[misc]
+        )
 
 
 def _check(values: Tensor, tax: Tree) -> Tensor:
