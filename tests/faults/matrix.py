@@ -29,7 +29,7 @@ KINDS = {
     "damaged at the end": "one file of a finished run with a flipped byte or cut in half, then the same command",
     "other version": "caches of another version of the format",
     "clock": "a clock that goes back three days between two commands",
-    "not a number": "NaN in a weight, in the loss, in the optimizer's state",
+    "not a number": "NaN in a weight, in the loss, in the optimizer's state, in an update that is about to be saved",
     "ranks": "two processes: SIGTERM to the first, to the second, to both; then the same command",
 }
 SIZES = 10
@@ -100,7 +100,7 @@ def faults(family: Family, density: float = 1.0) -> Iterator[Fault]:
         yield Fault("damaged at the end", f"{file}, {how}", lambda f, p, a=file, b=how: _damaged_end(f, p, a, b))
     yield Fault("other version", "the caches", _other_version, cold=True)
     yield Fault("clock", "three days back", lambda f, p: _killed(f, p, [where], back=3 * 86400.0))
-    for what in ("weight", "loss", "optimizer"):
+    for what in ("weight", "loss", "optimizer", "update"):
         for share in (0.3, 0.8)[: 1 if density < 1 else 2]:
             label = f"{what}, after {share:.0%} of the steps"
             yield Fault("not a number", label, lambda f, p, a=what, b=share: _not_finite(f, p, a, b))
@@ -366,10 +366,17 @@ def _not_finite(family: Family, folder: Path, what: str, share: float) -> str:
     def spoil() -> None:
         import app_train.core.fit as loop
 
-        take, seen = loop._Loop.take, []
+        take, seen, spoiled = loop._Loop.take, [], []
 
         def spoilt(self, step, stop):
             seen.append(step)
+            if what == "update":
+                done = take(self, step, stop)
+                saved = step.number % self.stage.save_every == 0 or step.index == step.total - 1
+                if len(seen) > target and saved and not spoiled:
+                    spoiled.append(step)
+                    _spoil_step(self, "weight")
+                return done
             if len(seen) == target + 1:
                 _spoil_step(self, what)
             return take(self, step, stop)
