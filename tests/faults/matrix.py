@@ -1,5 +1,6 @@
 """The faults: each ends in the numbers of an undisturbed run, bit for bit, or in one sentence whose remedy leads there."""
 
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ KINDS = {
     "read-only": "a disk that cannot be written, then one that can",
     "vanished": "the run folder or the caches deleted under a running command",
     "two writers": "a second command into the same folder; two cold commands on the same caches",
-    "damaged": "one file of a stopped run or of the caches with a flipped byte, cut in half, or empty",
+    "damaged": "one file of a stopped run or of the caches with a flipped byte, cut in half, or empty; an index with two entries swapped",
     "damaged at the end": "one file of a finished run with a flipped byte or cut in half, then the same command",
     "other version": "caches of another version of the format",
     "clock": "a clock that goes back three days between two commands",
@@ -290,10 +291,20 @@ def _damages(family: Family, where: int) -> list[tuple[str, str]]:
     names = [
         p.relative_to(stopped).as_posix() for p in files if p.is_relative_to(stopped / "run") or ".cache" in p.parts
     ]
-    return [(name, how) for name in names if not name.endswith(".lock") for how in ("flipped", "cut", "empty")]
+    found = [(name, how) for name in names if not name.endswith(".lock") for how in ("flipped", "cut", "empty")]
+    # The pixels stay as they are: two pictures only change their names.
+    return found + [
+        (name, "two entries swapped") for name in names if name.endswith("/index.json") and ".cache" in name
+    ]
 
 
 def _spoil(path: Path, how: str) -> None:
+    if how == "two entries swapped":
+        index = json.loads(path.read_text(encoding="utf-8"))
+        kept = index["kept"]
+        kept[0], kept[-1] = kept[-1], kept[0]
+        path.write_text(json.dumps(index), encoding="utf-8")
+        return
     content = bytearray(path.read_bytes())
     if how == "flipped":
         # A digit where there is one, so that text stays readable and only says something else.
