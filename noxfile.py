@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import tomllib
@@ -263,9 +264,17 @@ def oldest(session: nox.Session) -> None:
 @nox.session(python=False)
 def pythons(session: nox.Session) -> None:
     """The tests of the packages with the newer Pythons that are installed here."""
-    found = [python for version in ("3.12", "3.13", "3.14") if (python := shutil.which(f"python{version}"))]
+    found = [python for version in ("3.12", "3.13", "3.14") if (python := _interpreter(version))]
     for python in found or session.error("neither python3.12, python3.13 nor python3.14 is installed"):
         _in_new_environments(session, ["-c", str(ROOT / "constraints.txt")], ["--python", python])
+
+
+def _interpreter(version: str) -> str | None:
+    """A Python of this version that runs: a name on the PATH may be a stand-in of pyenv, which then has the real one."""
+    home = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    places = [shutil.which(f"python{version}"), *map(str, home.glob(f"versions/{version}.*/bin/python"))]
+    runs = (p for p in places if p and subprocess.run([p, "-c", ""], capture_output=True, check=False).returncode == 0)
+    return next(runs, None)
 
 
 def _in_new_environments(session: nox.Session, how: list[str], base: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyper_geom._polar import Polar
+from hyper_geom._polar import Polar, side
 
 _SOURCE = Path(__file__).with_name("_cpu_kernels.cpp")
 # Products rounded one by one, as in the eager form; -ffast-math would drop the corrections of log1p.
@@ -105,12 +105,6 @@ def serves(*tensors: Tensor) -> bool:
     )
 
 
-def _side(points: Polar) -> Tensor:
-    from hyper_geom._pairwise import side
-
-    return side(points)
-
-
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -152,7 +146,7 @@ def dist(x: Polar, y: Polar, keep: bool, unit: float) -> tuple[Tensor, Tensor]:
     batch, (n, m) = x.vector.shape[:-2], (x.vector.shape[-2], y.vector.shape[-2])
     dot = x.vector @ y.vector.mT
     found = torch.empty_like(dot) if keep else dot
-    sides = (_side(x).reshape(5, -1, n), _side(y).reshape(5, -1, m).movedim(1, 0).contiguous())
+    sides = (side(x).reshape(5, -1, n), side(y).reshape(5, -1, m).movedim(1, 0).contiguous())
     step, threads = sides[0][0].numel(), torch.get_num_threads()
     sizes = n * m
     for i, y_side in enumerate(sides[1]):
@@ -172,7 +166,7 @@ def dist_grad(
     grad_y = grad_y.contiguous()
     grad_r, grad_s = torch.empty_like(x.radius).contiguous(), torch.empty_like(y.radius).contiguous()
     vectors = [_matrices(v) for v in (x.vector, y.vector, grad_x, grad_y, product, grad)]
-    x_sides, y_sides = (_side(v).reshape(5, -1, v.radius.shape[-1]).movedim(1, 0).contiguous() for v in (x, y))
+    x_sides, y_sides = (side(v).reshape(5, -1, v.radius.shape[-1]).movedim(1, 0).contiguous() for v in (x, y))
     weight = product.new_empty(min(_ROWS, n), m)
     for i, (a, b, into_a, into_b, part, given) in enumerate(zip(*vectors, strict=True)):
         x_side, y_side, row_sum = x_sides[i], y_sides[i], grad_r.view(-1, n)[i]
@@ -202,7 +196,7 @@ def _tangential(points: Polar, vector: Tensor, grad: Tensor) -> None:
 def lse(x: Polar, y: Polar, scale: Tensor, labels: Tensor, columns: bool, chunk_size: int) -> tuple[Tensor, Tensor]:
     """`hyper_geom._info_nce_chunked.lse`, the forward alone."""
     (n, m), threads = (len(x.radius), len(y.radius)), torch.get_num_threads()
-    x_side, y_side, labels, factor = _side(x), _side(y), labels.contiguous(), scale.item()
+    x_side, y_side, labels, factor = side(x), side(y), labels.contiguous(), scale.item()
     row_lse = x_side.new_empty(n)
     column_lse = y_side.new_full((m if columns else 0,), -torch.inf)
     logits = x_side.new_empty(min(chunk_size, n), m)
@@ -227,7 +221,7 @@ def lse_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x's vectors and radii, of y's, and of the scale."""
     (n, m), threads = (len(x.radius), len(y.radius)), torch.get_num_threads()
-    x_side, y_side, labels, factor = _side(x), _side(y), labels.contiguous(), scale.item()
+    x_side, y_side, labels, factor = side(x), side(y), labels.contiguous(), scale.item()
     a, b = x.vector.contiguous(), y.vector.contiguous()
     grad_x, grad_y = torch.empty_like(a), torch.zeros_like(b)
     grad_r, by_row, columns = x_side.new_empty(n), x_side.new_empty(n), y_side.new_zeros(threads, m)

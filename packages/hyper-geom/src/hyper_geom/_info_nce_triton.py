@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hyper_geom._info_nce_chunked import project_rows, slab_rows
 from hyper_geom._info_nce_kernels import INTERPRETED, grad_kernel, lse_kernel
-from hyper_geom._pairwise import fp32_precision, side, tangential
-from hyper_geom._polar import Polar
+from hyper_geom._pairwise import fp32_precision, tangential
+from hyper_geom._polar import Polar, side
 
 # Tensor cores truncate after every step of 8 or 16 products, where an FMA rounds.
 _NOISE = {"ieee": 3.0 * 2.0**-23, "tf32x3": 8.0 * 2.0**-23, "tf32": 2.0**-11}

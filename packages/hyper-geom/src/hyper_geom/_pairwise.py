@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hyper_geom import _cpu
 from hyper_geom._kernel import make_kernel, undisturbed
-from hyper_geom._numerics import check_choice, norm, safe_div
-from hyper_geom._polar import Polar, lorentz_polar, poincare_polar
+from hyper_geom._numerics import check_choice, norm
+from hyper_geom._polar import Polar, coth, half_exponentials, lorentz_polar, poincare_polar
 
 _PRECISIONS = ("default", "high")
 # Largest error of (1-C)/2 by how the matrix product rounds its inputs. float64 and ieee: 2.3 eps is the most seen over
@@ -151,16 +151,6 @@ def half_difference(r: Tensor, s: Tensor) -> Tensor:
     return difference.mul_(decay_r.unsqueeze(-1) + decay_s.unsqueeze(-2))
 
 
-def half_exponentials(r: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(r/2) - 1 and exp(-r/2)/2."""
-    return torch.expm1(0.5 * r), 0.5 * torch.exp(-0.5 * r)
-
-
-def side(points: Polar) -> Tensor:
-    """The five numbers that a compiled kernel needs of each point, (5, *b, num)."""
-    return torch.stack((points.stretch, points.sinh, *half_exponentials(points.radius), coth(points.sinh)))
-
-
 def dist_from_haversine(h: Tensor) -> Tensor:
     """2 asinh(sqrt h), destroying h.
 
@@ -204,8 +194,3 @@ def tangential(x: Polar, grad: Tensor) -> Tensor:
     inverse = x.inverse_norm()
     along = (x.vector * grad).sum(-1) * inverse * inverse
     return grad - x.vector * along.unsqueeze(-1)
-
-
-def coth(sinh: Tensor) -> Tensor:
-    """cosh(r)/sinh(r), and 0 at r = 0, where the radius has no gradient to pass on."""
-    return safe_div((1.0 + sinh.square()).sqrt(), sinh)

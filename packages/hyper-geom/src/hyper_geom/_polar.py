@@ -93,3 +93,18 @@ POLAR: dict[tuple[str, str], Callable[[Tensor, Tensor], Polar]] = {
     ("poincare", "points"): poincare_polar,
     ("poincare", "tangent0"): poincare_polar0,
 }
+
+
+def half_exponentials(r: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(r/2) - 1 and exp(-r/2)/2."""
+    return torch.expm1(0.5 * r), 0.5 * torch.exp(-0.5 * r)
+
+
+def side(points: Polar) -> Tensor:
+    """The five numbers that a compiled kernel needs of each point, (5, *b, num)."""
+    return torch.stack((points.stretch, points.sinh, *half_exponentials(points.radius), coth(points.sinh)))
+
+
+def coth(sinh: Tensor) -> Tensor:
+    """cosh(r)/sinh(r), and 0 at r = 0, where the radius has no gradient to pass on."""
+    return safe_div((1.0 + sinh.square()).sqrt(), sinh)

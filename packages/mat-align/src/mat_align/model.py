@@ -103,8 +103,8 @@ class MATModel(TreeModel):
             This model.
 
         Raises:
-            ValueError: no process group, or a variant with pass_through="released", which reads weights outside of the
-                block's forward.
+            ValueError: no process group, a variant with pass_through="released", which reads weights outside of the
+                block's forward, or torch before 2.11, which leaves a block spread when checkpointing computes it again.
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
@@ -112,6 +112,8 @@ class MATModel(TreeModel):
             )
         if self.layers.pass_through != "value":
             raise ValueError(f"variant must have pass_through='value' to be sharded, got {self.layers.pass_through!r}")
+        if torch.__version__ < (2, 11):
+            raise ValueError(f"shard_frozen needs torch 2.11 or later, got {torch.__version__}")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
         from torch.distributed.tensor import DTensor
