@@ -255,6 +255,11 @@ def _requirements(name: str) -> set[str]:
     return {p.replace("-", "_") for p in PACKAGES if any(d.startswith(p) for d in declared)}
 
 
+def _extras(folder: Path) -> list[str]:
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    return sorted(project.get("optional-dependencies", {}))
+
+
 @nox.session
 def oldest(session: nox.Session) -> None:
     """The tests of the packages and of the apps at their declared lower bounds: `nox -s oldest`, `nox -s oldest -- mat-align`."""
@@ -286,7 +291,11 @@ def _in_new_environments(session: nox.Session, how: list[str], base: list[str] |
             python = Path(home) / "bin" / "python"
             session.run(_uv(), "venv", "--quiet", "--clear", *(base or []), home, external=True)
             install = [_uv(), "pip", "install", "--quiet", "--python", str(python)]
-            sources = [str(folder) for folder in [*(ROOT / "packages" / p for p in needed), *folders]]
+            sources = [str(ROOT / "packages" / p) for p in needed]
+            # Packages with all that they offer; the pictures and weights of the apps would take long to fetch and to read.
+            sources += [
+                str(folder) if name == "apps" else f"{folder}[{','.join(_extras(folder))}]" for folder in folders
+            ]
             session.run(*install, *how, *sources, external=True)
             session.run(*install, *TEST_TOOLS, external=True)
             # Old versions warn of what newer ones dropped.

@@ -33,7 +33,7 @@ def test_no_command_line_ends_in_a_traceback(tmp_path):
 
 @pytest.mark.parametrize("name", readers())
 def test_a_damaged_file_gives_a_value_or_a_sentence(tmp_path, name):
-    _, wrong = fuzz_readers(6, 0, tmp_path, name)
+    _, wrong = fuzz_readers({name: readers()[name]}, 6, 0, tmp_path)
     assert not wrong
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +243,32 @@ def test_a_corrupt_adapter_is_named(command, trained, colours, tmp_path):
     weights = copy / "seed-0" / "trained" / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     fails(command("apps/eval", "predict", str(weights.parent), str(colours / "warm/red/0.png")), str(weights.parent))
+
+
+def test_a_damaged_model_is_not_asked(trained, colours, command, tmp_path):
+    """A flipped byte gave another answer, and a missing file the answer of another row."""
+    picture = next(colours.rglob("*.png"))
+    for name in (
+        "product/model/experts.safetensors",
+        "product/model/backbone.json",
+        "trained/adapter/hier_lora.safetensors",
+    ):
+        for how in ("flipped", "missing"):
+            run = tmp_path / f"{Path(name).stem} {how}"
+            shutil.copytree(trained, run)
+            result = json.loads((run / "result.json").read_text())
+            (run / "result.json").write_text(json.dumps({**result, "chosen": {"row": name.split("/")[0]}}))
+            file = run / "seed-0" / name
+            content = bytearray(file.read_bytes())
+            content[-2] ^= 64
+            file.unlink()
+            if how == "flipped":
+                file.write_bytes(content)
+            fails(
+                command("apps/eval", "predict", str(run), str(picture)),
+                f"{file.name} is damaged or missing",
+                "train again",
+            )
 
 
 @pytest.fixture

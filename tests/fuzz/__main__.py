@@ -1,6 +1,6 @@
 """Public functions and command lines with any arguments, damaged files, and random trees against brute force.
 
-python tests/fuzz                          300 calls of each function, 2,000 command lines, 10,000 trees, 200 files of each form
+python tests/fuzz         300 calls of each function, 2,000 command lines, 10,000 trees, 200 files of each form, 50 of each finished run
 python tests/fuzz --calls 50 --trees 100 --commands 20 --files 5 --seed 7
 """
 
@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fuzz.commands import fuzz_commands
 from fuzz.functions import fuzz, public_functions
-from fuzz.readers import fuzz_readers, readers
+from fuzz.readers import Reader, fuzz_readers, readers
+from fuzz.runs import runs
 from fuzz.trees import fuzz_tree
+from golden import record
 
 
 def main() -> int:
@@ -24,10 +26,14 @@ def main() -> int:
     parser.add_argument("--trees", type=int, default=10_000)
     parser.add_argument("--commands", type=int, default=2_000)
     parser.add_argument("--files", type=int, default=200, help="damages of each form")
+    parser.add_argument(
+        "--runs", type=int, default=50, help="damages of a finished run, for each command that takes one"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     wrong = _functions(args.calls, args.seed) + _trees(args.trees, args.seed) + _commands(args.commands, args.seed)
-    return int(bool(wrong + _files(args.files, args.seed)))
+    wrong += _files("forms", readers(), args.files, args.seed)
+    return int(bool(wrong + _runs(args.runs, args.seed)))
 
 
 def _functions(calls: int, seed: int) -> int:
@@ -69,15 +75,23 @@ def _commands(count: int, seed: int) -> int:
     return len(wrong)
 
 
-def _files(count: int, seed: int) -> int:
+def _runs(count: int, seed: int) -> int:
+    if not count:
+        return 0
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as home:
+        record.settle(Path(home))
+        return _files("commands on finished runs", runs(), count, seed)
+
+
+def _files(what: str, known: dict[str, Reader], count: int, seed: int) -> int:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        values, wrong = fuzz_readers(count, seed, Path(folder))
+        values, wrong = fuzz_readers(known, count, seed, Path(folder))
     for said in wrong[:20]:
         print(said)
-    total = count * len(readers())
+    total = count * len(known)
     print(
-        f"{total} damaged files of {len(readers())} forms: {values} values, {total - values - len(wrong)} refused, {len(wrong)} faults, "
+        f"{total} damaged files of {len(known)} {what}: {values} values, {total - values - len(wrong)} refused, {len(wrong)} faults, "
         f"{time.monotonic() - begun:.0f} s"
     )
     return len(wrong)

@@ -5,7 +5,15 @@ import json
 import pytest
 
 from app_data.store.errors import DataError
-from app_data.store.sealed import is_whole, new_sealed_folder, read_sealed, seal_broken, write_sealed
+from app_data.store.sealed import (
+    check_sealed,
+    is_whole,
+    new_sealed_folder,
+    read_sealed,
+    seal_broken,
+    seal_folder,
+    write_sealed,
+)
 
 
 def test_a_sealed_file_is_read_as_it_was_written(tmp_path):
@@ -89,3 +97,30 @@ def test_a_sealed_folder_is_whole_or_says_what_is_not(tmp_path):
     for path in done.iterdir():
         path.unlink()
     assert not is_whole(done)  # nobody says that it was finished
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_saved_model_is_checked_by_its_own_seal_or_by_the_result_above_it(tmp_path, own):
+    model = tmp_path / "seed-0" / "row" / "model"
+    model.mkdir(parents=True)
+    (model / "weights").write_bytes(b"right")
+    (model / "README.md").write_text("a card")
+    if own:
+        seal_folder(model)
+    else:
+        write_sealed(model.parent / "result.json", {}, beside=True)
+    (model.parent / "scores").write_text("of no model")
+    (model / "README.md").write_text("a card, filled in")
+    check_sealed(model)
+    (model / "weights").write_bytes(b"wrong")
+    with pytest.raises(DataError, match=r"weights is damaged or missing: restore it, or delete .*model and train again"):
+        check_sealed(model)
+    (model / "weights").unlink()
+    with pytest.raises(DataError, match="weights is damaged or missing"):
+        check_sealed(model)
+
+
+def test_a_folder_that_nobody_sealed_passes(tmp_path):
+    (tmp_path / "weights").write_bytes(b"of a person")
+    (tmp_path / "result.json").write_text('{"seal": 3}')
+    check_sealed(tmp_path)

@@ -28,6 +28,7 @@ from app_data.read.pictures import PictureSet, StoredPictures
 from app_data.sets.vqa import QuestionSet
 from app_data.store.errors import DataError
 from app_data.store.features import cached_features
+from app_data.store.sealed import check_sealed
 from app_data.weights.lite0_minilm import lite0, lite0_preprocess
 from app_data.weights.smollm2 import load_smollm2
 from app_data.weights.towers import LITE0_WIDTHS, lite0_stages
@@ -378,6 +379,7 @@ class IclMini(nn.Module):
         Raises:
             DataError: The folder holds no finished model, or one of another form.
         """
+        check_sealed(folder)
         try:
             card = json.loads((folder / CARD).read_text(encoding="utf-8"))
             saved = load_file(folder / WEIGHTS)

@@ -113,3 +113,23 @@ def is_whole(path: Path) -> bool:
         file = os.path.normpath(path / broken)
         raise DataError(f"{file} is damaged or missing; delete {path} and run the same command again")
     return True
+
+
+def check_sealed(folder: Path) -> None:
+    """Refuse a saved model with a file that is not as its run left it, by the folder's own seal or that of a result above it.
+
+    A folder without a seal, such as one that a person made, passes, and so does a model card that a person has filled in.
+
+    Raises:
+        DataError: A file of it is damaged or missing.
+    """
+    folder = folder.absolute()
+    for seal in (folder / SEAL_FILE, *(parent / "result.json" for parent in (folder, *folder.parents[:3]))):
+        try:
+            files = json.loads(seal.read_text(encoding="utf-8"))[_SEAL]["files"]
+            known = {Path(os.path.normpath(seal.parent / name)): digest for name, digest in files.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        for file, digest in known.items():
+            if file.is_relative_to(folder) and file.suffix != ".md" and file_digest(file) != digest:
+                raise DataError(f"{file} is damaged or missing: restore it, or delete {folder} and train again")

@@ -16,6 +16,7 @@ from torch import Tensor
 from app_data.read.names import match_labels
 from app_data.read.pictures import SUFFIXES, allow_megapixels, load_picture
 from app_data.store.errors import DataError, MissingAssetError
+from app_data.store.sealed import check_sealed
 from app_eval.ask.frozen import BACKBONE, FrozenClassifier
 from app_eval.ask.settings import Predict
 from app_eval.measure.class_tables import safe_cell, write_class_tables
@@ -32,10 +33,11 @@ def find_model(run: Path) -> Path:
     Raises:
         DataError: If there is none, or more than one.
     """
-    for folder in (run, *_chosen(run), run / "seed-0" / "product" / "model"):
-        if (folder / BACKBONE).exists() or (folder / "hier_lora.json").exists():
-            return folder
-    return find_adapter(run)
+    if (run / BACKBONE).exists():
+        return run
+    # A folder that lacks a file is damaged; another model would give another answer.
+    named = (*_chosen(run), run / "seed-0" / "product" / "model")
+    return next((folder for folder in named if folder.is_dir()), None) or find_adapter(run)
 
 
 def _chosen(run: Path) -> list[Path]:
@@ -93,6 +95,7 @@ class Asked:
             MissingAssetError: its pretrained weights are missing.
         """
         folder = find_model(run)
+        check_sealed(folder)
         try:
             if (folder / BACKBONE).exists():
                 frozen = FrozenClassifier.load(folder)

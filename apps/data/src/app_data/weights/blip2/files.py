@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import Blip2Processor
 
 from app_data.store.errors import DataError, MissingAssetError
+from app_data.store.sealed import check_sealed
 from hyper_blip import HyperBlip2ForConditionalGeneration, HyperBlip2ForPretraining, HyperbolicConfig
 from hyper_blip.weights import load_into, read_lavis
 
@@ -123,6 +124,7 @@ def load_stage(
         DataError: files are missing, damaged, or do not fit.
     """
     folder = base if base is not None else path
+    check_sealed(path)
     try:
         where = torch.empty(0, device=device).device
         with warnings.catch_warnings():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from app_data.read.pictures import PictureSet
-from app_data.store.sealed import is_whole
+from app_data.store.sealed import check_sealed, is_whole
 from app_eval.measure.cells import finished
 from app_eval.measure.embed import embedding, node_logits, prepare, tower_features
 from app_eval.measure.paths import outcome
@@ -166,6 +166,7 @@ def warm_model(task: Task) -> HierLoraCLIP:
     """
     tax = task.train.taxonomy
     base = copy.deepcopy(task.base).cpu()
+    check_sealed(task.start)
     try:
         locator = json.loads((task.start / "hier_lora.json").read_text(encoding="utf-8"))["locator"]
         if locator != base.locator:
