@@ -29,6 +29,7 @@ from app_data.sets.vqa import QuestionSet
 from app_data.store.errors import DataError
 from app_data.store.features import cached_features
 from app_data.store.sealed import check_sealed
+from app_data.store.text import read_json
 from app_data.weights.lite0_minilm import lite0, lite0_preprocess
 from app_data.weights.smollm2 import load_smollm2
 from app_data.weights.towers import LITE0_WIDTHS, lite0_stages
@@ -379,16 +380,13 @@ class IclMini(nn.Module):
         Raises:
             DataError: The folder holds no finished model, or one of another form.
         """
-        check_sealed(folder)
+        card = _card(folder)
         try:
-            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
             saved = load_file(folder / WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise DataError(
                 f"{folder} holds no trained icl-mini ({error}): give the folder of a finished run"
             ) from error
-        if card.get("format") != FORMAT:
-            raise DataError(f"{folder / CARD} must have the format {FORMAT}, got {card.get('format')!r}")
         self.card = card
         plain = {name: value for name, value in saved.items() if ".lora_" not in name}
         unknown = set(plain) - set(self.llava.state_dict())
@@ -401,6 +399,15 @@ class IclMini(nn.Module):
                     up, at = saved[name.replace(".lora_A.", ".lora_B.")], name.split(".lora_A.")[0]
                     self.llava.get_submodule(at).weight.add_(up @ down, alpha=card["lora_scale"])
         return self.eval().requires_grad_(False)
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """What a saved model says of itself; its files are as its run left them."""
+    check_sealed(folder)
+    card = read_json(folder / CARD, "give the folder of a finished run", "give the folder of a finished run")
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise DataError(f"{folder / CARD} must be an object of format {FORMAT}, got {card!r:.80}")
+    return card
 
 
 def load_icl_mini(folder: Path, language: tuple[nn.Module, Any] | None = None) -> IclMini:
@@ -418,7 +425,7 @@ def load_icl_mini(folder: Path, language: tuple[nn.Module, Any] | None = None) -
     if not (at / CARD).is_file():
         raise DataError(f"{folder} holds no trained icl-mini: give the folder of a finished run")
     decoder, tokenizer = load_smollm2() if language is None else language
-    width = json.loads((at / CARD).read_text(encoding="utf-8")).get("eye_width", EYE_WIDTH)
+    width = _card(at).get("eye_width", EYE_WIDTH)
     return IclMini(build_llava(decoder, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), width), tokenizer).load_weights(
         at
     )

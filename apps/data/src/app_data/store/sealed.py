@@ -15,6 +15,7 @@ from app_data.store.errors import DamagedFile, DataError
 
 FORMAT = 1
 SEAL_FILE = ".seal.json"  # of a folder
+MANIFEST = "manifest.json"  # of a finished run
 _SEAL = "seal"
 # Of a run that is at work, or rewritten whenever it likes.
 _PASSING = (".", "checkpoint-", "tensorboard")
@@ -116,7 +117,7 @@ def is_whole(path: Path) -> bool:
 
 
 def check_sealed(folder: Path) -> None:
-    """Refuse a saved model with a file that is not as its run left it, by the folder's own seal or that of a result above it.
+    """Refuse a saved model with a file that is not as its run left it: by the folder's own seal, that of a result or a run above it.
 
     A folder without a seal, such as one that a person made, passes, and so does a model card that a person has filled in.
 
@@ -124,9 +125,11 @@ def check_sealed(folder: Path) -> None:
         DataError: A file of it is damaged or missing.
     """
     folder = folder.absolute()
-    for seal in (folder / SEAL_FILE, *(parent / "result.json" for parent in (folder, *folder.parents[:3]))):
+    above = (folder, *folder.parents[:3])
+    for seal in (folder / SEAL_FILE, *(place / name for place in above for name in ("result.json", MANIFEST))):
         try:
-            files = json.loads(seal.read_text(encoding="utf-8"))[_SEAL]["files"]
+            content = json.loads(seal.read_text(encoding="utf-8"))
+            files = content["sha256"] if seal.name == MANIFEST else content[_SEAL]["files"]
             known = {Path(os.path.normpath(seal.parent / name)): digest for name, digest in files.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue

@@ -17,14 +17,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from app_data.store.atomic import remove_folder, remove_leftovers, write_json, write_text
 from app_data.store.errors import DamagedFile
-from app_data.store.sealed import SEAL_FILE, file_digest, new_sealed_folder, read_sealed, write_sealed
+from app_data.store.sealed import MANIFEST, SEAL_FILE, file_digest, new_sealed_folder, read_sealed, write_sealed
 from app_eval.measure.cells import RESULT
 from app_train.core.checkpoint import PREFIX
 from app_train.core.config import RESOLVED, RunConfig, config_hash, differences
 from app_train.core.errors import RunError
 from app_train.core.interrupt import StopFlag
 
-LOCK, MANIFEST = ".lock", "manifest.json"
+LOCK = ".lock"
 VERSIONS_OF = (
     "torch",
     "peft",
