@@ -20,7 +20,7 @@ from app_data.store.cache import fingerprint
 from app_data.store.digests import content_digests
 from app_data.store.errors import DataError
 from app_data.weights.blip2.files import stages, weight_files
-from app_eval.ask.benchmark_tables import CAPTIONS, RETRIEVAL, Tables, read_json, read_table
+from app_eval.ask.benchmark_tables import CAPTIONS, RETRIEVAL, Tables, kept_json, read_table
 from app_eval.ask.settings import EvalBlip
 from app_eval.measure.image_text import (
     caption_scores,
@@ -109,7 +109,7 @@ def _claim(out: Path, settings: dict) -> None:
     """The folder for these settings; a file of other settings is left alone."""
     if out.exists() and not out.is_dir():
         raise DataError(f"--out must name a folder, {out} is a file")
-    known = read_json(out / SETTINGS)
+    known = kept_json(out / SETTINGS)
     done = out.exists() and any(path.name != SETTINGS for path in out.iterdir())
     if known is None and done:
         raise DataError(f"{out} is not empty and holds no evaluation: choose another folder with --out")
@@ -124,7 +124,7 @@ def _claim(out: Path, settings: dict) -> None:
 
 def _other(folder: Path, settings: dict) -> Path:
     """The other evaluation, if it was made on the same pictures and captions."""
-    known = read_json(folder / SETTINGS)
+    known = kept_json(folder / SETTINGS)
     if known is None or not (folder / RESULT).exists():
         raise DataError(f"--against {folder} holds no finished evaluation: name the --out of one")
     if known.get("data") != settings["data"]:
@@ -174,7 +174,7 @@ def _result(
         theirs = _scores(other, tasks, styles)
         shared = {name: score for name, score in scores.items() if name in theirs}
         result["against"] = {
-            "model": read_json(other / RESULT)["model"],
+            "model": kept_json(other / RESULT)["model"],
             "scores": {name: _numbers(interval_of(theirs[name], counts)) for name in shared},
             "differences": {name: _difference(score, theirs[name], counts) for name, score in shared.items()},
         }

@@ -4,7 +4,6 @@ Reference: Li et al., "BLIP-2", ICML 2023, sections 4.2 and 4.4 (captions by bea
 Pictures go through the model's own processor at their own size.
 """
 
-import json
 import math
 import re
 import warnings
@@ -24,6 +23,7 @@ from app_data.sets.captions import CaptionedFile
 from app_data.store.atomic import new_file, write_json
 from app_data.store.errors import DataError, UnreadablePicture
 from app_data.store.progress import Progress
+from app_data.store.text import read_json
 from app_data.weights.blip2.files import Loaded, load_stage
 from app_eval.ask.settings import EvalBlip
 from app_eval.measure.captions import write_captions
@@ -36,18 +36,9 @@ CHUNK = 64
 RETRIEVAL, CAPTIONS, SAID = "retrieval.safetensors", "captions.safetensors", "captions.json"
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; None if there is none.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: delete it and run the same command again") from error
+def kept_json(path: Path) -> Any:
+    """The content of a JSON file of this command; None if there is none."""
+    return read_json(path, damaged="delete it and run the same command again") if path.exists() else None
 
 
 def read_table(path: Path) -> dict[str, Tensor]:
@@ -184,7 +175,7 @@ class Tables:
         with Progress(math.ceil(len(self.files) / CHUNK), "captions") as shown:
             for start in range(0, len(self.files), CHUNK):
                 path = self.parts / f"captions-{start:08d}.json"
-                part = read_json(path)
+                part = kept_json(path)
                 if part is None:
                     part = []
                     for pixels, _ in self._batches(self.files[start : start + CHUNK], processor):

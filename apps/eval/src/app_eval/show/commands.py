@@ -4,17 +4,23 @@ A story is a module of `app_eval.show.stories` with two functions: `collect` rea
 `PAGE<suffix>.json`}, `tell` turns that into a `Page`.
 """
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
+from app_data.store.text import read_json as read_json_file
 from app_eval.ask.settings import Page
 from app_eval.show.page import write
 
+# The content of a JSON file, or what to do about one that is missing or damaged.
+read_json = partial(
+    read_json_file,
+    missing="finish the run first, or give the JSON beside a page",
+    damaged="restore it, or make it again from the run",
+)
 STORIES = ("emoji", "lora", "tree", "mat", "blip", "icl")
 
 
@@ -56,17 +62,3 @@ def write_page(story: str, sources: Sequence[Path], page: Path) -> None:
     for path, part in stored.items():
         write_json(path, part)
     write(told, page, [path.name for path in stored])
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: finish the run first, or give the JSON beside a page") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged ({error}): restore it, or make it again from the run") from error
