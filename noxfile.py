@@ -81,7 +81,7 @@ def hier(session: nox.Session) -> None:
 
 @nox.session
 def test(session: nox.Session) -> None:
-    """Everything that needs no GPU: lint, import direction, wrong calls, unit, compile, end-to-end tests, isolated hier-losses."""
+    """Everything that needs no GPU: lint, import direction, types, unit, compile, end-to-end tests, isolated hier-losses."""
     _install(session, "assets", "more-assets", "test", "peers", "lint", "types")
     _lint(session)
     _imports(session)
@@ -128,10 +128,9 @@ def _calls(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Wrong calls everywhere, static types of three packages."""
+    """Wrong calls everywhere, all static types of hyper-geom, hier-losses and hier-lora; `nox -s test` does it too."""
     _install(session, "types")
     _calls(session)
-    session.run("mypy", *[f"packages/{name}/src" for name in ("hyper-geom", "hier-losses", "hier-lora")])
 
 
 @nox.session

@@ -21,6 +21,10 @@ class ProjectedAttention(nn.Module):
         ValueError: if it has other widths for keys or values, or learned extra keys.
     """
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         if not can_project(attention):
@@ -54,16 +58,16 @@ class ProjectedAttention(nn.Module):
             raise ValueError("need_weights must be False, got True: the attention weights are not formed")
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        heads = [
+        q, k, v = [
             layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for layer, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         ]
         if attn_mask is not None:
-            attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(heads[0].dtype)
+            attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
             if attn_mask.ndim == 3:
                 attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
         dropout = self.dropout if self.training else 0.0
-        found = F.scaled_dot_product_attention(*heads, attn_mask=attn_mask, dropout_p=dropout)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
         found = self.out_proj(found.transpose(1, 2).flatten(2))
         return (found if self.batch_first else found.transpose(0, 1)), None
 

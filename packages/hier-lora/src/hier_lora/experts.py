@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -148,9 +148,9 @@ def choose(
     fitted = fit_temperature(scores, truth)
     decoder, temperature, top = "bottom_up", fitted, reached[0]
     for factor in _SHARPER:
-        value = _score(decoding.crm(scores / (fitted * factor), tax), target, tax, by)
-        if value > top:
-            decoder, temperature, top = "crm", fitted * factor, value
+        score = _score(decoding.crm(scores / (fitted * factor), tax), target, tax, by)
+        if score > top:
+            decoder, temperature, top = "crm", fitted * factor, score
     paths = getattr(decoding, decoder)(scores / temperature, tax)
     leaf, ahd = _score(paths, target, tax, "leaf"), -_score(paths, target, tax, "ahd")
     return PoolSettings(best, temperatures, decoder, temperature, leaf, ahd)
@@ -202,7 +202,7 @@ class ProductOfExperts(nn.Module):
             features: one tensor for all, or one for each expert by name.
         """
         each = features if isinstance(features, Mapping) else dict.fromkeys(self.experts, features)
-        return {name: expert.log_prob(each[name]) for name, expert in self.experts.items()}
+        return {name: cast(Expert, expert).log_prob(each[name]) for name, expert in self.experts.items()}
 
     def log_prob(self, features: Features) -> Float[Tensor, "batch leaves"]:
         """Log-probabilities of the leaves under the product, at its temperature."""
@@ -256,7 +256,7 @@ class ProductOfExperts(nn.Module):
         """
         update = as_update(self.tax, update)
         for expert in self.experts.values():
-            expert.update_taxonomy(update)  # type: ignore[operator]
+            cast(Expert, expert).update_taxonomy(update)
         self.tax = update.taxonomy
         if self.temperature is not None:
             levels = torch.arange(self.tax.num_levels)
@@ -319,7 +319,7 @@ def _build(found: dict[str, Any], tax: Taxonomy, state: Mapping[str, Tensor], pr
     if found["kind"] == "neighbours":
         return Neighbours(tax, state[f"{prefix}features"], state[f"{prefix}target"], **settings)
     if found["kind"] == "tree-lda":
-        given = {"v": state.get(f"{prefix}given_v"), "covariance": state.get(f"{prefix}covariance")}
+        given: dict[str, Any] = {"v": state.get(f"{prefix}given_v"), "covariance": state.get(f"{prefix}covariance")}
         return TreeLDA(tax, **given, **settings)
     raise ValueError(f"unknown kind of expert {found['kind']!r}")
 

@@ -5,6 +5,7 @@ CLIP: Radford et al., 2021. SigLIP: Zhai et al., 2023, "Sigmoid Loss for Languag
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +37,12 @@ class HFDualEncoder(nn.Module):
         ValueError: for a model of another family.
     """
 
+    model: Any  # an nn.Module of one of the families, which have no class in common
+
     def __init__(self, model: nn.Module, processor) -> None:
         super().__init__()
-        check_family(model.config.model_type)
         self.model = model
+        check_family(self.model.config.model_type)
         self.processor = processor
         self.locator = ""
         self.options: dict[str, str] = {}

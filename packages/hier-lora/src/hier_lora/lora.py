@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
+
+from hier_lora.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -52,8 +54,9 @@ def lora_config(
         raise ValueError(f"r must be at least 1, got {r}")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+    encoder = cast(DualEncoder, model)
     chosen = ["vision", "text"] if towers == "both" else [towers]
-    pattern = targets or "|".join(f"({model.lora_targets[name]})" for name in chosen)
+    pattern = targets or "|".join(f"({encoder.lora_targets[name]})" for name in chosen)
     from peft import LoraConfig
 
     return LoraConfig(
@@ -61,7 +64,7 @@ def lora_config(
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=pattern,
-        modules_to_save=list(model.modules_to_save) or None,
+        modules_to_save=list(encoder.modules_to_save) or None,
     )
 
 

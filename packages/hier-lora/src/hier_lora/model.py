@@ -6,7 +6,7 @@ z = exp(logit_scale) * cos(image, text of the node), for all N nodes on all leve
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hier_lora import saving
 from hier_lora.calibration import fit_sigmoid, fit_temperatures, guarded
+from hier_lora.dual_encoder import DualEncoder
 from hier_lora.lora import add_lora, check_targets
 from hier_lora.predict import (
     LabelPrediction,
@@ -62,6 +63,14 @@ class HierLoraCLIP(nn.Module):
             the model would ignore, or a number outside its range.
     """
 
+    dual_encoder: Any  # an nn.Module with the members of DualEncoder
+    adapter: "PeftModel | None"
+    base_logit_scale: Tensor
+    node_features: Any  # a Tensor with cached text, else None
+    text_center: Tensor | None
+    temperature: Tensor | None
+    sigmoid: Tensor | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -93,7 +102,7 @@ class HierLoraCLIP(nn.Module):
             check_targets(model, lora, text_is_frozen=text == "cached")
         model.requires_grad_(False)
         self._set_up(
-            model, None if lora is None else add_lora(model, lora), tax, prompts, model.logit_scale,
+            model, None if lora is None else add_lora(model, lora), tax, prompts, cast(DualEncoder, model).logit_scale,
             text=text, train_logit_scale=train_logit_scale, train_logit_bias=train_logit_bias, center_text=center_text,
             picture_size=picture_size, text_chunk=text_chunk, num_negatives=num_negatives,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ class OpenClipDualEncoder(nn.Module):
         tokenizer: from sentences to token ids, padded to the context length.
         settings: what the transform was made from, saved beside an adapter.
     """
+
+    model: Any  # an nn.Module of open_clip, which has no types
 
     def __init__(self, model: nn.Module, transform, tokenizer, settings: dict | None = None) -> None:
         super().__init__()

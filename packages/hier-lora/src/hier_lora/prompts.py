@@ -4,6 +4,7 @@ Prompt templates: Radford et al., 2021, section 3.1.4 (prompt engineering and en
 """
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from hier_losses import LabelGraph, Taxonomy, TaxonomyUpdate
 
@@ -126,7 +127,7 @@ def _words(tax: Taxonomy | LabelGraph, style: str, names: list[str]) -> list[str
         return [", ".join(_chain(tax, names, v)) for v in range(tax.num_nodes)]
     words = list(names)
     if style == "parent":
-        parents = tax.parent.tolist()
+        parents = cast(Taxonomy, tax).parent.tolist()
         words = [n if p < 0 else f"{n}, a kind of {names[p]}" for n, p in zip(names, parents, strict=True)]
     counts: dict[str, int] = {}
     for word in words:

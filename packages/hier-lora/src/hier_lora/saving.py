@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -98,7 +98,7 @@ def load(cls: type["HierLoraCLIP"], folder: str | Path, model: nn.Module | None,
         state = load_file(folder / STATE)
         tree = json.loads((folder / TREE).read_text(encoding="utf-8"))
         if settings["kind"] == "graph":
-            tax = LabelGraph(tuple(tree["names"]), [(up, down) for up, down in tree["edges"]])
+            tax: Taxonomy | LabelGraph = LabelGraph(tuple(tree["names"]), [(up, down) for up, down in tree["edges"]])
         else:
             tax = Taxonomy.from_json(tree)
         prompts = PromptSet.from_words(settings["prompts"])
@@ -109,21 +109,21 @@ def load(cls: type["HierLoraCLIP"], folder: str | Path, model: nn.Module | None,
             raise ValueError(f"{len(prompts)} prompts for {tax.num_nodes} nodes")
     except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"folder must hold a complete saved model, got {folder}: {error}") from error
-    model = load_dual_encoder(locator, **settings["options"]) if model is None else model
-    if hasattr(model, "load_preprocessing") and any((folder / name).exists() for name in _PREPROCESSING):
-        model.load_preprocessing(folder)
-    base_scale = model.logit_scale.detach().clone()
-    model.requires_grad_(False)
+    encoder: Any = load_dual_encoder(locator, **settings["options"]) if model is None else model
+    if hasattr(encoder, "load_preprocessing") and any((folder / name).exists() for name in _PREPROCESSING):
+        encoder.load_preprocessing(folder)
+    base_scale = encoder.logit_scale.detach().clone()
+    encoder.requires_grad_(False)
     adapter = None
     if adapted:
         try:
             _check_patterns(folder / CONFIG)
-            adapter = _adapter(model, folder, settings["format"], trainable)
+            adapter = _adapter(encoder, folder, settings["format"], trainable)
         except (OSError, KeyError, SafetensorError, RuntimeError, ValueError) as error:
             raise ValueError(f"folder must hold a readable adapter of {locator}, got {folder}: {error}") from error
     found = cls.__new__(cls)
     nn.Module.__init__(found)
-    found._set_up(model, adapter, tax, prompts, base_scale, **chosen)
+    found._set_up(encoder, adapter, tax, prompts, base_scale, **chosen)
     with torch.no_grad():
         found.dual_encoder.logit_scale.copy_(scale.reshape(found.dual_encoder.logit_scale.shape))
         if found.logit_bias is not None:

@@ -31,12 +31,12 @@ class Walk(NamedTuple):
 
     Attributes:
         tax: the tree, on the device of the rest.
-        count: (K,) pictures of each leaf, in the order of `tax.leaf`.
+        pictures: (K,) number of each leaf, in the order of `tax.leaf`.
         mean: (K, d) their whitened mean; 0 where there are none.
     """
 
     tax: Tree
-    count: Tensor
+    pictures: Tensor
     mean: Tensor
 
     def levels(self) -> list[slice]:
@@ -48,7 +48,7 @@ class Walk(NamedTuple):
 
     def informed(self) -> Tensor:
         """Which nodes have pictures at or below them, (N,)."""
-        return subtree_sum(leaves_to_nodes(self.count, self.tax), self.tax) > 0
+        return subtree_sum(leaves_to_nodes(self.pictures, self.tax), self.tax) > 0
 
     def _up(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Precision and mean of what the pictures below say about each node and the root, and their misfit.
@@ -57,10 +57,10 @@ class Walk(NamedTuple):
         sum q |u - u_parent|^2, which integrating out the nodes leaves behind.
         """
         tax = self.tax
-        precision = self.count.new_zeros(tax.num_nodes)
+        precision = self.pictures.new_zeros(tax.num_nodes)
         center = self.mean.new_zeros(tax.num_nodes, self.mean.shape[1])
-        precision[tax.leaf], center[tax.leaf] = self.count, self.mean
-        root_p, root_u, misfit = self.count.new_zeros(1), self.mean.new_zeros(1, self.mean.shape[1]), v.new_zeros(())
+        precision[tax.leaf], center[tax.leaf] = self.pictures, self.mean
+        root_p, root_u, misfit = self.pictures.new_zeros(1), self.mean.new_zeros(1, self.mean.shape[1]), v.new_zeros(())
         levels = self.levels()
         for level in range(tax.num_levels - 1, -1, -1):
             here = levels[level]
@@ -141,7 +141,8 @@ class Walk(NamedTuple):
 
         A level joins the one above where every informed node there has exactly one informed child.
         """
-        informed, levels, runs = self.informed(), self.levels(), []
+        informed, levels = self.informed(), self.levels()
+        runs: list[list[int]] = []
         for level, here in enumerate(levels):
             children = torch.zeros(self.tax.num_nodes + 1, dtype=torch.int64, device=informed.device)
             children.index_add_(0, self.tax.parent[here] + 1, informed[here].long())

@@ -228,18 +228,18 @@ class TreeLDA(nn.Module):
     @torch.no_grad()
     def posterior(self) -> tuple[Float[Tensor, "nodes dim"], Float[Tensor, " nodes"]]:
         """Mean of every node, and the variance around it in units of S; with `star` those of the leaves."""
-        self._refresh()
+        factor = self._refresh()
         mean, spread = self._whitened_walk().posterior(self._v)
-        return mean @ self._factor.T + self._center, spread
+        return mean @ factor.T + self._center, spread
 
     @torch.no_grad()
     def restricted_log_likelihood(self) -> float:
         """Log density of the pictures with the root integrated out; after classes were removed, up to a constant."""
-        self._refresh()
+        factor = self._refresh()
         number, dim = float(self.count.sum()), self.mean.shape[1]
-        within = torch.cholesky_solve(self.scatter, self._factor).trace() + number * dim * math.log(2 * math.pi)
+        within = torch.cholesky_solve(self.scatter, factor).trace() + number * dim * math.log(2 * math.pi)
         between = self._whitened_walk().log_likelihood(self._v)
-        return float(between - 0.5 * within - (number - 1) * self._factor.diagonal().log().sum())
+        return float(between - 0.5 * within - (number - 1) * factor.diagonal().log().sum())
 
     def log_likelihood(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch leaves"]:
         """Log density of each picture under each leaf, those without pictures included.
@@ -253,16 +253,16 @@ class TreeLDA(nn.Module):
         Raises:
             ValueError: features of another width, or what `fit` raises if the pictures so far give no model.
         """
-        self._refresh()
+        factor = self._refresh()
         features = check_matrix("features", features, self.mean.shape[1])
         if self._inverse is not None and torch.compiler.is_exporting():
             x = (features.double() - self._center) @ self._inverse.T
         else:
-            x = _whiten(features.double(), self._center, self._factor)
+            x = _whiten(features.double(), self._center, factor)
         mean, dim = self._leaf_mean, x.shape[1]
         distance = x.square().sum(1, keepdim=True) + squares(mean) - 2 * x @ mean.T
         scale = torch.ones_like(self._leaf_spread) if self.plug_in else 1 + self._leaf_spread
-        constant = dim * (2 * math.pi * scale).log() + 2 * self._factor.diagonal().log().sum()
+        constant = dim * (2 * math.pi * scale).log() + 2 * factor.diagonal().log().sum()
         return -0.5 * (distance / scale + constant)
 
     def log_prob(
@@ -314,9 +314,9 @@ class TreeLDA(nn.Module):
         Raises:
             ValueError: no picture so far.
         """
-        self._refresh()
-        eye = torch.eye(len(self._factor), dtype=self._factor.dtype, device=self._factor.device)
-        self._inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False)
+        factor = self._refresh()
+        eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        self._inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
         return self
 
     def extra_repr(self) -> str:
@@ -334,17 +334,18 @@ class TreeLDA(nn.Module):
         return Walk(self._walked.to(mean.device), self.count, mean)
 
     def _whitened_walk(self) -> Walk:
-        return self._walk(_whiten(self.mean, self._center, self._factor))
+        factor = self._refresh()
+        return self._walk(_whiten(self.mean, self._center, factor))
 
     def _forget(self) -> None:
         self._v = self._v.new_zeros(0)
         self._factor = self._inverse = None
 
     @torch.no_grad()
-    def _refresh(self) -> None:
-        """Estimate what predictions need from the statistics, unless it is there."""
+    def _refresh(self) -> Tensor:
+        """Estimate what predictions need from the statistics, unless it is there; give the covariance's factor."""
         if self._factor is not None:
-            return
+            return self._factor
         if not self.mean.shape[1] or not self.count.sum() > 0:
             raise ValueError("features must hold pictures of some class: fit has seen none")
         factor = _factorise(self._spread_within(), f"shrinkage must be above 0 here, got {self.shrinkage}")
@@ -356,6 +357,7 @@ class TreeLDA(nn.Module):
         mean, spread = walk.posterior(self._v)
         self._leaf_mean, self._leaf_spread = mean[walk.tax.leaf], spread[walk.tax.leaf]
         self._center, self._factor = center, factor
+        return factor
 
     def _estimate(self, walk: Walk) -> Tensor:
         v, settled = walk.fit(self.tolerance, self.max_steps)

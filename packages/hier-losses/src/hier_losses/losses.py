@@ -22,6 +22,7 @@ class _Loss(nn.Module):
     """A loss with a tree and settings, which subclasses pass on to their function."""
 
     takes_graphs = False
+    width = "num_nodes"  # of the logits
     tax: Any  # a Taxonomy, or a LabelGraph where `takes_graphs` says so
 
     def __init__(self, tax: Tree | LabelGraph, **settings):
@@ -40,7 +41,8 @@ class _Loss(nn.Module):
 
     def _dry_run(self) -> None:
         """Send an empty batch through, which checks all settings and costs nothing."""
-        raise NotImplementedError
+        empty = torch.zeros(0, getattr(self.tax, self.width), device=self.tax.device)
+        self(empty, torch.zeros(0, dtype=torch.int64, device=self.tax.device))
 
     @property
     def settings(self) -> dict:
@@ -56,11 +58,6 @@ class _NodeLoss(_Loss):
     """A loss on (B, N) logits and (B,) node ids; subclasses name their function."""
 
     function: Callable[..., Tensor]
-    width = "num_nodes"
-
-    def _dry_run(self) -> None:
-        empty = torch.zeros(0, getattr(self.tax, self.width), device=self.tax.device)
-        self(empty, torch.zeros(0, dtype=torch.int64, device=self.tax.device))
 
     def forward(
         self, logits: Float[Tensor, "batch scores *rest"], target: Target, sample_weight: Tensor | None = None
@@ -151,10 +148,8 @@ class HiSCE(_NodeLoss):
         )
 
 
-class TPKL(_NodeLoss):
+class TPKL(_Loss):
     """Module form of `functional.tp_kl`."""
-
-    function = staticmethod(F.tp_kl)
 
     def __init__(
         self,

@@ -308,7 +308,7 @@ def _obo(text: str, understood: dict[str, str]) -> _Edges:
             continue
         tags = [line.partition(":")[::2] for line in body.splitlines() if ":" in line]
         values = [(tag.strip(), re.sub(r"\s+!.*", "", value).strip()) for tag, value in tags]
-        first = dict(reversed(values))
+        first: dict[str, str] = dict(reversed(values))
         if first.get("is_obsolete") == "true":
             obsolete += 1
             continue

@@ -144,6 +144,6 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Product in float32, from bf16 without a float32 copy where this PyTorch can."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.is_cuda and torch.__version__ >= (2, 8):
+    if a.is_cuda and torch.__version__ >= (2, 8):  # type: ignore[operator]
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

@@ -85,7 +85,7 @@ def make_kernel(
                     full[i] = value
                 return plain(*_merged(tuple(full), ctx.options))
 
-            _, out = torch.func.jvp(function, tuple(moving[i][0] for i in live), tuple(moving[i][1] for i in live))
+            out = torch.func.jvp(function, tuple(moving[i][0] for i in live), tuple(moving[i][1] for i in live))[1]
             if num_kept or isinstance(out, tuple):
                 return (*(out if isinstance(out, tuple) else (out,)), *((None,) * num_kept))
             return out

@@ -58,7 +58,7 @@ def geometry(num_vectors: int, *, first: int = 0, matrices: bool = False) -> Cal
                 return function(*args, **kwargs)  # the interpreter's own message about the arguments
             kwargs.update(zip(given, args, strict=True))
             c = kwargs.pop("c", 1.0)
-            vectors = {name: kwargs[name] for name in vector_names}
+            vectors: dict[str, Any] = {name: kwargs[name] for name in vector_names}
             for name, vector in vectors.items():
                 if not isinstance(vector, Tensor):
                     raise TypeError(f"{name} must be a torch.Tensor, got {type(vector).__name__}")
@@ -197,7 +197,7 @@ def check_positive(name: str, value: Any) -> float:
     """Return a Python or NumPy number that is finite and > 0; else ValueError (TypeError when it is no number)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (0 < value < math.inf):
+    if not (0 < value < math.inf):  # type: ignore[operator]
         raise ValueError(f"{name} must be finite and > 0, got {value}")
     return float(value)
 
@@ -306,7 +306,7 @@ def max_ball_norm(dtype: torch.dtype) -> float:
     return 1 - 4 * torch.finfo(dtype).eps
 
 
-def into_ball(p: Tensor, c: Tensor, limit: float | None = None) -> Tensor:
+def into_ball(p: Tensor, c: float | Tensor, limit: float | None = None) -> Tensor:
     """p, pulled in to k|p| = `limit` (`max_ball_norm` by default) where it lies further out, else exact."""
     limit = max_ball_norm(p.dtype) if limit is None else limit
     size = c * sq_norm(p)

@@ -16,7 +16,9 @@ _MODELS = {"lorentz": lorentz, "poincare": poincare}
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-def _excess(parent: Tensor, child: Tensor, min_radius: float, aperture_scale: float, model: str, c: Tensor) -> Tensor:
+def _excess(
+    parent: Tensor, child: Tensor, min_radius: float, aperture_scale: float, model: str, c: float | Tensor
+) -> Tensor:
     geometry = _MODELS[nm.check_choice("model", model, _MODELS)]
     nm.check_positive("aperture_scale", aperture_scale)
     omega = geometry.half_aperture(parent, c=c, min_radius=min_radius)

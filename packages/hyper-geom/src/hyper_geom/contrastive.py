@@ -126,7 +126,7 @@ def distance_info_nce(
         with nm.full_precision(x.device):
             return _general_loss(x.to(dtype), y.to(dtype), c, logit_scale, labels, extras, *settings)
 
-    options = {"c": c, "scale": logit_scale, "dtype": dtype, "model": model, "inputs": inputs}
+    options: dict[str, Any] = {"c": c, "scale": logit_scale, "dtype": dtype, "model": model, "inputs": inputs}
     options |= {"backend": backend, "chunk_size": chunk_size}
     with nm.full_precision(x.device):
         if group is None:

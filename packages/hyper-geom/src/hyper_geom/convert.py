@@ -20,12 +20,12 @@ __all__ = [
 ]
 
 
-def to_ball(x: Tensor, c: Tensor) -> Tensor:
+def to_ball(x: Tensor, c: float | Tensor) -> Tensor:
     """`lorentz_to_poincare` for tensors that already share dtype and device."""
     return nm.into_ball(x / (1 + (1 + c * nm.sq_norm(x)).sqrt()).unsqueeze(-1), c)
 
 
-def from_ball(p: Tensor, c: Tensor) -> Tensor:
+def from_ball(p: Tensor, c: float | Tensor) -> Tensor:
     """`poincare_to_lorentz` for tensors that already share dtype and device."""
     p = nm.into_ball(p, c)
     return 2 * p / (1 - c * nm.sq_norm(p)).unsqueeze(-1)

@@ -4,6 +4,8 @@ References: Karcher, "Riemannian center of mass and mollifier smoothing", 1977; 
 Frechet mean", ICML 2020 (implicit gradient). Newton's method in the frame carried from the origin is ours.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -48,7 +50,7 @@ def frechet_mean(
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     weights = check_weights(x, weights)
-    share = nm.safe_div(weights, weights.sum(-1, keepdim=True))
+    c, share = cast(Tensor, c), nm.safe_div(weights, weights.sum(-1, keepdim=True))
     if model == "poincare":
         x = from_ball(x, c.unsqueeze(-1))
     with torch.no_grad():

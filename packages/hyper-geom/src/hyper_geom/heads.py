@@ -5,6 +5,8 @@ Harada, "Hyperbolic neural networks++", ICLR 2021 (one offset for each hyperplan
 Mettes, "Hyperbolic Busemann learning with ideal prototypes", NeurIPS 2021, eq. 3. The evaluation is ours.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ __all__ = ["BusemannHead", "HyperplaneHead", "busemann_logits", "hyperplane_logi
 _MODELS = ("lorentz", "poincare")
 
 
-def _lorentz(x: Tensor, c: Tensor, model: str) -> Tensor:
+def _lorentz(x: Tensor, c: float | Tensor, model: str) -> Tensor:
     return x if nm.check_choice("model", model, _MODELS) == "lorentz" else from_ball(x, c)
 
 
@@ -61,7 +63,7 @@ def hyperplane_logits(
         raise ValueError(f"offset must have shape ({weight.shape[0]},), got {tuple(offset.shape)}")
     x = _lorentz(x, c, model)
     size = nm.norm(weight)
-    k = c.sqrt().unsqueeze(-1)
+    k = cast(Tensor, c).sqrt().unsqueeze(-1)
     along = k * (x @ nm.safe_div(weight, size.unsqueeze(-1)).mT)
     time = (1 + c * nm.sq_norm(x)).sqrt().unsqueeze(-1)
     shift = k * offset.to(x.dtype)
@@ -99,7 +101,7 @@ def busemann_logits(
     prototypes = _check_classes("prototypes", prototypes, x)
     x = _lorentz(x, c, model)
     e = nm.safe_div(prototypes, nm.norm(prototypes).unsqueeze(-1))
-    k, size = c.sqrt(), nm.norm(x)
+    k, size = cast(Tensor, c).sqrt(), nm.norm(x)
     n = k * size
     versine = (1 - nm.safe_div(x, size.unsqueeze(-1)) @ e.mT).clamp(min=0)
     height = 1 / ((1 + n * n).sqrt() + n).unsqueeze(-1) + n.unsqueeze(-1) * versine

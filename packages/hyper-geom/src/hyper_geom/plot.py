@@ -134,9 +134,8 @@ def geodesic(
     end, _ = _in_ball("y", y, c, model)
     steps = torch.linspace(0, 1, _NUM_SEGMENTS + 1, dtype=torch.float64)[:, None]
     lines = poincare.geodesic(start, end, steps, c=c)
-    collection = LineCollection(
-        list(lines.transpose(0, 1).numpy()), **{"colors": "0.4", "linewidths": 1.0, "zorder": 2} | style
-    )
+    defaults: dict[str, Any] = {"colors": "0.4", "linewidths": 1.0, "zorder": 2}
+    collection = LineCollection(list(lines.transpose(0, 1).numpy()), **defaults | style)
     ax.add_collection(collection)
     return collection
 
@@ -173,9 +172,8 @@ def cone(
     p, c = _in_ball("x", x, c, model)
     aperture = poincare.half_aperture(p, c=c, min_radius=min_radius)
     polygons = [_cone_polygon(apex, float(angle), math.sqrt(c)) for apex, angle in zip(p, aperture, strict=True)]
-    collection = PolyCollection(
-        polygons, **{"facecolors": "C0", "alpha": 0.2, "edgecolors": "none", "zorder": 1} | style
-    )
+    defaults: dict[str, Any] = {"facecolors": "C0", "alpha": 0.2, "edgecolors": "none", "zorder": 1}
+    collection = PolyCollection(polygons, **defaults | style)
     ax.add_collection(collection)
     return collection
 

@@ -12,7 +12,7 @@ and use an ordinary optimiser.
 
 import math
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,7 +163,7 @@ class _Hyperbolic(Manifold):
         self, *size: int | tuple[int, ...], dtype: torch.dtype | None = None, device=None, seed: int | None = 42
     ) -> "geoopt.ManifoldTensor":
         """Zeros of the given size (seed is ignored: geoopt's signature)."""
-        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        shape: Any = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
         return geoopt.ManifoldTensor(torch.zeros(shape, dtype=dtype, device=device), manifold=self)
 
     @__scaling__(ScalingInfo(std=-1), "random")
@@ -176,7 +176,7 @@ class _Hyperbolic(Manifold):
         generator: torch.Generator | None = None,
     ) -> "geoopt.ManifoldTensor":
         """Wrapped normal samples around the origin; std is in units of length in both models."""
-        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        shape: Any = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
         tangent = std * torch.randn(shape, dtype=dtype, device=device, generator=generator)
         points = lorentz.exp_map0(tangent, c=self.c)
         if self._model is poincare:

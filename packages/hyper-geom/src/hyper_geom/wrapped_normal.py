@@ -7,6 +7,7 @@ References: Nagano et al., "A wrapped normal distribution on hyperbolic space fo
 import functools
 import math
 import operator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -127,7 +128,8 @@ class WrappedNormal(Distribution):
         if self._diagonal and not isinstance(scale, Tensor):
             scale = torch.full((), check_positive("scale", scale), dtype=dtype, device=loc.device)
         self._equal = isinstance(scale, Tensor) and (scale.ndim == 0 or scale.shape[-1] == 1)
-        name, spread = ("scale", scale) if self._diagonal else ("scale_tril", scale_tril)
+        name = "scale" if self._diagonal else "scale_tril"
+        spread = cast(Tensor, scale if self._diagonal else scale_tril)
         batch_shape = _batch_shape(loc.shape, spread.shape, name)
         self.loc = loc.to(dtype).expand(batch_shape + loc.shape[-1:])
         if self.c.ndim:
@@ -160,7 +162,9 @@ class WrappedNormal(Distribution):
         """The location: both factors of the density are largest there."""
         return self.loc
 
-    def expand(self, batch_shape: tuple[int, ...], _instance: "WrappedNormal | None" = None) -> "WrappedNormal":
+    def expand(
+        self, batch_shape: list[int] | tuple[int, ...], _instance: "WrappedNormal | None" = None
+    ) -> "WrappedNormal":
         """The same law with its parameters expanded to a larger batch shape (no copies)."""
         new = self._get_checked_instance(WrappedNormal, _instance)
         batch_shape = torch.Size(batch_shape)
@@ -178,7 +182,7 @@ class WrappedNormal(Distribution):
         new._validate_args = self._validate_args
         return new
 
-    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: list[int] | tuple[int, ...] = ()) -> Tensor:
         """Reparameterised samples.
 
         Args:

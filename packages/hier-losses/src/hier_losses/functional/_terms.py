@@ -32,7 +32,7 @@ class LevelTerms(NamedTuple):
     valid: Tensor
     lse: Tensor
     score: Tensor
-    others: tuple[Tensor, Tensor, Tensor] | None
+    others: tuple[Tensor, ...] | None
 
     @property
     def nll(self) -> Tensor:
@@ -63,7 +63,7 @@ def level_terms(
     lse, score, total, alive = _PathTerms.apply(logits, path, node, member, share, tax.level_sizes)
     if levels == "extended":
         lse = safe_logaddexp(lse, shallow_logsumexp(logits, tax))
-    others = None
+    others: tuple[Tensor, ...] | None = None
     if padded:
         count = alive.sum(-1).to(logits.dtype)
         others = total, count if share is None else torch.where(alive, share, 0.0).sum(-1), count

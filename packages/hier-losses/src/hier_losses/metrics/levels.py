@@ -74,7 +74,7 @@ class LevelPRF(PathMetric):
     def _value(sums: dict[str, Tensor], tax: Taxonomy) -> dict[str, Tensor]:
         table = class_table(sums)
         seen = (sums["predicted"] + sums["total"]) > 0
-        found = {}
+        found: dict[str, Tensor] = {}
         for name in PRF:
             mean = ratio(torch.where(seen, table[name], 0.0).sum(1), seen.sum(1))
             found |= {f"{name}_{level + 1}": value for level, value in enumerate(mean)}

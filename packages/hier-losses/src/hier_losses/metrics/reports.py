@@ -111,8 +111,8 @@ class Report:
             )
         most = sorted(self.classes, key=lambda row: (-row.support, row.node))[:10]
         lines.append(f"  support  precision  recall      f1  class ({len(most)} of {len(self.classes)})")
-        for row in most:
-            lines.append(f"  {row.support:7d}  {row.precision:9.4f}  {row.recall:6.4f}  {row.f1:6.4f}  {row.name}")
+        for one in most:
+            lines.append(f"  {one.support:7d}  {one.precision:9.4f}  {one.recall:6.4f}  {one.f1:6.4f}  {one.name}")
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:

@@ -4,6 +4,8 @@ References: Ganea, Becigneul and Hofmann, "Hyperbolic entailment cones for learn
 Desai et al., "Hyperbolic image-text representations", ICML 2023, eq. 10-12 (MERU); the atan2 form of the angle is ours.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -58,7 +60,7 @@ def exterior_angle(
         Angles `(*batch)` in [0, pi]: 0 beyond x on its ray, pi between the origin and x. Where it is undefined: 0 with
         gradient 0 at x = y, pi/2 at x = 0.
     """
-    k = c.sqrt()
+    k = cast(Tensor, c).sqrt()
     x_norm = nm.norm(x)
     x_hat = nm.safe_div(x, x_norm.unsqueeze(-1))
     # From y - x, not from y: the part across x is the same and its rounding error smaller.
@@ -88,4 +90,4 @@ def pairwise_exterior_angle(
         Angles `(*batch n m)` in [0, pi]. They rest on the angle between the directions of x and y, which is rounding
         noise below about sqrt(eps) = 3e-4 (fp32); take `exterior_angle` for such pairs.
     """
-    return matmul_angle(x, y, c)
+    return matmul_angle(x, y, cast(Tensor, c))

@@ -5,6 +5,7 @@ ICML 2019, eq. 3-5; Law et al., "Lorentzian distance learning for hyperbolic rep
 """
 
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -71,7 +72,7 @@ def exp_map(
     v = nm.tame(v)
     t_sq = c * tangent_sq_norm(x, v, c)
     y = nm.safe_sqrt(t_sq).clamp(max=cap).cosh().unsqueeze(-1) * x + nm.sinhc(t_sq, cap).unsqueeze(-1) * v
-    return _within_cap(y, c)
+    return _within_cap(y, cast(Tensor, c))
 
 
 def _within_cap(y: Tensor, c: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def exp_map_frame(
     half_sq = c * nm.sq_norm(half)
     t = x / (1 + (1 + c * nm.sq_norm(x)).sqrt()).unsqueeze(-1) + nm.tanhc(half_sq).unsqueeze(-1) * half
     stretch = nm.safe_sqrt(half_sq).clamp(max=nm.MAX_RADIUS[u.dtype] / 2).cosh().square()
-    return _within_cap(stretch.unsqueeze(-1) * (2 * t + (c * nm.sq_norm(t)).unsqueeze(-1) * x), c)
+    return _within_cap(stretch.unsqueeze(-1) * (2 * t + (c * nm.sq_norm(t)).unsqueeze(-1) * x), cast(Tensor, c))
 
 
 @nm.geometry(2)
@@ -219,7 +220,7 @@ def parallel_transport0_back(
     return v - (c * nm.dot(x, v) / x0 / (1 + x0)).unsqueeze(-1) * x
 
 
-def geodesic_weights(x: Tensor, y: Tensor, t: float | Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def geodesic_weights(x: Tensor, y: Tensor, t: float | Tensor, c: float | Tensor) -> tuple[Tensor, Tensor]:
     """(sinh((1-t) D), sinh(t D)) / sinh(D) with D = k d(x, y); (1-t, t) in the limit D = 0."""
     D_sq = 4 * nm.asinh_sq(chord_sq(x, y, c) / 4)
     t = torch.as_tensor(t, dtype=D_sq.dtype, device=D_sq.device)
@@ -281,6 +282,7 @@ def midpoint(
         ValueError: x has fewer than two dimensions, or weights do not expand to `(*batch n)`.
     """
     weights = check_weights(x, weights)
+    c = cast(Tensor, c)
     k = c.sqrt()
     S, _, root = centroid_parts(k[..., None, None] * x, (1 + c.unsqueeze(-1) * nm.sq_norm(x)).sqrt(), weights)
     return nm.safe_div(S, (k * root).unsqueeze(-1))

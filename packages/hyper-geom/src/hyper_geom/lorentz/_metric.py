@@ -4,6 +4,8 @@ References: Nickel and Kiela, "Learning continuous hierarchies in the Lorentz mo
 the chord into a radial and a tangential part is derived in `chord_sq` and keeps fp32 exact to a few units.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,7 +16,7 @@ from hyper_geom._kernel import make_kernel
 from hyper_geom._log_space import tangent0_half_angle_sq
 
 
-def chord_sq(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+def chord_sq(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
     """Squared chord q = c <x-y, x-y>_L = 2 cosh(k d) - 2, from points that already share dtype and device.
 
     With delta = k(x-y), s = k(x+y), a = delta.s/s.s and R = a^2 s.s, q is a sum of non-negative terms:
@@ -62,7 +64,7 @@ def split(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return along, v - along.unsqueeze(-1) * x
 
 
-def tangent_sq_norm(x: Tensor, v: Tensor, c: Tensor) -> Tensor:
+def tangent_sq_norm(x: Tensor, v: Tensor, c: float | Tensor) -> Tensor:
     """|v|_x^2 = |v_perp|^2 + (v.xhat)^2 / (1 + c|x|^2)."""
     along, rest = split(x, v)
     x_sq = nm.sq_norm(x)
@@ -107,6 +109,7 @@ def dist(
     >>> round(dist(torch.tensor([0.3, -0.4, 0.5]), torch.tensor([-0.2, 0.9, 1.1]), c=0.7).item(), 5)
     1.36374
     """
+    c = cast(Tensor, c)
     if x.shape == y.shape and _cpu.serves(x, y):
         return _pairs(x, y, c.expand(x.shape[:-1]))
     return _dist(x, y, c)
@@ -125,7 +128,7 @@ def dist0(x: Float[Tensor, "*batch dim"], *, c: float | Tensor = 1.0) -> Float[T
     Returns:
         Distances `(*batch)`; 0 with gradient 0 at the origin.
     """
-    return nm.safe_sqrt(c * nm.sq_norm(x)).asinh() / c.sqrt()
+    return nm.safe_sqrt(c * nm.sq_norm(x)).asinh() / cast(Tensor, c).sqrt()
 
 
 @nm.geometry(2)
@@ -173,7 +176,7 @@ def pairwise_dist(
         ValueError: precision is unknown.
     """
     nm.check_choice("precision", precision, ("default", "high"))
-    return _pairwise.lorentz_pairwise_dist(x, y, c, precision)
+    return _pairwise.lorentz_pairwise_dist(x, y, cast(Tensor, c), precision)
 
 
 def _tangent0_sq_dist(u: Tensor, v: Tensor, c: Tensor) -> Tensor:
@@ -196,7 +199,7 @@ def tangent0_sq_dist(
     Returns:
         Squared distances `(*batch)`.
     """
-    return _tangent0_sq_dist(u, v, c)
+    return _tangent0_sq_dist(u, v, cast(Tensor, c))
 
 
 @nm.geometry(2)
@@ -215,7 +218,7 @@ def tangent0_dist(
     Returns:
         Distances `(*batch)`.
     """
-    return nm.safe_sqrt(_tangent0_sq_dist(u, v, c))
+    return nm.safe_sqrt(_tangent0_sq_dist(u, v, cast(Tensor, c)))
 
 
 @nm.geometry(3)
@@ -299,7 +302,7 @@ def pairwise_inner(
     Returns:
         Inner products `(*batch n m)`.
     """
-    x_t, y_t = ((1 / c.unsqueeze(-1) + nm.sq_norm(v)).sqrt() for v in (x, y))
+    x_t, y_t = ((1 / cast(Tensor, c).unsqueeze(-1) + nm.sq_norm(v)).sqrt() for v in (x, y))
     return x @ y.mT - x_t.unsqueeze(-1) * y_t.unsqueeze(-2)
 
 

@@ -4,6 +4,8 @@ References: Ganea, Becigneul and Hofmann, "Hyperbolic entailment cones for learn
 eq. 20 and 28; the atan2 form of the angle is ours.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -59,7 +61,7 @@ def exterior_angle(
         gradient 0 at x = y, pi/2 at x = 0.
     """
     x, y = nm.into_ball(x, c), nm.into_ball(y, c)
-    k = c.sqrt()
+    k = cast(Tensor, c).sqrt()
     x_norm = nm.norm(x)
     x_hat = nm.safe_div(x, x_norm.unsqueeze(-1))
     delta = y - x
@@ -85,4 +87,5 @@ def pairwise_exterior_angle(
         Angles `(*batch n m)` in [0, pi]. They rest on the angle between the directions of x and y, which is rounding
         noise below about sqrt(eps) = 3e-4 (fp32); take `exterior_angle` for such pairs.
     """
+    c = cast(Tensor, c)
     return matmul_angle(from_ball(x, c.unsqueeze(-1)), from_ball(y, c.unsqueeze(-1)), c)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hyper_geom import _numerics as nm
 
 
-def add(p: Tensor, q: Tensor, c: Tensor) -> Tensor:
+def add(p: Tensor, q: Tensor, c: float | Tensor) -> Tensor:
     """P (+) q for points inside the ball."""
     total = p + q
     s = c * nm.sq_norm(total)
@@ -21,7 +21,7 @@ def add(p: Tensor, q: Tensor, c: Tensor) -> Tensor:
     return nm.into_ball((p_gap / bottom).unsqueeze(-1) * total + (s / bottom).unsqueeze(-1) * p, c)
 
 
-def rotate(q: Tensor, p: Tensor, v: Tensor, c: Tensor) -> Tensor:
+def rotate(q: Tensor, p: Tensor, v: Tensor, c: float | Tensor) -> Tensor:
     """gyr[q, -p] v: the rotation by 2 arg(1 - c p.q + i c p^q) in the plane of p and q.
 
     With delta = q - p and J w = p (delta.w) - delta (p.w): v + 2/D (Re c J v + c^2 J J v), Re = 1 - c p.q,

@@ -4,6 +4,8 @@ References: Ganea, Becigneul and Hofmann, "Hyperbolic neural networks", NeurIPS 
 Ungar, "Analytic Hyperbolic Geometry", 2008, section 6.21. The forms in q - p, which do not cancel, are ours.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -250,6 +252,7 @@ def midpoint(
         ValueError: x has fewer than two dimensions, or weights do not expand to `(*batch n)`.
     """
     weights = check_weights(x, weights)
+    c = cast(Tensor, c)
     k = c.sqrt()
     p = k[..., None, None] * nm.into_ball(x, c.unsqueeze(-1))
     size = nm.sq_norm(p)

@@ -5,6 +5,7 @@ Ganea, Becigneul and Hofmann, "Hyperbolic neural networks", NeurIPS 2018, sectio
 """
 
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -15,13 +16,13 @@ from hyper_geom import _pairwise
 from hyper_geom._log_space import tangent0_half_angle_sq
 
 
-def shrinkage(p: Tensor, c: Tensor) -> Tensor:
+def shrinkage(p: Tensor, c: float | Tensor) -> Tensor:
     """1 - c|p|^2 = 2/lambda."""
     size = c * nm.sq_norm(p)
     return 1 - size
 
 
-def half_chord_sq(p: Tensor, q: Tensor, c: Tensor) -> Tensor:
+def half_chord_sq(p: Tensor, q: Tensor, c: float | Tensor) -> Tensor:
     """A = sinh^2(k d/2) = c|p-q|^2 / ((1-c|p|^2)(1-c|q|^2)), for points inside the ball."""
     return c * nm.sq_norm(p - q) / shrinkage(p, c) / shrinkage(q, c)
 
@@ -61,7 +62,7 @@ def dist(
     >>> dist(torch.tensor([0.0, 0.0]), torch.tensor([0.5, 0.0]))  # log 3
     tensor(1.0986)
     """
-    return 2 * nm.safe_sqrt(half_chord_sq(nm.into_ball(x, c), nm.into_ball(y, c), c)).asinh() / c.sqrt()
+    return 2 * nm.safe_sqrt(half_chord_sq(nm.into_ball(x, c), nm.into_ball(y, c), c)).asinh() / cast(Tensor, c).sqrt()
 
 
 @nm.geometry(1)
@@ -126,6 +127,7 @@ def pairwise_dist(
         ValueError: precision is unknown.
     """
     nm.check_choice("precision", precision, ("default", "high"))
+    c = cast(Tensor, c)
     x, y = nm.into_ball(x, c.unsqueeze(-1)), nm.into_ball(y, c.unsqueeze(-1))
     return _pairwise.poincare_pairwise_dist(x, y, c, precision)
 
@@ -146,7 +148,7 @@ def tangent0_sq_dist(
     Returns:
         Squared distances `(*batch)`.
     """
-    return 4 * tangent0_half_angle_sq(u, v, 4 * c) / c
+    return 4 * tangent0_half_angle_sq(u, v, 4 * cast(Tensor, c)) / c
 
 
 @nm.geometry(2)
@@ -165,6 +167,7 @@ def tangent0_dist(
     Returns:
         Distances `(*batch)`.
     """
+    c = cast(Tensor, c)
     return 2 * nm.safe_sqrt(tangent0_half_angle_sq(u, v, 4 * c)) / c.sqrt()
 
 
@@ -267,7 +270,7 @@ def check_point(p: Float[Tensor, "*batch dim"], *, c: float | Tensor = 1.0) -> t
     >>> check_point(torch.tensor([0.6, 0.8]))
     (False, 'k|p| must be < 1, got 1 for 1 of 1 points')
     """
-    size = c.sqrt() * torch.linalg.vector_norm(p, dim=-1)
+    size = cast(Tensor, c).sqrt() * torch.linalg.vector_norm(p, dim=-1)
     outside = ~(size < 1)
     if not outside.any():
         return True, None
