@@ -54,7 +54,7 @@ def geometry(num_vectors: int, *, first: int = 0, matrices: bool = False) -> Cal
         @functools.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             given = names[: len(args)]
-            if len(args) > len(names) or kwargs.keys() & given or not {*given, *kwargs} >= set(vector_names):
+            if len(args) > len(names) or any(n in kwargs for n in given) or not {*given, *kwargs} >= set(vector_names):
                 return function(*args, **kwargs)  # the interpreter's own message about the arguments
             kwargs.update(zip(given, args, strict=True))
             c = kwargs.pop("c", 1.0)
@@ -66,11 +66,12 @@ def geometry(num_vectors: int, *, first: int = 0, matrices: bool = False) -> Cal
             tensors = vectors
             if len(kwargs) > num_vectors or isinstance(c, Tensor):
                 # A mask stays what it is; weights and fractions take part in the promotion.
-                tensors = vectors | {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+                others = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+                tensors = {**vectors, **others}  # torch 2.7 compiles no `|` of dicts
                 kwargs.update(
                     {name: float(value) for name, value in kwargs.items() if type(value) is int and name not in counts}
                 )
-            dtype = compute_dtype(tensors | {"c": c} if isinstance(c, Tensor) else tensors)
+            dtype = compute_dtype({**tensors, "c": c} if isinstance(c, Tensor) else tensors)
             for name, tensor in tensors.items():
                 if tensor.dtype != dtype:
                     kwargs[name] = tensor.to(dtype)

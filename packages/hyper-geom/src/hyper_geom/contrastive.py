@@ -127,7 +127,7 @@ def distance_info_nce(
             return _general_loss(x.to(dtype), y.to(dtype), c, logit_scale, labels, extras, *settings)
 
     options: dict[str, Any] = {"c": c, "scale": logit_scale, "dtype": dtype, "model": model, "inputs": inputs}
-    options |= {"backend": backend, "chunk_size": chunk_size}
+    options.update(backend=backend, chunk_size=chunk_size)
     with nm.full_precision(x.device):
         if group is None:
             return _loss(x, y, labels, symmetric=symmetric, **options)
@@ -237,7 +237,8 @@ def _prepared(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.dtype]:
     factors = isinstance(c, Tensor) and c.ndim == 1 and c.numel() > 1
     _check_pair(x, y, int(factors))
-    tensors = {"x": x, "y": y} | {n: t for n, t in (("c", c), ("logit_scale", logit_scale)) if isinstance(t, Tensor)}
+    scales = {n: t for n, t in (("c", c), ("logit_scale", logit_scale)) if isinstance(t, Tensor)}
+    tensors = {"x": x, "y": y, **scales}
     dtype = nm.compute_dtype(tensors)
     c = nm.curvature_tensor(c, dtype, x.device, leading=x.shape[:1] if factors else ())
     return x, y, c, _scale_tensor(logit_scale, dtype, x.device), dtype
