@@ -266,7 +266,7 @@ def test_a_damaged_model_is_not_asked(trained, colours, command, tmp_path):
                 file.write_bytes(content)
             fails(
                 command("apps/eval", "predict", str(run), str(picture)),
-                f"{file.name} is damaged or missing",
+                f"{file.name} is damaged, changed or missing",
                 "train again",
             )
 

@@ -114,11 +114,11 @@ def test_a_saved_model_is_checked_by_its_own_seal_or_by_the_result_above_it(tmp_
     check_sealed(model)
     (model / "weights").write_bytes(b"wrong")
     with pytest.raises(
-        DataError, match=r"weights is damaged or missing: restore it, or delete .*model and train again"
+        DataError, match=r"weights is damaged, changed or missing: restore it, or delete .*model and train again"
     ):
         check_sealed(model)
     (model / "weights").unlink()
-    with pytest.raises(DataError, match="weights is damaged or missing"):
+    with pytest.raises(DataError, match="weights is damaged, changed or missing"):
         check_sealed(model)
 
 

@@ -135,4 +135,7 @@ def check_sealed(folder: Path) -> None:
             continue
         for file, digest in known.items():
             if file.is_relative_to(folder) and file.suffix != ".md" and file_digest(file) != digest:
-                raise DataError(f"{file} is damaged or missing: restore it, or delete {folder} and train again")
+                raise DataError(
+                    f"{file} is damaged, changed or missing: restore it, or delete {folder} and train again (a model that was "
+                    "changed on purpose belongs into a folder of its own)"
+                )
