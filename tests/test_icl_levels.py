@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from app_data.read.pictures import PictureSet
-from app_data.sets.episodes import IGNORED, IMAGE_TOKEN, IclMini, Shown, build_llava, load_icl_mini
 from app_data.sets.levels import held_out_subgroups, picture_paths, shuffled_paths
 from app_data.store.errors import DataError
+from app_data.weights.llava import IGNORED, IMAGE_TOKEN, IclMini, Shown, build_llava, load_icl_mini
 from app_eval.ask import demonstration_study, level_task
 from app_eval.ask.demonstration_task import WITH, WITHOUT
 from app_eval.ask.level_task import level_codes

@@ -12,21 +12,10 @@ import torch
 from PIL import Image
 
 from app_data.read.pictures import StoredPictures
-from app_data.sets.episodes import (
-    IMAGE_TOKEN,
-    EyeConfig,
-    IclItems,
-    IclMini,
-    Shown,
-    build_llava,
-    emoji_items,
-    emoji_names,
-    eye_features,
-    held_out_pictures,
-    load_icl_mini,
-)
+from app_data.sets.episodes import IclItems, emoji_items, emoji_names, eye_features, held_out_pictures
 from app_data.store.errors import DataError, MissingAssetError
 from app_data.weights.lite0_minilm import lite0_preprocess
+from app_data.weights.llava import IMAGE_TOKEN, EyeConfig, IclMini, Shown, build_llava, load_icl_mini
 from app_data.weights.towers import LITE0_WIDTHS
 from app_eval.ask import demonstration_study as icl_study
 from app_eval.ask.demonstration_study import read_cell, run_icl_study, summary
@@ -295,15 +284,15 @@ def test_as_a_chat_it_reads_what_training_showed(patched, tmp_path, monkeypatch)
     """`hier answer` and `hier eval icl` meet the model as an ordinary one of transformers: same ids, same picture."""
     out = tmp_path / "run"
     assert train(["icl-mini", "--out", str(out), *QUICK]) == 0
-    monkeypatch.setattr("app_data.sets.episodes.load_smollm2", tiny_language)
+    monkeypatch.setattr("app_data.weights.llava.load_smollm2", tiny_language)
     seen = []
 
     def stages(trunk, pixels):
         seen.append(pixels)
         return pixels.mean((2, 3)).repeat(1, 3)[:, :WIDTH]
 
-    monkeypatch.setattr("app_data.sets.episodes.lite0", lambda num: torch.nn.Identity())
-    monkeypatch.setattr("app_data.sets.episodes.lite0_stages", stages)
+    monkeypatch.setattr("app_data.weights.llava.lite0", lambda num: torch.nn.Identity())
+    monkeypatch.setattr("app_data.weights.llava.lite0_stages", stages)
     model, mini = LocalModel(str(out), calibrated=True), load_icl_mini(out, tiny_language())
     picture = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
 

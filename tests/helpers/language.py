@@ -4,7 +4,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from app_data.sets.episodes import IMAGE_TOKEN
+from app_data.weights.llava import IMAGE_TOKEN
 
 
 def tiny_language(seed=0):

@@ -17,13 +17,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from app_data.sets.episodes import (
-    IclMini,
-    Shown,
-    load_icl_mini,
-)
 from app_data.store.atomic import write_json
 from app_data.store.errors import DataError
+from app_data.weights.llava import IclMini, Shown, load_icl_mini
 from app_eval.ask.demonstration_task import (
     BLIND,
     CURVATURES,

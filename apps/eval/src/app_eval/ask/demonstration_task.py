@@ -11,17 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from app_data.sets.emoji import load_emoji
-from app_data.sets.episodes import (
-    IclItems,
-    IclMini,
-    easy_vqa_items,
-    emoji_items,
-    eye_features,
-    held_out_pictures,
-)
+from app_data.sets.episodes import IclItems, easy_vqa_items, emoji_items, eye_features, held_out_pictures
 from app_data.sets.vqa import load_easy_vqa
 from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import MiniLM
+from app_data.weights.llava import IclMini
 from app_data.weights.towers import LITE0_WIDTHS
 from app_eval.ask.pool import TrainLift, codes
 from app_eval.measure.answers import AnswerReader, ExactReader

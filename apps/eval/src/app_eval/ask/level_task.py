@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from app_data.sets.emoji import load_emoji
-from app_data.sets.episodes import IclItems, IclMini, eye_features
+from app_data.sets.episodes import IclItems, eye_features
 from app_data.sets.levels import QUESTIONS, held_out_subgroups, level_items, picture_paths, shuffled_paths
 from app_data.store.errors import DataError
 from app_data.weights.lite0_minilm import MiniLM
+from app_data.weights.llava import IclMini
 from app_eval.ask.demonstration_task import (
     COSINE,
     CURVATURES,

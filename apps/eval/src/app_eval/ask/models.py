@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from app_data.read.pictures import open_picture
-from app_data.sets.episodes import CARD, IMAGE_TOKEN, load_icl_mini
 from app_data.store.errors import DataError
+from app_data.weights.llava import CARD, IMAGE_TOKEN, load_icl_mini
 from app_eval.ask.pool import PoolItem
 from hyper_icl import (
     CalibrationPlan,

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache
 
-from app_data.sets.episodes import IGNORED, IclMini, Shown
 from app_data.store.errors import DataError
+from app_data.weights.llava import IGNORED, IclMini, Shown
 from hyper_icl import CalibrationPlan, SegmentMap, calibrate, use_calibrated_attention
 
 

@@ -19,8 +19,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from app_data.sets.episodes import WEIGHTS, IclMini, Shown, load_icl_mini
 from app_data.store.atomic import new_folder
+from app_data.weights.llava import WEIGHTS, IclMini, Shown, load_icl_mini
 from app_eval.ask.demonstration_study import read_cell
 from app_eval.ask.demonstration_task import Task, easy_vqa_tasks
 from app_eval.measure.answers import AnswerReader

@@ -25,9 +25,9 @@ from peft import inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from app_data.sets.episodes import IMAGE_TOKEN, WEIGHTS, IclMini, build_llava
 from app_data.store.atomic import new_folder
 from app_data.store.sealed import is_whole, new_sealed_folder
+from app_data.weights.llava import IMAGE_TOKEN, WEIGHTS, IclMini, build_llava
 from app_data.weights.smollm2 import load_smollm2
 from app_train.core.checkpoint import remove_checkpoints
 from app_train.core.errors import RunError

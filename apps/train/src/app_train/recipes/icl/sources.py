@@ -8,17 +8,10 @@ from functools import cached_property
 import numpy as np
 
 from app_data.sets.emoji import load_emoji
-from app_data.sets.episodes import (
-    IclItems,
-    Shown,
-    easy_vqa_items,
-    emoji_items,
-    emoji_names,
-    eye_features,
-    held_out_pictures,
-)
+from app_data.sets.episodes import IclItems, easy_vqa_items, emoji_items, emoji_names, eye_features, held_out_pictures
 from app_data.sets.levels import held_out_subgroups, level_items, picture_paths
 from app_data.sets.vqa import load_easy_vqa
+from app_data.weights.llava import Shown
 from app_train.recipes.icl.settings import IclMiniConfig
 
 __all__ = ["LevelSource", "Source", "load_sources"]
