@@ -26,6 +26,7 @@ from transformers import (
 
 from app_data.read.pictures import open_picture
 from app_data.store.errors import DataError
+from app_data.store.sealed import check_sealed
 from app_data.weights.llava import CARD, IMAGE_TOKEN, load_icl_mini
 from app_eval.ask.pool import PoolItem
 from hyper_icl import (
@@ -196,9 +197,10 @@ def _icl_mini(folder: Path) -> tuple[torch.nn.Module, Any]:
 
 
 def _adapter(folder: Path, model: torch.nn.Module) -> LogitAdapter:
+    place = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    check_sealed(place)
     try:
-        run = folder / "adapter"
-        adapter = LogitAdapter.from_pretrained(run if run.is_dir() else folder)
+        adapter = LogitAdapter.from_pretrained(place)
     except ValueError as error:
         raise DataError(_first_line(error)) from error
     own = LogitAdapter.for_model(model, adapter.r)
