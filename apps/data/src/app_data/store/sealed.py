@@ -125,8 +125,9 @@ def check_sealed(folder: Path) -> None:
         DataError: A file of it is damaged or missing.
     """
     folder = folder.absolute()
-    above = (folder, *folder.parents[:3])
-    for seal in (folder / SEAL_FILE, *(place / name for place in above for name in ("result.json", MANIFEST))):
+    # A row is made again as a whole, so its result comes first.
+    above = (place / name for place in (folder, *folder.parents[:3]) for name in ("result.json", MANIFEST))
+    for seal in (*above, folder / SEAL_FILE):
         try:
             content = json.loads(seal.read_text(encoding="utf-8"))
             files = content["sha256"] if seal.name == MANIFEST else content[_SEAL]["files"]
@@ -135,7 +136,8 @@ def check_sealed(folder: Path) -> None:
             continue
         for file, digest in known.items():
             if file.is_relative_to(folder) and file.suffix != ".md" and file_digest(file) != digest:
+                row = seal.parent if seal.name == "result.json" else folder
                 raise DataError(
-                    f"{file} is damaged, changed or missing: restore it, or delete {folder} and train again (a model that was "
+                    f"{file} is damaged, changed or missing: restore it, or delete {row} and train again (a model that was "
                     "changed on purpose belongs into a folder of its own)"
                 )
