@@ -125,7 +125,7 @@ def test_no_file_of_the_apps_carries_the_name_of_a_method_as_prefix():
     for path in LIBRARIES:
         if path.relative_to(ROOT).parts[0] == "apps" and "_" in path.stem.strip("_"):
             names.setdefault(path.parent, []).append(path.stem.split("_")[0])
-    methods = {"lora", "mat", "blip", "blip2", "icl"}
+    methods = {"lora", "mat", "blip", "blip2", "icl", "study", "selection"}
     found = {
         f"{folder.relative_to(ROOT)}/{word}_" for folder, words in names.items() for word in words if word in methods
     }

@@ -6,7 +6,9 @@ import pytest
 
 from app_data.store.errors import DataError
 from app_data.store.sealed import (
+    MANIFEST,
     check_sealed,
+    file_digest,
     is_whole,
     new_sealed_folder,
     read_sealed,
@@ -125,3 +127,19 @@ def test_a_folder_that_nobody_sealed_passes(tmp_path):
     (tmp_path / "weights").write_bytes(b"of a person")
     (tmp_path / "result.json").write_text('{"seal": 3}')
     check_sealed(tmp_path)
+
+
+def test_the_manifest_of_a_run_speaks_where_nothing_nearer_does(tmp_path):
+    """A row that is made again may differ from a manifest of before; a model without a seal of its own has only that."""
+    for name in ("row", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(b"old")
+    sums = {f"{name}/weights": file_digest(tmp_path / name / "weights") for name in ("row", "model")}
+    write_sealed(tmp_path / MANIFEST, {"sha256": sums})
+    check_sealed(tmp_path / "model")
+    for name in ("row", "model"):
+        (tmp_path / name / "weights").write_bytes(b"new")
+    write_sealed(tmp_path / "row" / "result.json", {}, beside=True)
+    check_sealed(tmp_path / "row")
+    with pytest.raises(DataError, match=r"model.weights is damaged, changed or missing"):
+        check_sealed(tmp_path / "model")

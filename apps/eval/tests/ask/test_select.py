@@ -23,7 +23,7 @@ from app_eval.ask.pool import (
     picture_encoder,
     read_items,
 )
-from app_eval.ask.selection_study import Study, score, study_rows
+from app_eval.ask.selection import Study, score, study_rows
 from app_eval.show.stories.icl import COMPARED
 from app_train.cli import hier
 from app_train.recipes.icl.lift import train_lift

@@ -66,7 +66,7 @@ COMMANDS: dict[str, Command] = {
     "eval selection": Command(
         "judge selectors without a language model",
         "EvalSelection",
-        "app_eval.ask.selection_study:run",
+        "app_eval.ask.selection:run",
         lift=True,
     ),
     "page": Command("write a results page from stored results", "Page", "app_eval.show.commands:run"),

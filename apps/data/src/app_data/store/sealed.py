@@ -117,27 +117,30 @@ def is_whole(path: Path) -> bool:
 
 
 def check_sealed(folder: Path) -> None:
-    """Refuse a saved model with a file that is not as its run left it: by the folder's own seal, that of a result or a run above it.
+    """Refuse a saved model with a file that is not as its run left it.
 
-    A folder without a seal, such as one that a person made, passes, and so does a model card that a person has filled in.
+    The result of its row decides, else the folder's own seal, else the manifest of the run, which a run at work has not written yet.
+    A folder that nothing was sealed of, such as one that a person made, passes, and so does a model card that was filled in.
 
     Raises:
-        DataError: A file of it is damaged or missing.
+        DataError: A file of it is damaged, changed or missing.
     """
     folder = folder.absolute()
-    # A row is made again as a whole, so its result comes first.
-    above = (place / name for place in (folder, *folder.parents[:3]) for name in ("result.json", MANIFEST))
-    for seal in (*above, folder / SEAL_FILE):
+    above = (folder, *folder.parents[:3])
+    for seal in (*(p / "result.json" for p in above), folder / SEAL_FILE, *(p / MANIFEST for p in above)):
         try:
             content = json.loads(seal.read_text(encoding="utf-8"))
             files = content["sha256"] if seal.name == MANIFEST else content[_SEAL]["files"]
             known = {Path(os.path.normpath(seal.parent / name)): digest for name, digest in files.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        for file, digest in known.items():
-            if file.is_relative_to(folder) and file.suffix != ".md" and file_digest(file) != digest:
-                row = seal.parent if seal.name == "result.json" else folder
+        mine = {file: digest for file, digest in known.items() if file.is_relative_to(folder)}
+        for file, digest in mine.items():
+            if file.suffix != ".md" and file_digest(file) != digest:
+                again = seal.parent if seal.name == "result.json" else folder  # a row is made again as a whole
                 raise DataError(
-                    f"{file} is damaged, changed or missing: restore it, or delete {row} and train again (a model that was "
-                    "changed on purpose belongs into a folder of its own)"
+                    f"{file} is damaged, changed or missing: restore it, or delete {again} and train again (a model that was "
+                    "changed on purpose belongs in a folder of its own)"
                 )
+        if mine:
+            return
